@@ -1,0 +1,35 @@
+"""What a run is: settings from a YAML file and flags, and every rule that ties them together."""
+
+from megatron_tst.config.errors import EXIT_CODE, UserError
+from megatron_tst.config.parse import config_from_mapping, dump_config, parse_config
+from megatron_tst.config.rules import check_config, global_batch_size
+from megatron_tst.config.settings import (
+    DataSettings,
+    LoggingSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    RunConfig,
+    SuperpositionSettings,
+    TrainingSettings,
+)
+from megatron_tst.config.shapes import PRESETS
+
+__all__ = [
+    "EXIT_CODE",
+    "PRESETS",
+    "DataSettings",
+    "LoggingSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "ParallelSettings",
+    "RunConfig",
+    "SuperpositionSettings",
+    "TrainingSettings",
+    "UserError",
+    "check_config",
+    "config_from_mapping",
+    "dump_config",
+    "global_batch_size",
+    "parse_config",
+]

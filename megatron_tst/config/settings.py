@@ -1,0 +1,249 @@
+"""What a run is: one frozen dataclass per group of settings.
+
+A field carries the name and the meaning of Megatron-LM's flag of that name; settings of this project's own start
+with ``tst_``. On the command line the groups are flat (``--num-layers``), in YAML they are sections.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from megatron_tst.superposition import Phase, Schedule
+
+BagWeights = Literal["uniform", "power_law", "exponential", "first_token", "mutual_information"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Shape of the transformer."""
+
+    tst_preset: str | None = None
+    """A published shape: 270m, 600m, 3b or 10b-a1b. Sets the fields below; YAML and flags override it."""
+    num_layers: int | None = None
+    """Transformer layers."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the feed-forward network; 4 x hidden size where not given."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    group_query_attention: bool = False
+    """Share keys and values among query heads, in --num-query-groups groups."""
+    num_query_groups: int = 1
+    """Key-value heads, with --group-query-attention."""
+    kv_channels: int | None = None
+    """Width of one head; hidden size / heads where not given."""
+    seq_length: int | None = None
+    """Positions per sequence, L, in every phase; a superposed sequence holds L x bag size data tokens."""
+    max_position_embeddings: int | None = None
+    """Positions the model can embed; --seq-length where not given."""
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    """How a position enters the model."""
+    rotary_base: int = 10000
+    """Base period of rotary embeddings."""
+    rotary_percent: float = 1.0
+    """Share of a head that is rotated."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Kind of norm."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in a norm."""
+    swiglu: bool = False
+    """Gated linear units with SiLU instead of GELU."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer a weight of its own."""
+    disable_bias_linear: bool = False
+    """Leave out the biases of linear layers."""
+    qk_layernorm: bool = False
+    """Normalise queries and keys per head."""
+    attention_dropout: float = 0.1
+    """Dropout of attention probabilities."""
+    hidden_dropout: float = 0.1
+    """Dropout of embeddings and sublayer outputs."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    vocab_size: int | None = None
+    """Vocabulary before padding; the tokenizer's where not given."""
+    make_vocab_size_divisible_by: int = 128
+    """Pad the vocabulary to a multiple of this times the tensor-parallel size."""
+    num_experts: int | None = None
+    """Experts of a mixture-of-experts layer; a dense model where not given."""
+    moe_ffn_hidden_size: int | None = None
+    """Inner width of one expert."""
+    moe_router_topk: int = 2
+    """Experts per position."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the load-balancing loss."""
+    moe_z_loss_coeff: float | None = None
+    """Weight of the router's z-loss."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"
+    """How positions reach their experts."""
+    moe_grouped_gemm: bool = False
+    """Run all local experts in one grouped multiplication (Transformer Engine)."""
+
+
+@dataclass(frozen=True)
+class SuperpositionSettings:
+    """Token Superposition Training."""
+
+    tst_bag_size: int = 1
+    """Data tokens per position in the superposition phase, s; 1 is ordinary training."""
+    tst_step_ratio: float = 0.0
+    """Share r of the steps that are superposed."""
+    tst_steps: int | None = None
+    """Superposed steps, instead of --tst-step-ratio."""
+    tst_bag_weights: BagWeights = "uniform"
+    """How much each token of the next bag counts in the loss."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is read."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin/.idx files, or weight and prefix in turn for a blend; --split cuts off validation."""
+    train_data_path: tuple[str, ...] = ()
+    """Training data apart from validation data, instead of --data-path."""
+    valid_data_path: tuple[str, ...] = ()
+    """Validation data, with --train-data-path."""
+    split: str = "969,30,1"
+    """Shares of the documents of --data-path for training, validation and test, in file order."""
+    tokenizer_model: str | None = None
+    """A Hugging Face tokenizer.json, or a folder that holds one."""
+    eod_mask_loss: bool = False
+    """Take no loss on end-of-document tokens."""
+    num_workers: int = 2
+    """Processes that read ahead on each reading rank; 0 reads in the training process."""
+    data_cache_path: str | None = None
+    """Where document and sample indices are kept; the run directory where not given."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long, how much at a time, in which precision."""
+
+    micro_batch_size: int | None = None
+    """Sequences per rank in one forward pass."""
+    global_batch_size: int | None = None
+    """Sequences per optimizer step over all ranks; one micro-batch per data-parallel rank where not given."""
+    train_iters: int | None = None
+    """Optimizer steps of the run."""
+    seed: int = 1234
+    """Seed of weights, dropout and data order."""
+    bf16: bool = False
+    """Compute in bfloat16 with float32 main weights."""
+    accumulate_allreduce_grads_in_fp32: bool = False
+    """Accumulate and reduce gradients in float32 with --bf16."""
+    attention_softmax_in_fp32: bool = False
+    """Compute attention probabilities in float32."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Recompute activations in the backward pass: parts of a layer, or all of it."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full recomputation: which layers."""
+    recompute_num_layers: int | None = None
+    """With full recomputation: layers per recomputed chunk."""
+    deterministic_mode: bool = False
+    """Choose deterministic kernels."""
+    use_cpu_initialization: bool = False
+    """Initialise weights on the CPU: the same weights for every tensor-parallel size."""
+    eval_interval: int = 1000
+    """Steps between next-token evaluations; the last step always evaluates."""
+    eval_iters: int = 100
+    """Global batches per evaluation; 0 for none."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its schedule."""
+
+    lr: float | None = None
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the decay."""
+    lr_decay_iters: int | None = None
+    """Step at which the decay ends; --train-iters where not given."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """With WSD: shape of the final decay."""
+    lr_wsd_decay_iters: int | None = None
+    """With WSD: steps of the final decay."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How ranks share a model."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each tensor."""
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence among tensor-parallel ranks."""
+    pipeline_model_parallel_size: int = 1
+    """Stages of the layer pipeline."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Interleave: layers per virtual stage."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients during the backward pass (CUDA)."""
+    overlap_param_gather: bool = False
+    """Gather parameters during the forward pass (CUDA)."""
+    distributed_timeout_minutes: int = 10
+    """How long a collective waits for a missing rank."""
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """What is written, and how often."""
+
+    tst_run_dir: str | None = None
+    """The run directory: config.yaml, versions, metrics.jsonl, log."""
+    log_interval: int = 100
+    """Steps between lines of metrics."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run."""
+
+    config: str | None = None
+    """A YAML file of settings; flags override it."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    superposition: SuperpositionSettings = field(default_factory=SuperpositionSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    phases: Annotated[tuple[Phase, ...], tyro.conf.Suppress] = ()
+    """YAML only: a list of {bag_size, steps}, instead of the superposition section's two phases."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The run's phases.
+
+        Raises:
+            ValueError: if they do not make a schedule.
+        """
+        if self.phases:
+            return Schedule(self.phases)
+        steps = self.training.train_iters or 0
+        settings = self.superposition
+        ratio = settings.tst_step_ratio if settings.tst_steps is None else settings.tst_steps / max(steps, 1)
+        return Schedule.superposed(settings.tst_bag_size, ratio, steps)

@@ -1,0 +1,157 @@
+"""From samples to micro-batches: text travels, and bags, targets and positions are made from it on the spot.
+
+Shape letters: B sequences, T data tokens, S bag size, L = T / S positions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tst.config import UserError
+from megatron_tst.data.samples import RunText
+from megatron_tst.platform import Ranks
+from megatron_tst.superposition import Schedule, fold_labels, fold_tokens, target_weights
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        inputs: bags ``[B, L, S]``, or tokens ``[B, L]`` with bag size 1; int64.
+        labels: targets of the same shape; -100 where ignored.
+        position_ids: ``[B, L]`` int64.
+        weight: float32 scalar, the weight of all valid targets.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What a micro-batch of text is turned into.
+
+    Attributes:
+        seq_length: positions, L.
+        bag_size: S.
+        weights: ``[S]`` float32 bag weights.
+        masked_after: with ``--eod-mask-loss`` the end-of-document token, after which nothing is predicted; else None.
+    """
+
+    seq_length: int
+    bag_size: int
+    weights: Tensor
+    masked_after: int | None
+
+
+def make_batch(text: Tensor, shape: BatchShape) -> Batch:
+    """Turn text ``[B, T + 1]`` into a micro-batch: next-token labels first, then both sides folded."""
+    tokens, labels = text[:, :-1], text[:, 1:]
+    if shape.masked_after is not None:
+        labels = labels.masked_fill(tokens == shape.masked_after, IGNORE_INDEX)
+    bags, targets = fold_tokens(tokens, shape.bag_size), fold_labels(labels, shape.bag_size, IGNORE_INDEX)
+    weight = target_weights(targets, shape.weights, IGNORE_INDEX).sum()
+    if shape.bag_size == 1:
+        bags, targets = bags.squeeze(-1), targets.squeeze(-1)
+    positions = torch.arange(shape.seq_length, device=text.device).expand(text.shape[0], -1)
+    return Batch(bags, targets, positions, weight)
+
+
+class _MicroBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
+    """The keys of this rank's micro-batches, step after step.
+
+    A step's global batch is the next ``global_batch_size`` samples of its phase; micro-batch m of rank r takes the
+    samples from (m dp + r) x micro-batch size on. So a step reads the same text for any number of ranks.
+    """
+
+    def __init__(
+        self, schedule: Schedule, first_step: int, micro_batch_size: int, global_batch_size: int, ranks: Ranks
+    ) -> None:
+        self.schedule, self.first_step, self.ranks = schedule, first_step, ranks
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size, stride = self.micro_batch_size, self.micro_batch_size * self.ranks.dp_size
+        for step in range(self.first_step, self.schedule.num_steps):
+            point = self.schedule.phase_at(step)
+            start = point.step * self.global_batch_size + self.ranks.dp_rank * size
+            for first in range(start, (point.step + 1) * self.global_batch_size, stride):
+                yield [(point.index, index) for index in range(first, first + size)]
+
+
+class TextReader:
+    """Reads this rank's micro-batches of text, from one step on, in order.
+
+    Only the first tensor-parallel rank of a stage that owns text opens the corpora; it hands the text to its group.
+    """
+
+    def __init__(
+        self,
+        text: RunText,
+        schedule: Schedule,
+        ranks: Ranks,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        vocab_size: int,
+        num_workers: int = 0,
+        first_step: int = 0,
+    ) -> None:
+        """Start reading.
+
+        Args:
+            text: the samples.
+            schedule: which phase each step belongs to.
+            ranks: this rank's place.
+            micro_batch_size: sequences per micro-batch.
+            global_batch_size: sequences per step over all ranks.
+            vocab_size: tokens of the vocabulary; larger ids are refused.
+            num_workers: processes that read ahead.
+            first_step: step to read first.
+        """
+        self._ranks, self._vocab_size, self._micro_batch_size = ranks, vocab_size, micro_batch_size
+        self._device = torch.device(torch.cuda.current_device())
+        self._texts: Iterator[Tensor] = iter(())
+        if ranks.owns_text and ranks.tp_rank == 0:
+            sampler = _MicroBatches(schedule, first_step, micro_batch_size, global_batch_size, ranks)
+            loader = torch.utils.data.DataLoader(
+                text,
+                batch_sampler=sampler,
+                num_workers=num_workers,
+                collate_fn=torch.stack,
+                pin_memory=self._device.type == "cuda",
+            )
+            self._texts = iter(loader)
+
+    def read(self, shape: BatchShape) -> Batch:
+        """Return the next micro-batch.
+
+        Collective: every rank of the tensor-parallel group calls it.
+
+        Raises:
+            UserError: if a token id lies beyond the vocabulary.
+        """
+        num_tokens = shape.seq_length * shape.bag_size + 1
+        if self._ranks.tp_rank == 0:
+            text = next(self._texts)
+            assert text.shape == (self._micro_batch_size, num_tokens)
+            if int(text.max()) >= self._vocab_size:
+                raise UserError(
+                    f"--data-path: holds token id {int(text.max())}, but the vocabulary has {self._vocab_size}: "
+                    "the data was made with another tokenizer than --tokenizer-model"
+                )
+            text = text.to(self._device, non_blocking=True)
+        else:
+            text = torch.empty(self._micro_batch_size, num_tokens, dtype=torch.int64, device=self._device)
+        if self._ranks.tp_size > 1:
+            group = self._ranks.groups.tp
+            dist.broadcast(text, dist.get_global_rank(group, 0), group=group)
+        return make_batch(text, shape)

@@ -1,0 +1,185 @@
+"""The samples of each phase, as megatron-core's GPTDataset cuts them from the phase's own documents.
+
+Sample k of a phase is the same text for any number of ranks and any length of the run: each epoch over a phase's
+share is a GPTDataset of its own, shuffled by its own seed.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.datasets import helpers
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_tst.config import UserError
+from megatron_tst.data.corpus import Corpus
+from megatron_tst.data.tokenizer import Tokenizer
+from megatron_tst.platform import main_rank_first
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """What the samples of one share look like.
+
+    Attributes:
+        name: identifies the share; the folders of its indices are called so.
+        num_tokens: data tokens per sample, T; a sample has one token more, the last label.
+        seed: of the order of documents and samples.
+        cache: folder of cached indices.
+    """
+
+    name: str
+    num_tokens: int
+    seed: tuple[int, ...]
+    cache: Path
+
+
+class EpochedText:
+    """The samples of one share of one corpus, epoch after epoch.
+
+    Attributes:
+        samples_per_epoch: samples in one reading of the share.
+    """
+
+    def __init__(
+        self, corpus: Corpus, documents: NDArray[numpy.int32], spec: TextSpec, num_samples: int, tokenizer: Tokenizer
+    ) -> None:
+        """Build the indices of every epoch that ``num_samples`` need.
+
+        Collective: every rank of the world calls it; the main rank writes what is not cached yet.
+
+        Raises:
+            UserError: if the share is too small for one sample.
+        """
+        tokens = int(corpus.lengths[documents].sum(dtype=numpy.int64))
+        self.samples_per_epoch = (tokens - 1) // spec.num_tokens
+        if self.samples_per_epoch < 1:
+            raise UserError(
+                f"--data-path {corpus.prefix}: the share of {spec.name} has {tokens} data tokens, fewer than one "
+                f"sequence of {spec.num_tokens} + 1 (--seq-length x bag size)"
+            )
+        num_epochs = max(1, -(-num_samples // self.samples_per_epoch))
+        self._epochs = [
+            main_rank_first(lambda epoch=epoch: _build_epoch(corpus, documents, spec, epoch, tokenizer))  # type: ignore[misc]
+            for epoch in range(num_epochs)
+        ]
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return the text of a sample, ``[T + 1]`` int64."""
+        epoch, place = divmod(int(index), self.samples_per_epoch)
+        sample: dict[str, Tensor] = self._epochs[epoch][place]
+        return torch.cat((sample["tokens"], sample["labels"][-1:]))
+
+
+def _build_epoch(
+    corpus: Corpus, documents: NDArray[numpy.int32], spec: TextSpec, epoch: int, tokenizer: Tokenizer
+) -> GPTDataset:
+    def build(folder: Path) -> GPTDataset:
+        config = GPTDatasetConfig(
+            # numpy's RandomState takes 32 bits: draw them from everything that tells this order from another.
+            random_seed=int(numpy.random.SeedSequence((*spec.seed, epoch)).generate_state(1)[0]),
+            sequence_length=spec.num_tokens,
+            blend=([corpus.prefix], None),
+            split="1,0,0",
+            path_to_cache=str(folder),
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        return GPTDataset(corpus.indexed, corpus.prefix, documents, None, Split.train, config)
+
+    # megatron-core names cached indices by everything but the documents they are made from, and would take a
+    # half-written file for a whole one: each share and epoch has a folder of its own, moved into place complete.
+    folder = spec.cache / f"{spec.name}-epoch{epoch}"
+    if not folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        build(partial)
+        partial.rename(folder)
+    return build(folder)
+
+
+def blend_order(weights: list[float], num_samples: int, path: Path) -> NDArray[Any]:
+    """Return for each sample of a blend its corpus and its number there, keeping the weights at every point.
+
+    Collective: every rank of the world calls it; the main rank writes the order, all map it into memory.
+
+    Args:
+        weights: of the corpora.
+        num_samples: samples of the blend.
+        path: where the order is kept.
+
+    Returns:
+        ``[num_samples]`` records of ``part`` int16 and ``index`` int64.
+    """
+
+    def load() -> NDArray[Any]:
+        if not path.exists():
+            part, index = numpy.zeros(num_samples, numpy.int16), numpy.zeros(num_samples, numpy.int64)
+            shares = [weight / sum(weights) for weight in weights]
+            helpers.build_blending_indices(part, index, shares, len(weights), num_samples, False)
+            order = numpy.empty(num_samples, dtype=[("part", numpy.int16), ("index", numpy.int64)])
+            order["part"], order["index"] = part, index
+            save_array(path, order)
+        return numpy.load(path, mmap_mode="r")
+
+    return main_rank_first(load)
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array so that the file appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        numpy.save(file, array)
+    partial.rename(path)
+
+
+class PhaseText(torch.utils.data.Dataset[Tensor]):
+    """The samples of one phase, blended from its shares of all corpora.
+
+    Attributes:
+        parts: the phase's share of each corpus.
+        order: of the blend, as :func:`blend_order` returns it.
+    """
+
+    def __init__(self, parts: list[EpochedText], order: NDArray[Any]) -> None:
+        """Hold shares and order."""
+        self.parts = parts
+        self.order = order
+
+    def __len__(self) -> int:
+        """Return the samples of the phase."""
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return the text of a sample, ``[T + 1]`` int64."""
+        part, place = self.order[index]
+        return self.parts[part][place]
+
+    @property
+    def num_epochs(self) -> float:
+        """How often the most-read corpus share is read."""
+        read = numpy.bincount(self.order["part"], minlength=len(self.parts))
+        return max(float(count) / part.samples_per_epoch for count, part in zip(read, self.parts, strict=True))
+
+
+class RunText(torch.utils.data.Dataset[Tensor]):
+    """The samples of all phases, named by phase and index: one loader serves the whole run."""
+
+    def __init__(self, phases: list[PhaseText]) -> None:
+        """Hold the phases' samples."""
+        self.phases = phases
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Return the text of sample ``(phase, index)``, ``[T + 1]`` int64."""
+        phase, index = key
+        return self.phases[phase][index]

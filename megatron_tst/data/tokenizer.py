@@ -1,0 +1,105 @@
+"""Tokenizers: read from a Hugging Face ``tokenizer.json``, or trained on the spot as a byte-level BPE."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from megatron_tst.config import UserError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+# Where no tokenizer_config.json names the end-of-sequence token, the first of these in the vocabulary is it.
+KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "<|eod|>", "</s>", "<eos>")
+
+
+class Tokenizer:
+    """A tokenizer as training and preprocessing need it.
+
+    Attributes:
+        path: the ``tokenizer.json`` it was read from.
+        vocab_size: one more than the largest id.
+        eod: id of the end-of-document token.
+    """
+
+    def __init__(self, path: Path, model: tokenizers.Tokenizer, eod: int) -> None:
+        """Wrap a loaded tokenizer; :func:`load_tokenizer` is the way to make one."""
+        self.path = path
+        self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod = eod
+        self._model = model
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, str]:
+        """What megatron-core puts into the names of cached indices."""
+        return OrderedDict(tokenizer=str(self.path), vocab_size=str(self.vocab_size))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts, without adding any special token."""
+        return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn ids back into text."""
+        return str(self._model.decode(ids, skip_special_tokens=False))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Read ``tokenizer.json``; nothing in it is executed.
+
+    Args:
+        name: the file, or a folder that holds it.
+
+    Raises:
+        UserError: if there is no such file, it is not a tokenizer, or has no end-of-document token.
+    """
+    path = Path(name)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"--tokenizer-model {name}: must be a tokenizer.json or a folder that holds one")
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise UserError(f"--tokenizer-model {name}: cannot be read as a tokenizer: {error}") from error
+    ends = (_configured_end(path.with_name("tokenizer_config.json")), *KNOWN_ENDS)
+    eod = next((model.token_to_id(end) for end in ends if end and model.token_to_id(end) is not None), None)
+    if eod is None:
+        raise UserError(f"--tokenizer-model {name}: has no end-of-document token; known are {', '.join(KNOWN_ENDS)}")
+    return Tokenizer(path, model, eod)
+
+
+def _configured_end(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    end = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    return end.get("content") if isinstance(end, dict) else end
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
+    """Train a byte-level BPE and write it.
+
+    Args:
+        texts: what to learn from; read once.
+        vocab_size: tokens to learn, at least the 256 bytes and the end-of-document token.
+        path: the ``tokenizer.json`` to write.
+
+    Raises:
+        UserError: if ``vocab_size`` is too small.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--tst-train-bpe {vocab_size}: must be at least 257, all bytes and the end of document")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    model.save(str(partial))
+    partial.replace(path)
+    return load_tokenizer(str(path))

@@ -1,0 +1,199 @@
+"""From settings to the model chunks of this rank, wrapped for mixed precision and data parallelism."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings
+from megatron_tst.model.gpt import TSTGPTModel
+from megatron_tst.model.layers import block_spec
+from megatron_tst.platform import Libraries, Ranks
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
+    """Return the vocabulary rounded up to a multiple of ``divisible_by * tp_size``, as Megatron-LM does."""
+    multiple = divisible_by * tp_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def transformer_config(
+    model: ModelSettings, training: TrainingSettings, parallel: ParallelSettings, libraries: Libraries
+) -> TransformerConfig:
+    """Translate settings into megatron-core's configuration.
+
+    Args:
+        model: the shape.
+        training: precision, recomputation, initialisation.
+        parallel: the layout.
+        libraries: what fused kernels can come from.
+    """
+    has_te = libraries.transformer_engine is not None
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    return TransformerConfig(
+        **_shape(model),
+        **_mixture_of_experts(model, has_te),
+        bf16=training.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        attention_softmax_in_fp32=training.attention_softmax_in_fp32,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=training.recompute_method,
+        recompute_num_layers=training.recompute_num_layers,
+        deterministic_mode=training.deterministic_mode,
+        use_cpu_initialization=training.use_cpu_initialization,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_virtual_stages(model, parallel),
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+        deallocate_pipeline_outputs=True,
+        cuda_graph_scope=[],
+        # Kernels that only the accelerator libraries have.
+        gradient_accumulation_fusion=has_te or libraries.apex is not None,
+        bias_activation_fusion=has_te,
+        bias_dropout_fusion=has_te,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=has_te,
+    )
+
+
+def _shape(model: ModelSettings) -> dict[str, Any]:
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups if model.group_query_attention else None,
+        "kv_channels": model.kv_channels,
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.norm_epsilon,
+        "gated_linear_unit": model.swiglu,
+        "activation_func": torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        "add_bias_linear": not model.disable_bias_linear,
+        "qk_layernorm": model.qk_layernorm,
+        "attention_dropout": model.attention_dropout,
+        "hidden_dropout": model.hidden_dropout,
+        "init_method_std": model.init_method_std,
+    }
+
+
+def _mixture_of_experts(model: ModelSettings, has_te: bool) -> dict[str, Any]:
+    if model.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_router_topk": model.moe_router_topk,
+        # The softmax runs over the chosen experts, so their probabilities sum to 1.
+        "moe_router_pre_softmax": False,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_router_dtype": "fp32",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff,
+        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
+        "moe_grouped_gemm": model.moe_grouped_gemm and has_te,
+        "moe_permute_fusion": has_te,
+    }
+
+
+def _virtual_stages(model: ModelSettings, parallel: ParallelSettings) -> int | None:
+    per_stage = parallel.num_layers_per_virtual_pipeline_stage
+    if per_stage is None:
+        return None
+    assert model.num_layers is not None
+    return model.num_layers // parallel.pipeline_model_parallel_size // per_stage
+
+
+def build_gpt(
+    config: TransformerConfig,
+    model: ModelSettings,
+    num_tokens: int,
+    bag_weights: str,
+    use_transformer_engine: bool,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    model_class: type = TSTGPTModel,
+) -> TSTGPTModel:
+    """Build one pipeline stage of the model, without wrappers.
+
+    Args:
+        config: megatron-core's configuration.
+        model: vocabulary, positions and head.
+        num_tokens: tokens of the vocabulary before padding.
+        bag_weights: name of the weights of a bag's tokens in the loss.
+        use_transformer_engine: whether to use its layers.
+        pre_process: whether the stage embeds.
+        post_process: whether the stage predicts.
+        vp_stage: the virtual stage, where stages are interleaved.
+        model_class: the class to build.
+    """
+    padded = padded_vocab_size(num_tokens, model.make_vocab_size_divisible_by, config.tensor_model_parallel_size)
+    return model_class(
+        config=config,
+        transformer_layer_spec=block_spec(config, use_transformer_engine, vp_stage),
+        vocab_size=padded,
+        num_tokens=num_tokens,
+        bag_weights=bag_weights,
+        max_sequence_length=model.max_position_embeddings or model.seq_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+
+
+def build_model(run: RunConfig, num_tokens: int, ranks: Ranks, libraries: Libraries) -> list[torch.nn.Module]:
+    """Build this rank's model chunks: one, or one per virtual pipeline stage.
+
+    Collective: every rank of the world calls it.
+
+    Args:
+        run: the settings.
+        num_tokens: tokens of the vocabulary before padding.
+        ranks: this rank's place.
+        libraries: what fused kernels can come from.
+
+    Returns:
+        Chunks wrapped in megatron-core's Float16Module (with bf16) and DistributedDataParallel.
+    """
+    config = transformer_config(run.model, run.training, run.parallel, libraries)
+    virtual = config.virtual_pipeline_model_parallel_size
+    last = (virtual or 1) - 1
+    chunks = []
+    for stage in range(virtual or 1):
+        chunk = build_gpt(
+            config,
+            run.model,
+            num_tokens,
+            run.superposition.tst_bag_weights,
+            use_transformer_engine=libraries.transformer_engine is not None,
+            pre_process=ranks.is_first_stage and stage == 0,
+            post_process=ranks.is_last_stage and stage == last,
+            vp_stage=stage if virtual else None,
+        )
+        chunks.append(chunk.to(torch.cuda.current_device()))
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=run.training.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=run.parallel.overlap_grad_reduce,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+        use_distributed_optimizer=run.optimizer.use_distributed_optimizer,
+    )
+    return [
+        # Bucketing serves overlap from the first chunk's backward pass on; later chunks keep one bucket.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]

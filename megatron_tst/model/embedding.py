@@ -1,0 +1,69 @@
+"""Embedding of bags: the mean of the token embeddings of each bag, summed in the shard and reduced once.
+
+Shape letters: B sequences, L positions, S bag size, N = B L bags, D hidden, Vp local vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+
+class _BagSum(torch.autograd.Function):
+    """Sum the embeddings of the bag's tokens that live in this shard, in float32 both ways.
+
+    Tokens are added one place of the bag at a time, so neither pass holds a tensor of all tokens' embeddings.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_VpD: Tensor, rows_NS: Tensor) -> Tensor:
+        """Return ``[N, D]`` float32; rows below 0 or from Vp on belong to other shards and add nothing."""
+        num_rows = weight_VpD.shape[0]
+        outside_NS = (rows_NS < 0) | (rows_NS >= num_rows)
+        sum_ND = weight_VpD.new_zeros(rows_NS.shape[0], weight_VpD.shape[1], dtype=torch.float32)
+        for rows_N, outside_N in zip(rows_NS.unbind(1), outside_NS.unbind(1), strict=True):
+            term_ND = weight_VpD.index_select(0, rows_N.masked_fill(outside_N, 0))
+            sum_ND += term_ND.masked_fill_(outside_N.unsqueeze(1), 0.0)
+        # One row more than the shard has collects the gradient of the tokens outside it.
+        ctx.save_for_backward(rows_NS.masked_fill(outside_NS, num_rows))
+        ctx.weight_shape, ctx.weight_dtype = weight_VpD.shape, weight_VpD.dtype
+        return sum_ND
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        """Return the shard's gradient, ``[Vp, D]`` in the weight's dtype: one rounding of the float32 sum."""
+        (rows_NS,) = ctx.saved_tensors
+        num_rows, width = ctx.weight_shape
+        grad_weight = grad_ND.new_zeros(num_rows + 1, width)
+        for rows_N in rows_NS.unbind(1):
+            grad_weight.index_add_(0, rows_N, grad_ND)
+        return grad_weight[:num_rows].to(ctx.weight_dtype), None
+
+
+class VocabParallelBagEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
+    """megatron-core's vocabulary-parallel embedding that also takes bags of tokens.
+
+    Tokens ``[B, L]`` go the ordinary way. Bags ``[B, L, S]`` come back as the means of their tokens' embeddings in
+    the same layout: ``[B, L, D]``, or ``[L / tp, B, D]`` where the embedding is reduce-scattered for sequence
+    parallelism. Collective: with tensor parallelism every rank of the group calls it.
+    """
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """Embed tokens ``[B, L]`` or bags ``[B, L, S]``."""
+        if input_.dim() == 2:
+            return super().forward(input_)
+        batch, positions, bag_size = input_.shape
+        rows_NS = input_.reshape(-1, bag_size) - self.vocab_start_index
+        sum_BLD = _BagSum.apply(self.weight, rows_NS).view(batch, positions, -1)
+        # The sum stays in float32 across the ranks' partial sums: the mean is then rounded once, whatever tp is.
+        if self.reduce_scatter_embeddings:
+            sum_LBD = sum_BLD.transpose(0, 1).contiguous()
+            reduced = reduce_scatter_to_sequence_parallel_region(sum_LBD, group=self.tp_group)
+        else:
+            reduced = reduce_from_tensor_model_parallel_region(sum_BLD, group=self.tp_group)
+        return (reduced / bag_size).to(self.weight.dtype)

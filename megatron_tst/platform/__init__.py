@@ -1,0 +1,19 @@
+"""Where a run lives: CUDA or the CPU stand-in, process groups, seeds, and which optional libraries are used."""
+
+from megatron_tst.platform.device import Device, enter_device
+from megatron_tst.platform.libraries import Libraries, find_libraries
+from megatron_tst.platform.ranks import ParallelSizes, Ranks, join_ranks, leave_ranks, main_rank_first
+from megatron_tst.platform.seeds import seed_everything
+
+__all__ = [
+    "Device",
+    "Libraries",
+    "ParallelSizes",
+    "Ranks",
+    "enter_device",
+    "find_libraries",
+    "join_ranks",
+    "leave_ranks",
+    "main_rank_first",
+    "seed_everything",
+]

@@ -1,0 +1,40 @@
+"""The device of this process: its CUDA card, or the CPU where no card exists."""
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rank computes on.
+
+    Attributes:
+        torch_device: where tensors live.
+        backend: the ``torch.distributed`` backend that connects such devices.
+        name: in words, for the run's first lines.
+    """
+
+    torch_device: torch.device
+    backend: str
+    name: str
+
+
+@functools.cache
+def enter_device() -> Device:
+    """Choose this process's device and make megatron-core use it; further calls return the same device.
+
+    With CUDA, the card is the one numbered by torchrun's ``LOCAL_RANK``. Without, megatron-core is made to run on
+    the CPU (:mod:`megatron_tst.platform.cpu`) and ranks talk through gloo.
+    """
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(index)
+        return Device(torch.device("cuda", index), "nccl", torch.cuda.get_device_name(index))
+    # Imported only here: it reads megatron-core's modules, which a CUDA run must find untouched.
+    from megatron_tst.platform.cpu import CPU, enter_cpu
+
+    enter_cpu()
+    return Device(CPU, "gloo", f"CPU, {torch.get_num_threads()} threads")

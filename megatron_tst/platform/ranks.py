@@ -1,0 +1,152 @@
+"""Processes and their groups: who this process is, and with whom it shares work."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_tst.config import UserError
+from megatron_tst.platform.device import enter_device
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """How many ranks share a model in each way; the rest of the world is data parallel.
+
+    Attributes are Megatron-LM's flags of the same names.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the grid of ranks.
+
+    Attributes:
+        rank: 0-based number in the world.
+        world_size: processes in all.
+        tp_rank: place among the ranks that share each tensor.
+        tp_size: how many they are.
+        dp_rank: place among the ranks that read different sequences.
+        dp_size: how many they are.
+        is_first_stage: whether this pipeline stage embeds tokens.
+        is_last_stage: whether this pipeline stage computes the loss.
+        last_stage_rank: global rank of the loss-computing stage of this pipeline.
+        groups: megatron-core's process groups.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    is_first_stage: bool
+    is_last_stage: bool
+    last_stage_rank: int
+    groups: ProcessGroupCollection
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for the run: writes its files and its lines."""
+        return self.rank == 0
+
+    @property
+    def owns_text(self) -> bool:
+        """Whether this pipeline stage needs text: the first embeds it, the last predicts it."""
+        return self.is_first_stage or self.is_last_stage
+
+
+def join_ranks(sizes: ParallelSizes, timeout_minutes: int = 30) -> Ranks:
+    """Join the other processes, named by torchrun's environment, and build megatron-core's groups.
+
+    Without torchrun this is a world of one process. Collective: every rank of the world calls it.
+
+    Args:
+        sizes: the parallel layout; its product must divide the world size.
+        timeout_minutes: how long a collective may wait for a missing rank.
+
+    Raises:
+        UserError: if the layout does not fit the world.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_ranks = sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size * sizes.context_parallel_size
+    if world_size % model_ranks:
+        raise UserError(
+            f"{world_size} ranks cannot hold --tensor-model-parallel-size {sizes.tensor_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {sizes.pipeline_model_parallel_size} x "
+            f"--context-parallel-size {sizes.context_parallel_size}: the world size must be a multiple of {model_ranks}"
+        )
+    device = enter_device()
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(device.backend, timeout=timeout)
+    else:
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
+        context_parallel_size=sizes.context_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
+        # With etp > 1 the dispatcher needs an uneven all-gather, which gloo lacks.
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    return _this_rank()
+
+
+def _this_rank() -> Ranks:
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+        last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def leave_ranks() -> None:
+    """Leave all process groups. Collective: every rank of the world calls it."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main_rank_first(function: Callable[[], _Result]) -> _Result:
+    """Call ``function`` on the main rank, which may write files, then on the others, which find them.
+
+    Collective: every rank of the world calls it.
+
+    Raises:
+        UserError: on every rank, if the main rank's call raised one: no rank is left waiting.
+    """
+    is_main = dist.get_rank() == 0
+    failure: list[str | None] = [None]
+    result: list[_Result] = []
+    if is_main:
+        try:
+            result.append(function())
+        except UserError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise UserError(failure[0])
+    return result[0] if is_main else function()

@@ -1,0 +1,106 @@
+"""A run as a list of phases, each a bag size and a number of optimizer steps."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one bag size.
+
+    Args:
+        bag_size: S, data tokens per position; 1 is ordinary next-token training.
+        num_steps: optimizer steps of the phase, at least 1.
+    """
+
+    bag_size: int
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        """Refuse a phase without steps or without tokens in a bag."""
+        if self.bag_size < 1:
+            raise ValueError(f"bag_size is {self.bag_size}; it must be at least 1")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}; a phase has at least 1 step")
+
+
+@dataclass(frozen=True)
+class PhasePoint:
+    """Where one step of a run lies.
+
+    Attributes:
+        index: 0-based number of the phase.
+        bag_size: S of that phase.
+        step: 0-based step within the phase.
+    """
+
+    index: int
+    bag_size: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases of a run, in order."""
+
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        """Accept any sequence of phases, refuse an empty one."""
+        object.__setattr__(self, "phases", tuple(self.phases))
+        if not self.phases:
+            raise ValueError("a schedule needs at least one phase")
+
+    @classmethod
+    def superposed(cls, bag_size: int, step_ratio: float, num_steps: int) -> "Schedule":
+        """Build the paper's two-phase run: the first ``round(step_ratio * num_steps)`` steps read bags.
+
+        With bag size 1 or a ratio that rounds to no step the run is one ordinary phase.
+
+        Raises:
+            ValueError: if ``step_ratio`` is outside 0 .. 1, or a phase is invalid.
+        """
+        if not 0.0 <= step_ratio <= 1.0:
+            raise ValueError(f"step_ratio is {step_ratio}; it must lie between 0 and 1")
+        Phase(bag_size, num_steps)
+        superposed_steps = 0 if bag_size == 1 else round(step_ratio * num_steps)
+        parts = ((bag_size, superposed_steps), (1, num_steps - superposed_steps))
+        return cls(tuple(Phase(size, steps) for size, steps in parts if steps))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return sum(phase.num_steps for phase in self.phases)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """For each phase, the number of steps done when it is complete."""
+        return tuple(accumulate(phase.num_steps for phase in self.phases))
+
+    def phase_at(self, step: int) -> PhasePoint:
+        """Return the phase that the 0-based ``step`` belongs to, and the step's place in it.
+
+        Raises:
+            ValueError: if the step lies outside the run.
+        """
+        start = 0
+        for index, (phase, end) in enumerate(zip(self.phases, self.ends, strict=True)):
+            if start <= step < end:
+                return PhasePoint(index, phase.bag_size, step - start)
+            start = end
+        raise ValueError(f"step {step} lies outside the run of {self.num_steps} steps")
+
+    def samples_per_phase(self, step: int, global_batch_size: int) -> tuple[int, ...]:
+        """Return the sequences that each phase has consumed once ``step`` steps are done."""
+        starts = (0, *self.ends[:-1])
+        return tuple(
+            min(max(step - start, 0), phase.num_steps) * global_batch_size
+            for start, phase in zip(starts, self.phases, strict=True)
+        )
+
+    def data_tokens(self, step: int, positions_per_step: int) -> int:
+        """Return the data tokens read once ``step`` steps are done: positions times bag size."""
+        sequences = self.samples_per_phase(step, 1)
+        return sum(
+            count * phase.bag_size * positions_per_step for count, phase in zip(sequences, self.phases, strict=True)
+        )

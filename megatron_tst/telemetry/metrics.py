@@ -1,0 +1,79 @@
+"""Metrics of a run, one JSON object per line in ``metrics.jsonl``."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One logged optimizer step.
+
+    Attributes:
+        step: 1-based, after the update.
+        phase: 0-based.
+        bag_size: data tokens per position of the phase.
+        loss_kind: ``mce`` with bags, ``ce`` without; nats per position.
+        loss: of this step's global batch.
+        lr: learning rate of this step.
+        grad_norm: global gradient norm before clipping.
+        data_tokens: read since the start of the run.
+        positions: computed since the start of the run.
+        step_time_s: mean seconds per step since the line before.
+        data_tokens_per_s: over the same steps, all ranks.
+        positions_per_s: over the same steps, all ranks.
+        tflops_per_gpu: model FLOPs per second and rank, in 1e12.
+    """
+
+    step: int
+    phase: int
+    bag_size: int
+    loss_kind: Literal["mce", "ce"]
+    loss: float
+    lr: float
+    grad_norm: float
+    data_tokens: int
+    positions: int
+    step_time_s: float
+    data_tokens_per_s: float
+    positions_per_s: float
+    tflops_per_gpu: float
+
+
+@dataclass(frozen=True)
+class ValidMetrics:
+    """One evaluation.
+
+    Attributes:
+        step: 1-based number of updates done.
+        valid_loss: next-token cross-entropy with bag size 1, nats per token, in every phase.
+    """
+
+    step: int
+    valid_loss: float
+
+
+class MetricsFile:
+    """Appends metrics to ``metrics.jsonl``; a line is on disk as soon as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file for appending."""
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics | ValidMetrics) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Mapping[str, Any]]:
+    """Read all lines of a ``metrics.jsonl``; a last line cut off by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,7 @@
+"""The loop, one step, evaluation, optimizer and schedule."""
+
+from megatron_tst.training.loop import evaluate, train
+from megatron_tst.training.run import Run, build_run
+from megatron_tst.training.step import Stepper, StepReport
+
+__all__ = ["Run", "StepReport", "Stepper", "build_run", "evaluate", "train"]

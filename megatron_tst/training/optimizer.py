@@ -1,0 +1,67 @@
+"""megatron-core's AdamW and learning-rate schedule, from settings."""
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_tst.config import OptimizerSettings
+
+
+def build_optimizer(
+    settings: OptimizerSettings, chunks: list[torch.nn.Module], bf16: bool, overlap_param_gather: bool
+) -> MegatronOptimizer:
+    """Build AdamW over this rank's model chunks; norms and biases are not decayed.
+
+    Collective: every rank of the world calls it.
+
+    Args:
+        settings: rates, betas, clipping, sharding.
+        chunks: as :func:`megatron_tst.model.build_model` returns them.
+        bf16: whether weights are bfloat16 with float32 main weights.
+        overlap_param_gather: whether sharded parameters are gathered during the forward pass.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, chunks)
+
+
+def build_scheduler(
+    settings: OptimizerSettings, optimizer: MegatronOptimizer, train_iters: int, global_batch_size: int
+) -> OptimizerParamScheduler:
+    """Build the learning-rate schedule; like Megatron-LM it counts in sequences.
+
+    Args:
+        settings: peak, end and shape of the learning rate.
+        optimizer: whose rate to set.
+        train_iters: optimizer steps of the run.
+        global_batch_size: sequences per step.
+    """
+    decay_iters = settings.lr_decay_iters or train_iters
+    wsd_decay_iters = settings.lr_wsd_decay_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters * global_batch_size,
+        lr_decay_steps=decay_iters * global_batch_size,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=train_iters * global_batch_size,
+        wd_incr_style="constant",
+        wsd_decay_steps=None if wsd_decay_iters is None else wsd_decay_iters * global_batch_size,
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
+    )

@@ -1,0 +1,170 @@
+"""Everything a run holds, built from its settings."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tst.config import RunConfig, dump_config, global_batch_size
+from megatron_tst.data.batches import BatchShape, TextReader
+from megatron_tst.data.build import RunData, SamplePlan, build_run_data
+from megatron_tst.data.samples import RunText
+from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tst.model import build_model, padded_vocab_size
+from megatron_tst.platform import (
+    Device,
+    Libraries,
+    ParallelSizes,
+    Ranks,
+    enter_device,
+    find_libraries,
+    join_ranks,
+    main_rank_first,
+    seed_everything,
+)
+from megatron_tst.superposition import Phase, Schedule, bag_weights
+from megatron_tst.telemetry import RunDirectory, short, step_flops
+from megatron_tst.training.optimizer import build_optimizer, build_scheduler
+from megatron_tst.training.step import Stepper
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, ready to train.
+
+    Attributes:
+        config: its settings.
+        schedule: its phases.
+        ranks: this rank's place.
+        device: what it computes on.
+        tokenizer: vocabulary and end of document.
+        num_tokens: tokens of the vocabulary before padding.
+        global_batch_size: sequences per step.
+        flops_per_step: model FLOPs of one step over all ranks.
+        data: what it reads.
+        stepper: model, optimizer and schedule.
+        directory: what it leaves behind.
+    """
+
+    config: RunConfig
+    schedule: Schedule
+    ranks: Ranks
+    device: Device
+    tokenizer: Tokenizer
+    num_tokens: int
+    global_batch_size: int
+    flops_per_step: int
+    data: RunData
+    stepper: Stepper
+    directory: RunDirectory
+
+    def batch_shape(self, bag_size: int) -> BatchShape:
+        """Return what text is turned into at a bag size."""
+        assert self.config.model.seq_length is not None
+        weights = bag_weights(self.config.superposition.tst_bag_weights, bag_size, self.device.torch_device)
+        masked_after = self.tokenizer.eod if self.config.data.eod_mask_loss else None
+        return BatchShape(self.config.model.seq_length, bag_size, weights, masked_after)
+
+    def read(self, text: RunText, schedule: Schedule, num_workers: int) -> TextReader:
+        """Start reading the micro-batches of a schedule."""
+        assert self.config.training.micro_batch_size is not None
+        return TextReader(
+            text,
+            schedule,
+            self.ranks,
+            micro_batch_size=self.config.training.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            vocab_size=self.num_tokens,
+            num_workers=num_workers,
+        )
+
+    @property
+    def validation(self) -> Schedule | None:
+        """The evaluation as a schedule of its own: ordinary batches, or None where nothing is held out."""
+        if self.data.valid is None:
+            return None
+        return Schedule((Phase(1, len(self.data.valid.phases[0]) // self.global_batch_size),))
+
+
+def build_run(config: RunConfig) -> Run:
+    """Build everything before the first step.
+
+    Collective: every rank of the world calls it.
+
+    Raises:
+        UserError: if a setting or a file cannot be used.
+    """
+    training, model = config.training, config.model
+    assert model.seq_length and training.train_iters and config.logging.tst_run_dir and config.data.tokenizer_model
+    device, libraries = enter_device(), find_libraries()
+    ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
+    batch_size = global_batch_size(training, ranks.dp_size)
+    tokenizer = load_tokenizer(config.data.tokenizer_model)
+    num_tokens = max(model.vocab_size or 0, tokenizer.vocab_size)
+    directory = RunDirectory(Path(config.logging.tst_run_dir))
+    cache = Path(config.data.data_cache_path or directory.index_cache)
+    plan = SamplePlan(tokenizer, model.seq_length, batch_size, training.seed, cache)
+    data = build_run_data(config.data, config.schedule, training.eval_iters, plan)
+    main_rank_first(lambda: directory.create(dump_config(config)) if ranks.is_main else None)
+    if ranks.is_main:
+        directory.start_logging()
+    seed_everything(training.seed)
+    chunks = build_model(config, num_tokens, ranks, libraries)
+    optimizer = build_optimizer(config.optimizer, chunks, training.bf16, config.parallel.overlap_param_gather)
+    scheduler = build_scheduler(config.optimizer, optimizer, training.train_iters, batch_size)
+    assert training.micro_batch_size
+    stepper = Stepper(
+        chunks,
+        optimizer,
+        scheduler,
+        ranks,
+        seq_length=model.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=batch_size,
+    )
+    padded = padded_vocab_size(num_tokens, model.make_vocab_size_divisible_by, ranks.tp_size)
+    run = Run(
+        config=config,
+        schedule=config.schedule,
+        ranks=ranks,
+        device=device,
+        tokenizer=tokenizer,
+        num_tokens=num_tokens,
+        global_batch_size=batch_size,
+        flops_per_step=step_flops(model, padded, batch_size),
+        data=data,
+        stepper=stepper,
+        directory=directory,
+    )
+    _announce(run, libraries)
+    return run
+
+
+def _parallel_sizes(config: RunConfig) -> ParallelSizes:
+    parallel, layers = config.parallel, config.model.num_layers or 0
+    per_stage = parallel.num_layers_per_virtual_pipeline_stage
+    return ParallelSizes(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=per_stage and layers // parallel.pipeline_model_parallel_size // per_stage,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+    )
+
+
+def _announce(run: Run, libraries: Libraries) -> None:
+    """Say once what is about to be trained, on what, and how often the text is read."""
+    if not run.ranks.is_main:
+        return
+    layers = "Transformer Engine layers" if libraries.transformer_engine else "megatron-core layers, torch attention"
+    logger.info("using: %s, %d ranks, %s, native cross-entropy", run.device.name, run.ranks.world_size, layers)
+    parameters = sum(parameter.numel() for chunk in run.stepper.chunks for parameter in chunk.parameters())
+    logger.info("model: %s parameters on this rank, vocabulary %d", short(parameters), run.num_tokens)
+    assert run.config.model.seq_length
+    for index, (phase, text) in enumerate(zip(run.schedule.phases, run.data.train.phases, strict=True)):
+        tokens = len(text) * run.config.model.seq_length * phase.bag_size
+        logger.info(
+            "phase %d: %d steps, bag size %d, %s data tokens, %.2f epochs of its documents",
+            index + 1, phase.num_steps, phase.bag_size, short(tokens), text.num_epochs,
+        )  # fmt: skip

@@ -1,0 +1,140 @@
+"""One optimizer step, and one evaluation, through megatron-core's pipeline schedules."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_tst.data.batches import Batch
+from megatron_tst.platform import Ranks
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did.
+
+    Attributes:
+        loss: float32 scalar, the global loss sum over the global weight; the same on every rank.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate that was applied.
+    """
+
+    loss: Tensor
+    grad_norm: float
+    lr: float
+
+
+class Stepper:
+    """Runs micro-batches through the model and steps the optimizer.
+
+    The loss is the sum of all row losses over the sum of all target weights, over micro-batches and data-parallel
+    ranks alike. A step's text is read before its first forward pass, so the global weight is known when the first
+    loss is divided by it.
+    """
+
+    def __init__(
+        self,
+        chunks: list[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        ranks: Ranks,
+        *,
+        seq_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+    ) -> None:
+        """Tie model and optimizer together.
+
+        Args:
+            chunks: this rank's model chunks.
+            optimizer: over them.
+            scheduler: of its learning rate.
+            ranks: this rank's place.
+            seq_length: positions per sequence, the same in every phase.
+            micro_batch_size: sequences per micro-batch.
+            global_batch_size: sequences per step over all ranks.
+        """
+        self.chunks, self.optimizer, self.scheduler, self._ranks = chunks, optimizer, scheduler, ranks
+        self.num_microbatches = global_batch_size // (micro_batch_size * ranks.dp_size)
+        self._global_batch_size = global_batch_size
+        self._schedule = partial(
+            get_forward_backward_func(),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=self.num_microbatches,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+        )
+        get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
+
+    def train(self, batches: list[Batch | None]) -> StepReport:
+        """Take one optimizer step over this rank's micro-batches; None on stages that own no text.
+
+        Collective: every rank of the world calls it.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self._run(batches, forward_only=False)
+        lr = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=self._global_batch_size)
+        return StepReport(loss=loss, grad_norm=float(grad_norm), lr=lr)
+
+    def evaluate(self, batches: list[Batch | None]) -> Tensor:
+        """Return the loss of one global batch, without gradients; the same on every rank.
+
+        Collective: every rank of the world calls it.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            return self._run(batches, forward_only=True)
+
+    def _run(self, batches: list[Batch | None], forward_only: bool) -> Tensor:
+        global_weight = self._global_weight(batches)
+        losses: list[Tensor] = self._schedule(
+            forward_step_func=partial(self._forward, global_weight=global_weight),
+            data_iterator=[iter(batches) for _ in self.chunks],
+            forward_only=forward_only,
+        )
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=torch.cuda.current_device())
+        groups = self._ranks.groups
+        if self._ranks.is_last_stage:
+            dist.all_reduce(loss, group=groups.dp_cp)
+        if groups.pp.size() > 1:
+            dist.broadcast(loss, self._ranks.last_stage_rank, group=groups.pp)
+        return loss
+
+    def _global_weight(self, batches: list[Batch | None]) -> Tensor:
+        """Return the weight of all valid targets of the step; meaningful where the loss is computed."""
+        weights = [batch.weight for batch in batches if batch is not None]
+        weight = torch.stack(weights).sum() if weights else torch.zeros((), device=torch.cuda.current_device())
+        if self._ranks.is_last_stage:
+            dist.all_reduce(weight, group=self._ranks.groups.dp)
+        return weight
+
+    def _forward(self, batches: Iterator[Batch | None], model: torch.nn.Module, global_weight: Tensor) -> Any:
+        batch = next(batches)
+        inputs = (None, None, None, None) if batch is None else (batch.inputs, batch.position_ids, None, batch.labels)
+        input_ids, position_ids, attention_mask, labels = inputs
+        output = model(input_ids, position_ids, attention_mask, labels=labels)
+        return output, partial(self._loss, global_weight=global_weight)
+
+    def _loss(self, row_loss_BL: Tensor, global_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss to differentiate and this micro-batch's part of the step's loss.
+
+        megatron-core averages over micro-batches and data-parallel ranks; the sum is meant, so both are undone here.
+        """
+        # A batch without any valid target has loss 0, not 0 / 0.
+        part = row_loss_BL.sum() / global_weight.clamp(min=torch.finfo(torch.float32).tiny)
+        return part * (self.num_microbatches * self._ranks.dp_size), part.detach()

@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Pre-train a GPT with megatron-core, by Token Superposition Training where a bag size is set.
+
+python pretrain_tst.py --config examples/quickstart/tst.yaml
+torchrun --nproc-per-node 8 pretrain_tst.py --config ... --tensor-model-parallel-size 2
+"""
+
+import os
+import sys
+
+from megatron_tst.config import EXIT_CODE, RunConfig, UserError, parse_config
+
+
+def main(config: RunConfig) -> None:
+    """Build the run and train it."""
+    from megatron_tst.platform import leave_ranks
+    from megatron_tst.training import build_run, train
+
+    try:
+        train(build_run(config))
+    finally:
+        leave_ranks()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_config(sys.argv[1:]))
+    except UserError as error:
+        # Every rank meets the same error; one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pretrain_tst.py: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE)

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+r"""Turn text into megatron-core's .bin/.idx files.
+
+    python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus \
+        --tokenizer-model data/tokenizer.json --tst-train-bpe 4096 --append-eod --workers 2
+
+Inputs are text files (one document each), folders of them, and .jsonl, .jsonl.gz or .jsonl.zst (one document a line).
+Writes OUTPUT_PREFIX_text_document.bin and .idx, as Megatron-LM's tool of this name does.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_tst.config import EXIT_CODE, UserError
+from megatron_tst.data.documents import Skipped, list_inputs, read_documents
+from megatron_tst.data.preprocess import Written, write_indexed
+from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; flags shared with Megatron-LM's tool carry its names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--input", nargs="+", required=True, help="files and folders")
+    parser.add_argument("--output-prefix", required=True, help="path without suffix")
+    parser.add_argument("--tokenizer-model", required=True, help="a tokenizer.json, or where --tst-train-bpe writes it")
+    parser.add_argument(
+        "--tst-train-bpe", type=int, metavar="VOCAB", help="learn a byte-level BPE from the input first"
+    )
+    parser.add_argument("--json-keys", default="text", help="key of the text in a line of JSON")
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument("--workers", type=int, default=1, help="processes that encode")
+    parser.add_argument("--tst-suffixes", nargs="*", default=[], help="of the files in a folder, take these: .py .txt")
+    parser.add_argument("--tst-exclude", nargs="*", default=[], help="leave out folders of these names: site-packages")
+    parser.add_argument("--tst-shuffle-files", type=int, metavar="SEED", help="read the files in a random order")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Learn the tokenizer if asked to, then encode."""
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: must be at least 1")
+    files = list_inputs(arguments.input, tuple(arguments.tst_suffixes), frozenset(arguments.tst_exclude))
+    if arguments.tst_shuffle_files is not None:
+        random.Random(arguments.tst_shuffle_files).shuffle(files)  # noqa: S311
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tokenizer = _tokenizer(arguments, files)
+        task = progress.add_task("encoding", total=sum(file.stat().st_size for file in files))
+        skipped = Skipped()
+        written = write_indexed(
+            read_documents(files, arguments.json_keys, skipped),
+            tokenizer,
+            Path(f"{arguments.output_prefix}_{arguments.json_keys}_document"),
+            append_eod=arguments.append_eod,
+            workers=arguments.workers,
+            on_progress=lambda num_bytes: progress.advance(task, num_bytes),
+        )
+    _report(written, tokenizer, skipped)
+
+
+def _tokenizer(arguments: argparse.Namespace, files: list[Path]) -> Tokenizer:
+    if arguments.tst_train_bpe is None:
+        return load_tokenizer(arguments.tokenizer_model)
+    # What cannot be read is counted when it is encoded.
+    texts = (document.text for document in read_documents(files, arguments.json_keys, Skipped()))
+    print(f"learning a byte-level BPE of {arguments.tst_train_bpe} tokens", flush=True)
+    return train_bpe(texts, arguments.tst_train_bpe, Path(arguments.tokenizer_model))
+
+
+def _report(written: Written, tokenizer: Tokenizer, skipped: Skipped) -> None:
+    print(
+        f"{written.prefix}.bin/.idx: {written.num_documents:,} documents, {written.num_tokens:,} data tokens, "
+        f"vocabulary {tokenizer.vocab_size}"
+    )
+    if skipped.total:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.counts.items())
+        print(f"left out {skipped.total:,} documents: {reasons}; first: {'; '.join(skipped.examples)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except UserError as error:
+        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
