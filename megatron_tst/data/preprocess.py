@@ -86,8 +86,9 @@ def write_indexed(
     except OSError as error:
         raise UserError(f"--output-prefix {prefix}: cannot be written: {error}") from error
     finally:
-        partial_bin.unlink(missing_ok=True)
-        partial_idx.unlink(missing_ok=True)
+        for partial in (partial_bin, partial_idx):
+            if partial.exists():
+                partial.unlink()
     return Written(prefix, num_documents, num_tokens)
 
 

@@ -54,8 +54,8 @@ class IdleStream:
         """Accept whatever a stream or event is made with."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Answer wait_stream, record, synchronize, ... by doing nothing."""
-        return _returning(None)
+        """Answer wait_stream, record_event, synchronize, ... by doing nothing; an event is as idle as its stream."""
+        return _returning(self)
 
 
 def _returning(value: Any) -> Callable[..., Any]:

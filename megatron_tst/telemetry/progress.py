@@ -59,8 +59,8 @@ class TrainingProgress:
             self._bar.update(self._task, completed=metrics.step, phase=f"{phase} s={metrics.bag_size}", facts=facts)
             return
         logger.info(
-            f"step {metrics.step}/{self._num_steps}  phase {phase}  s={metrics.bag_size}  {facts}  lr {metrics.lr:.3g}  "
-            f"grad norm {metrics.grad_norm:.3f}  read {short(metrics.data_tokens)} data tokens"
+            f"step {metrics.step}/{self._num_steps}  phase {phase}  s={metrics.bag_size}  {facts}  "
+            f"lr {metrics.lr:.3g}  grad norm {metrics.grad_norm:.3f}  read {short(metrics.data_tokens)} data tokens"
         )
 
     def show_valid(self, metrics: ValidMetrics) -> None:

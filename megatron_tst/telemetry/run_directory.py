@@ -60,6 +60,10 @@ class RunDirectory:
         handlers = logging.StreamHandler(), logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         package = logging.getLogger("megatron_tst")
         package.setLevel(logging.INFO)
+        # A process may train one run after another: each has the log to itself.
+        for handler in list(package.handlers):
+            package.removeHandler(handler)
+            handler.close()
         for handler in handlers:
             handler.setFormatter(formatter)
             package.addHandler(handler)

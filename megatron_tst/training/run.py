@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tst.config import RunConfig, dump_config, global_batch_size
+from megatron_tst.config import RunConfig, UserError, dump_config, global_batch_size
 from megatron_tst.data.batches import BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
@@ -98,6 +98,7 @@ def build_run(config: RunConfig) -> Run:
     training, model = config.training, config.model
     assert model.seq_length and training.train_iters and config.logging.tst_run_dir and config.data.tokenizer_model
     device, libraries = enter_device(), find_libraries()
+    _check_device(config, device)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
     batch_size = global_batch_size(training, ranks.dp_size)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
@@ -139,6 +140,21 @@ def build_run(config: RunConfig) -> Run:
     )
     _announce(run, libraries)
     return run
+
+
+def _check_device(config: RunConfig, device: Device) -> None:
+    """Refuse what only CUDA devices can do where there are none."""
+    if device.torch_device.type == "cuda":
+        return
+    parallel = config.parallel
+    size = parallel.context_parallel_size
+    for wanted, flag, reason in (
+        (size > 1, f"--context-parallel-size {size}", "needs Transformer Engine's attention, which needs CUDA"),
+        (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "needs CUDA streams"),
+        (parallel.overlap_param_gather, "--overlap-param-gather", "needs CUDA streams"),
+    ):
+        if wanted:
+            raise UserError(f"{flag}: {reason}, and this machine has no CUDA device")
 
 
 def _parallel_sizes(config: RunConfig) -> ParallelSizes:

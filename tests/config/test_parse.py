@@ -1,0 +1,141 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.config import PRESETS, RunConfig, UserError, dump_config, parse_config
+from megatron_tst.superposition import Phase
+
+GOOD = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --micro-batch-size 4 --train-iters 10 "
+    "--lr 1e-3 --tokenizer-model tokenizer.json --tst-run-dir run --data-path corpus"
+).split()
+
+
+def parse(extra: str) -> RunConfig:
+    return parse_config([*GOOD, *extra.split()])
+
+
+def test_flags_are_flat_and_typed():
+    config = parse("--tst-bag-size 4 --tst-step-ratio 0.3 --bf16 --lr-decay-style cosine --data-path 0.5 a 0.5 b")
+    assert config.model.num_layers == 2
+    assert config.training.bf16 is True
+    assert config.optimizer.lr == 1e-3
+    assert config.data.data_path == ("0.5", "a", "0.5", "b")
+    assert config.schedule.phases == (Phase(4, 3), Phase(1, 7))
+
+
+def test_yaml_under_flags_over_preset(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {tst_preset: 270m, num_layers: 3}\noptimizer: {lr: 3e-4}\ntraining: {train_iters: 7}\n")
+    config = parse_config(["--config", str(file), *GOOD[2:12], "--tokenizer-model", "t", "--tst-run-dir", "r",
+                           "--data-path", "c", "--num-query-groups", "2"])  # fmt: skip
+    assert config.model.num_layers == 3
+    assert config.model.ffn_hidden_size == PRESETS["270m"]["ffn_hidden_size"]
+    assert config.model.hidden_size == 64
+    assert config.optimizer.lr == 3e-4
+    assert config.training.train_iters == 10
+
+
+def test_phases_of_any_number(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("phases: [{bag_size: 8, steps: 2}, {bag_size: 2, steps: 3}, {bag_size: 1, steps: 5}]\n")
+    config = parse_config([*GOOD, "--config", str(file)])
+    assert config.schedule.phases == (Phase(8, 2), Phase(2, 3), Phase(1, 5))
+    with pytest.raises(UserError, match="--train-iters 11: must be the sum of the phases' steps, 10"):
+        parse_config([*GOOD, "--config", str(file), "--train-iters", "11"])
+
+
+def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
+    config = parse("--tst-preset 600m --hidden-size 960 --num-attention-heads 15 --tst-bag-size 6 --tst-steps 3")
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    again = parse_config(["--config", str(file)])
+    assert dump_config(again) == dump_config(config)
+    assert again.schedule == config.schedule
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--tst-bag-size 0", "--tst-bag-size 0: must be at least 1"),
+        ("--tst-bag-size 4", "--tst-bag-size 4: needs --tst-step-ratio"),
+        ("--tst-bag-size 4 --tst-step-ratio 1.2", "--tst-step-ratio 1.2: must lie between 0 and 1"),
+        ("--tst-bag-size 4 --tst-steps 11", "--tst-steps 11: must lie between 0 and --train-iters 10"),
+        ("--tst-bag-size 4 --tst-steps 3 --tst-step-ratio 0.3", "excludes --tst-step-ratio"),
+        ("--hidden-size 66", "--hidden-size 66: must be a multiple of --num-attention-heads 4"),
+        ("--group-query-attention --num-query-groups 3", "--num-query-groups 3: must divide"),
+        ("--max-position-embeddings 64", "--max-position-embeddings 64: must be at least --seq-length 128"),
+        ("--tensor-model-parallel-size 3", "--tensor-model-parallel-size 3: must divide --num-attention-heads 4"),
+        (
+            "--seq-length 127 --tensor-model-parallel-size 2 --sequence-parallel",
+            "--seq-length 127: with --sequence-parallel must be a multiple of --tensor-model-parallel-size 2",
+        ),
+        (
+            "--context-parallel-size 2 --seq-length 126",
+            "--seq-length 126: must be a multiple of 2 x --context-parallel",
+        ),
+        ("--pipeline-model-parallel-size 4", "--num-layers 2: must be a multiple of --pipeline-model-parallel-size 4"),
+        ("--num-layers-per-virtual-pipeline-stage 1", "needs --pipeline-model-parallel-size above 1"),
+        ("--expert-model-parallel-size 2", "--expert-model-parallel-size 2: must divide --num-experts 0"),
+        ("--num-experts 4 --moe-router-topk 5", "--moe-router-topk 5: must lie between 1 and --num-experts 4"),
+        ("--num-experts 4 --tensor-model-parallel-size 2", "needs --sequence-parallel"),
+        ("--global-batch-size 6", "--global-batch-size 6: must be a multiple of --micro-batch-size 4"),
+        ("--lr-warmup-iters 10", "--lr-warmup-iters 10: must lie below"),
+        ("--lr-decay-style WSD", "--lr-wsd-decay-iters None: with --lr-decay-style WSD"),
+        ("--min-lr 1", "--min-lr 1.0: must lie between 0 and --lr"),
+        ("--train-iters 0", "--train-iters 0: must be above 0"),
+        ("--recompute-granularity full", "needs --recompute-method"),
+        ("--valid-data-path x", "--data-path: excludes"),
+        ("--reset-position-ids", "--reset-position-ids: is not taken: a bag may span two documents"),
+        ("--reset-attention-mask", "--reset-attention-mask: is not taken"),
+        ("--mtp-num-layers 2", "--mtp-num-layers 2: is not taken: multi-token prediction"),
+        ("--train-samples 100", "--train-samples 100: is not taken: a run is counted in steps"),
+        ("--superposition-bag-size 4", "use --tst-bag-size"),
+        ("--loss-sclae 3", "--loss-sclae 3: unknown"),
+        ("--lr ten", "--lr"),
+        ("--lr-decay-style sqrt", "invalid choice 'sqrt' for argument '--lr-decay-style'"),
+        ("--tst-preset 5b", "--tst-preset 5b: unknown; choose from 270m"),
+        ("--config missing.yaml", "--config missing.yaml: cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line_with_flag_value_and_rule(extra, message):
+    with pytest.raises(UserError) as caught:
+        parse(extra)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--num-layers", "--lr", "--tokenizer-model", "--tst-run-dir", "--data-path"])
+def test_what_must_be_given(flag):
+    place = GOOD.index(flag)
+    with pytest.raises(UserError, match=flag):
+        parse_config(GOOD[:place] + GOOD[place + 2 :])
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("modell: {}", "'modell' is not a section"),
+        ("model: {layers: 2}", "model.layers: is not a setting"),
+        ("model: {num_layers: two}", "model.num_layers 'two'"),
+        ("training: {train_samples: 2}", "training.train_samples: is not taken: a run is counted in steps"),
+        ("phases: [{bag: 2}]", "phases must be a list"),
+        ("phases: [{bag_size: 0, steps: 2}]", "at least 1"),
+        ("[1, 2]", "must hold sections"),
+        ("model: [", "is not YAML"),
+        ("model: !!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_a_mistake_in_yaml_names_file_and_place(tmp_path: Path, yaml, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(yaml)
+    with pytest.raises(UserError) as caught:
+        parse_config([*GOOD, "--config", str(file)])
+    assert message in str(caught.value) and "bad.yaml" in str(caught.value)
+
+
+def test_help_lists_the_flags(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--help"])
+    assert stopped.value.code == 0
+    assert "--tst-bag-size" in capsys.readouterr().out

@@ -1,0 +1,35 @@
+"""One process joins megatron-core's groups once; corpora and tokenizers are made small."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tst.data.tokenizer import Tokenizer, train_bpe
+from megatron_tst.platform import ParallelSizes, Ranks, join_ranks, leave_ranks, seed_everything
+from tests.corpora import FILES
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    ranks = join_ranks(ParallelSizes())
+    yield ranks
+    leave_ranks()
+
+
+@pytest.fixture
+def rank(one_rank: Ranks) -> Ranks:
+    """A world of one rank, freshly seeded."""
+    seed_everything(1234)
+    return one_rank
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    texts = (Path(file).read_text(encoding="utf-8") for file in FILES)
+    return train_bpe(texts, 300, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")

@@ -1,0 +1,25 @@
+"""Small corpora: real text of the standard library, and documents that can be traced by their tokens."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+FILES = [argparse.__file__, json.__file__, json.decoder.__file__]
+
+
+def write_corpus(prefix: Path, documents: list[list[int]], vocab_size: int) -> str:
+    """Write documents of token ids as megatron-core's files; returns the prefix."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
+    for document in documents:
+        builder.add_document(numpy.array(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def traceable_documents(count: int, seed: int = 0) -> list[list[int]]:
+    """Documents of random length whose every token is the document's own number."""
+    lengths = numpy.random.default_rng(seed).integers(3, 40, count)
+    return [[number] * int(length) for number, length in enumerate(lengths)]

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.config import UserError
+from megatron_tst.data.corpus import open_blend, split_documents
+from tests.corpora import traceable_documents, write_corpus
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    return write_corpus(tmp_path / "corpus", traceable_documents(50), 50)
+
+
+def test_a_blend_is_prefixes_or_weights_and_prefixes(prefix):
+    assert [c.weight for c in open_blend((prefix,), "--data-path")] == [1.0]
+    assert [c.weight for c in open_blend((prefix, prefix), "--data-path")] == [1.0, 1.0]
+    blend = open_blend(("0.3", prefix, "0.7", prefix), "--data-path")
+    assert [(c.weight, c.prefix) for c in blend] == [(0.3, prefix), (0.7, prefix)]
+    assert blend[0].lengths.tolist() == [len(document) for document in traceable_documents(50)]
+
+
+@pytest.mark.parametrize("names", [("0.3", "a", "0.7"), ("0", "a", "1", "b"), ("-1", "a", "1", "b")])
+def test_a_malformed_blend_is_refused(names):
+    with pytest.raises(UserError, match="weights above 0 and prefixes in turn"):
+        open_blend(names, "--data-path")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_missing_file_is_named(prefix, suffix):
+    Path(prefix + suffix).unlink()
+    with pytest.raises(UserError, match=f"corpus{suffix} does not exist"):
+        open_blend((prefix,), "--data-path")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("kept", [0.5, 0.99])
+def test_a_truncated_file_is_named(prefix, suffix, kept):
+    file = Path(prefix + suffix)
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * kept)])
+    with pytest.raises(UserError, match=rf"corpus{suffix} is truncated: \d+ bytes, \d+ expected"):
+        open_blend((prefix,), "--data-path")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an index, whatever its name says"])
+def test_what_is_no_index_is_named(prefix, content):
+    Path(prefix + ".idx").write_bytes(content)
+    with pytest.raises(UserError, match="is not an index"):
+        open_blend((prefix,), "--data-path")
+
+
+def test_an_empty_corpus_is_named(tmp_path: Path):
+    prefix = write_corpus(tmp_path / "empty", [], 50)
+    with pytest.raises(UserError, match="holds no documents"):
+        open_blend((prefix,), "--data-path")
+
+
+@pytest.mark.parametrize("split", ["969,30,1", "98,2,0", "1", "0.5,0.5"])
+def test_the_split_is_megatron_cores(split):
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    ranges = split_documents(split, 1758)
+    for name, bounds in zip(("train", "valid", "test"), matrix, strict=True):
+        start, stop = ranges[name]
+        assert (start, stop) == (round(bounds[0] * 1758), round(bounds[1] * 1758)) if bounds else start == stop
+
+
+@pytest.mark.parametrize("split", ["a,b", "0,0,0", "1,1,1,1", "-1,2"])
+def test_a_malformed_split_is_refused(split):
+    with pytest.raises(UserError, match="must be up to three shares"):
+        split_documents(split, 100)

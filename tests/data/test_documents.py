@@ -1,0 +1,74 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megatron_tst.config import UserError
+from megatron_tst.data.documents import Skipped, list_inputs, read_documents
+
+LINES = [json.dumps({"text": f"document {n}: naïve ☃"}) for n in range(4)]
+PACK = {
+    "plain.jsonl": lambda data: data,
+    "packed.jsonl.gz": gzip.compress,
+    "packed.jsonl.zst": zstandard.compress,
+}
+
+
+def texts(files, key="text"):
+    skipped = Skipped()
+    return [document.text for document in read_documents(files, key, skipped)], skipped
+
+
+@pytest.mark.parametrize("name", PACK)
+def test_json_lines_plain_and_packed(tmp_path: Path, name):
+    file = tmp_path / name
+    file.write_bytes(PACK[name]("\n".join(LINES).encode()))
+    found, skipped = texts([file])
+    assert found == [json.loads(line)["text"] for line in LINES]
+    assert skipped.total == 0
+
+
+def test_bad_lines_are_left_out_counted_and_named(tmp_path: Path):
+    file = tmp_path / "bad.jsonl"
+    bad = [b'{"text": "\xff"}', b"{broken", b'{"other": 1}', b'{"text": 3}', b'["text"]', b'{"text": ""}']
+    file.write_bytes(b"\n".join([LINES[0].encode(), *bad, b"", LINES[1].encode()]))
+    found, skipped = texts([file])
+    assert found == [json.loads(line)["text"] for line in LINES[:2]]
+    assert skipped.counts == {"not UTF-8": 1, "not JSON": 1, "no text under 'text'": 3, "empty": 1}
+    assert skipped.examples[0] == f"{file}:2 (not UTF-8)"
+
+
+def test_a_text_file_is_one_document(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "c.txt").write_text("")
+    found, skipped = texts(list_inputs([str(tmp_path)]))
+    assert found == ["one\ntwo\n"]
+    assert skipped.counts == {"not UTF-8": 1, "empty": 1}
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst"])
+def test_a_truncated_archive_is_named(tmp_path: Path, name):
+    packed = PACK["packed" + name.removeprefix("cut")]("\n".join(LINES * 200).encode())
+    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+    if name.endswith(".zst"):
+        (tmp_path / name).write_bytes(b"no zstandard at all")
+    with pytest.raises(UserError, match=f"{name}: cannot be read"):
+        texts([tmp_path / name])
+
+
+def test_folders_are_walked_in_order_with_suffixes_and_exclusions(tmp_path: Path):
+    for name in ("b/two.py", "a/one.py", "a/skip/three.py", "a/four.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = list_inputs([str(tmp_path)], (".py",), frozenset({"skip"}))
+    assert [file.relative_to(tmp_path).as_posix() for file in found] == ["a/one.py", "b/two.py"]
+
+
+def test_missing_and_empty_inputs_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="nowhere: does not exist"):
+        list_inputs([str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="holds no files"):
+        list_inputs([str(tmp_path)], (".py",))

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import numpy
+import pytest
+import tokenizers
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_tst.config import UserError
+from megatron_tst.data import preprocess
+from megatron_tst.data.documents import Document
+from megatron_tst.data.preprocess import write_indexed
+
+TEXTS = [f"def function_{n}(argument):\n    return {n} * argument\n" * (n % 7 + 1) for n in range(60)]
+
+
+def documents():
+    return (Document(text, len(text)) for text in TEXTS)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(preprocess, "BATCH_CHARACTERS", 500)
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_the_files_hold_what_the_tokenizer_says(tmp_path: Path, tokenizer, append_eod):
+    written = write_indexed(documents(), tokenizer, tmp_path / "corpus", append_eod=append_eod)
+    library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    wanted = [library.encode(text).ids + [tokenizer.eod] * append_eod for text in TEXTS]
+    indexed = IndexedDataset(str(tmp_path / "corpus"))
+    assert [document.tolist() for document in indexed] == wanted
+    assert indexed.document_indices.tolist() == list(range(len(TEXTS) + 1))
+    assert (written.num_documents, written.num_tokens) == (len(TEXTS), sum(map(len, wanted)))
+    assert tokenizer.decode(wanted[3]).startswith(TEXTS[3])
+
+
+def test_worker_processes_write_the_same_files(tmp_path: Path, tokenizer):
+    for workers in (1, 2):
+        write_indexed(documents(), tokenizer, tmp_path / str(workers), workers=workers)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"1{suffix}").read_bytes() == (tmp_path / f"2{suffix}").read_bytes()
+
+
+def test_progress_adds_up_to_the_input(tmp_path: Path, tokenizer):
+    seen: list[int] = []
+    write_indexed(documents(), tokenizer, tmp_path / "corpus", on_progress=seen.append)
+    assert len(seen) > 1
+    assert sum(seen) == sum(len(text) for text in TEXTS)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interruption_leaves_nothing(tmp_path: Path, tokenizer, workers):
+    def interrupted():
+        yield from list(documents())[:40]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_indexed(interrupted(), tokenizer, tmp_path / "corpus", workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_write_is_refused(tmp_path: Path, tokenizer):
+    with pytest.raises(UserError, match="no document"):
+        write_indexed([], tokenizer, tmp_path / "corpus")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, tokenizer):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output-prefix .*corpus: cannot be written"):
+        write_indexed(documents(), tokenizer, tmp_path / "file" / "corpus")
+
+
+def test_large_vocabularies_are_stored_wide(tmp_path: Path, tokenizer, monkeypatch):
+    write_indexed(documents(), tokenizer, tmp_path / "narrow")
+    monkeypatch.setattr(tokenizer, "vocab_size", 128256)
+    write_indexed(documents(), tokenizer, tmp_path / "wide")
+    assert IndexedDataset(str(tmp_path / "narrow")).get(0).dtype == numpy.uint16
+    assert IndexedDataset(str(tmp_path / "wide")).get(0).dtype == numpy.int32

@@ -1,0 +1,191 @@
+"""What the phases read, followed document by document through the real loader."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tst.config import DataSettings, UserError
+from megatron_tst.data.batches import TextReader
+from megatron_tst.data.build import SamplePlan, build_run_data
+from megatron_tst.superposition import Phase, Schedule, bag_weights
+from tests.corpora import traceable_documents, write_corpus
+from tests.data.test_batches import shape
+
+COUNT, LENGTH, BATCH = 2000, 16, 8
+SCHEDULE = Schedule((Phase(4, 20), Phase(1, 40)))
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    return write_corpus(tmp_path / "corpus", traceable_documents(COUNT), COUNT)
+
+
+def build(prefix, tokenizer, tmp_path, schedule=SCHEDULE, seed=1, eval_iters=0, **settings):
+    plan = SamplePlan(tokenizer, LENGTH, BATCH, seed, tmp_path / "cache")
+    settings = {"data_path": (prefix,), "split": "1,0,0", **settings}
+    return build_run_data(DataSettings(**settings), schedule, eval_iters, plan)
+
+
+def read(data, rank, schedule=SCHEDULE, first_step=0, num_workers=0, micro_batch_size=2):
+    """All text of a run as this rank reads it, one [samples, T + 1] tensor per step."""
+    reader = TextReader(
+        data.train, schedule, rank, micro_batch_size=micro_batch_size, global_batch_size=BATCH, vocab_size=COUNT,
+        num_workers=num_workers, first_step=first_step,
+    )  # fmt: skip
+    steps = []
+    for step in range(first_step, schedule.num_steps):
+        bag_size = schedule.phase_at(step).bag_size
+        per_step = BATCH // micro_batch_size // rank.dp_size
+        batches = [reader.read(shape(bag_size, LENGTH)) for _ in range(per_step)]
+        # Inputs back to text: all tokens but the last of each sample.
+        steps.append(torch.cat([batch.inputs.flatten(1) for batch in batches]))
+    return steps
+
+
+def read_by(data, rank, dp_size, **kwargs):
+    """The steps of a world of dp_size ranks, each rank's part read on its own."""
+    parts = [read(data, replace(rank, dp_rank=r, dp_size=dp_size), **kwargs) for r in range(dp_size)]
+    return [torch.cat(step) for step in zip(*parts, strict=True)]
+
+
+def tokens_per_document(steps):
+    return Counter(torch.cat([step.flatten() for step in steps]).tolist())
+
+
+def test_no_document_is_read_twice_within_an_epoch_and_none_by_two_phases(rank, prefix, tokenizer, tmp_path):
+    data = build(prefix, tokenizer, tmp_path)
+    assert all(text.num_epochs <= 1 for text in data.train.phases)
+    steps = read(data, rank)
+    lengths = [len(document) for document in traceable_documents(COUNT)]
+    read_in_all = tokens_per_document(steps)
+    assert all(count <= lengths[document] for document, count in read_in_all.items())
+    superposed, ordinary = tokens_per_document(steps[:20]), tokens_per_document(steps[20:])
+    assert superposed.keys().isdisjoint(ordinary.keys())
+    assert sum(superposed.values()) == 20 * BATCH * LENGTH * 4
+    assert sum(ordinary.values()) == 40 * BATCH * LENGTH
+
+
+def test_an_epoch_skips_no_document(rank, prefix, tokenizer, tmp_path):
+    """One phase that reads its whole corpus once: every document, but for the tail shorter than a sample."""
+    total = sum(len(document) for document in traceable_documents(COUNT))
+    schedule = Schedule((Phase(1, (total - 1) // LENGTH // BATCH),))
+    steps = read(build(prefix, tokenizer, tmp_path, schedule), rank, schedule)
+    missing = total - sum(tokens_per_document(steps).values())
+    assert 0 <= missing <= (BATCH + 1) * LENGTH
+    assert len(tokens_per_document(steps)) >= COUNT - missing // 3 - 1
+
+
+def test_sharing_documents_between_phases_is_told_apart(rank, prefix, tokenizer, tmp_path):
+    """The check above fails for phases that draw from one pool, as they would with a sample order of their own."""
+    one_phase_each = [
+        build(prefix, tokenizer, tmp_path / str(i), Schedule((p,))) for i, p in enumerate(SCHEDULE.phases)
+    ]
+    parts = [read(data, rank, Schedule((p,))) for data, p in zip(one_phase_each, SCHEDULE.phases, strict=True)]
+    first, second = map(tokens_per_document, parts)
+    assert not first.keys().isdisjoint(second.keys())
+
+
+@pytest.mark.parametrize("dp_size", [2, 4])
+def test_the_same_text_for_any_number_of_ranks(rank, prefix, tokenizer, tmp_path, dp_size):
+    data = build(prefix, tokenizer, tmp_path)
+    for alone, together in zip(read(data, rank), read_by(data, rank, dp_size), strict=True):
+        assert sorted(alone.tolist()) == sorted(together.tolist())
+
+
+def test_worker_processes_change_nothing(rank, prefix, tokenizer, tmp_path):
+    data = build(prefix, tokenizer, tmp_path)
+    for here, there in zip(read(data, rank), read(data, rank, num_workers=2), strict=True):
+        assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("first_step", [7, 20, 33])
+def test_reading_from_a_step_on_continues_the_run(rank, prefix, tokenizer, tmp_path, first_step):
+    data = build(prefix, tokenizer, tmp_path)
+    whole, rest = read(data, rank), read(data, rank, first_step=first_step)
+    assert len(rest) == SCHEDULE.num_steps - first_step
+    assert all(torch.equal(a, b) for a, b in zip(whole[first_step:], rest, strict=True))
+
+
+def test_order_follows_the_seed_and_not_the_cache(rank, prefix, tokenizer, tmp_path):
+    def text(seed, cache):
+        return torch.cat([s.flatten() for s in read(build(prefix, tokenizer, tmp_path / cache, seed=seed), rank)])
+
+    assert torch.equal(text(1, "a"), text(1, "b"))
+    assert torch.equal(text(1, "a"), text(1, "a"))
+    assert not torch.equal(text(1, "a"), text(2, "a"))
+
+
+def test_another_corpus_under_the_same_name_is_not_taken_for_the_first(rank, prefix, tokenizer, tmp_path):
+    first = build(prefix, tokenizer, tmp_path)
+    write_corpus(Path(prefix), traceable_documents(COUNT, seed=5), COUNT)
+    second = build(prefix, tokenizer, tmp_path)
+    cuts = [text.parts[0]._epochs[0].indices for data in (first, second) for text in data.train.phases[:1]]
+    assert not (len(cuts[0]) == len(cuts[1]) and (cuts[0] == cuts[1]).all())
+
+
+def test_a_corpus_too_small_is_read_in_epochs_each_whole(rank, tokenizer, tmp_path):
+    documents = traceable_documents(40)
+    prefix = write_corpus(tmp_path / "small", documents, COUNT)
+    data = build(prefix, tokenizer, tmp_path)
+    assert all(text.num_epochs > 1 for text in data.train.phases)
+    epochs = [text.parts[0] for text in data.train.phases]
+    for part in epochs:
+        firsts = [sorted(torch.cat([part[e * part.samples_per_epoch + k] for k in range(part.samples_per_epoch)]).unique())
+                  for e in range(2)]  # fmt: skip
+        # Both epochs read the same documents, but for those cut off at the end.
+        assert len(set(map(int, firsts[0])) ^ set(map(int, firsts[1]))) <= 8
+
+
+def test_a_blend_keeps_its_weights_in_every_phase(rank, tokenizer, tmp_path):
+    halves = traceable_documents(COUNT)
+    low = write_corpus(tmp_path / "low", halves[:1000], COUNT)
+    high = write_corpus(tmp_path / "high", halves[1000:], COUNT)
+    data = build("", tokenizer, tmp_path, data_path=("0.25", low, "0.75", high))
+    for phase, text in zip(SCHEDULE.phases, data.train.phases, strict=True):
+        from_high = [bool((text[k] >= 1000).all()) for k in range(len(text))]
+        assert sum(from_high) / len(text) == pytest.approx(0.75, abs=0.01), phase
+        assert all(sum(from_high[:n]) == pytest.approx(0.75 * n, abs=1) for n in range(1, len(text)))
+
+
+def test_validation_is_apart_from_training_and_whole_batches(rank, prefix, tokenizer, tmp_path):
+    data = build(prefix, tokenizer, tmp_path, split="90,10,0", eval_iters=1000)
+    held_out = set(range(1800, 2000))
+    valid = data.valid.phases[0]
+    assert len(valid) % BATCH == 0
+    assert valid.num_epochs <= 1
+    assert {int(token) for k in range(len(valid)) for token in valid[k]} <= held_out
+    assert held_out.isdisjoint(tokens_per_document(read(data, rank)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "schedule", "eval_iters", "message"),
+    [
+        ({"split": "0,1,0"}, SCHEDULE, 0, "leaves no document"),
+        ({"split": "1999,1,0"}, SCHEDULE, 5, "--eval-iters: validation holds"),
+        ({}, Schedule((Phase(2000, 1), Phase(1, 1))), 0, "fewer than one sequence of 16"),
+    ],
+)
+def test_too_little_text_is_refused(rank, prefix, tokenizer, tmp_path, settings, schedule, eval_iters, message):
+    with pytest.raises(UserError, match=message):
+        build(prefix, tokenizer, tmp_path, schedule, eval_iters=eval_iters, **settings)
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(rank, prefix, tokenizer, tmp_path):
+    data = build(prefix, tokenizer, tmp_path)
+    reader = TextReader(data.train, SCHEDULE, rank, micro_batch_size=2, global_batch_size=BATCH, vocab_size=30)
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        reader.read(shape(4, LENGTH))
+
+
+def test_an_interrupted_build_of_indices_is_built_again(rank, prefix, tokenizer, tmp_path):
+    build(prefix, tokenizer, tmp_path)
+    folder = next(tmp_path.glob("cache/train-phase0-*"))
+    partial = folder.with_name(folder.name + ".partial")
+    folder.rename(partial)
+    next(partial.glob("*document_index.npy")).write_bytes(b"cut off")
+    data = build(prefix, tokenizer, tmp_path)
+    assert data.train[(0, 0)].shape == (4 * LENGTH + 1,)
+    assert bag_weights("uniform", 4).shape == (4,)

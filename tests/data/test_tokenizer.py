@@ -1,0 +1,51 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from megatron_tst.config import UserError
+from megatron_tst.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_bpe
+
+
+def test_file_and_folder_are_the_same(tokenizer):
+    for name in (tokenizer.path, tokenizer.path.parent):
+        again = load_tokenizer(str(name))
+        assert (again.vocab_size, again.eod) == (tokenizer.vocab_size, tokenizer.eod) == (300, 0)
+
+
+def test_any_text_survives_the_round_trip(tokenizer):
+    text = "naïve ☃ \x00 \t def f(x):\n"
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_the_configured_end_of_sequence_comes_first(tmp_path: Path, tokenizer):
+    shutil.copy(tokenizer.path, tmp_path)
+    assert load_tokenizer(str(tmp_path)).eod == 0
+    end = tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(65)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": end}}))
+    assert load_tokenizer(str(tmp_path)).eod == 65
+
+
+def test_the_smallest_vocabulary_is_bytes(tmp_path: Path):
+    assert train_bpe(["abc"], 257, tmp_path / "t.json").vocab_size == 257
+    with pytest.raises(UserError, match="--tst-train-bpe 256: must be at least 257"):
+        train_bpe(["abc"], 256, tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json"])
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content):
+    file = tmp_path / "tokenizer.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=r"--tokenizer-model .*(must be a|cannot be read)"):
+        load_tokenizer(str(file))
+
+
+def test_a_tokenizer_without_end_of_document_is_refused(tmp_path: Path, tokenizer):
+    content = json.loads(tokenizer.path.read_text())
+    text = json.dumps(content).replace(END_OF_DOCUMENT, "<|other|>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="has no end-of-document token"):
+        load_tokenizer(str(tmp_path))

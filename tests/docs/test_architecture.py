@@ -1,0 +1,79 @@
+"""The house: which room may import which, and that every module imports with the base dependencies alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_tst"
+ROOMS = {
+    "config": {"superposition"},
+    "superposition": set(),
+    "platform": {"config", "superposition"},
+    "model": {"config", "superposition", "platform"},
+    "data": {"config", "superposition", "platform"},
+    "telemetry": {"config", "superposition", "platform"},
+    "training": {"config", "superposition", "platform", "model", "data", "telemetry"},
+}
+LIBRARIES = {"wandb": "telemetry", "tensorboard": "telemetry", "matplotlib": "telemetry", "tyro": "config"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(source: str) -> list[str]:
+    nodes = ast.walk(ast.parse(source))
+    found = [[alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+             for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]  # fmt: skip
+    return [name for names in found for name in names]
+
+
+def trespasses(room: str, source: str) -> list[str]:
+    wrong = []
+    for name in imports(source):
+        parts = name.split(".")
+        if parts[0] == "megatron_tst" and len(parts) > 1 and parts[1] not in {room, *ROOMS[room]}:
+            wrong.append(name)
+        if LIBRARIES.get(parts[0], room) != room:
+            wrong.append(name)
+        if room == "superposition" and parts[0] not in {"torch", "megatron_tst", *sys.stdlib_module_names}:
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m.parent != PACKAGE], ids=lambda m: str(m.relative_to(PACKAGE))
+)
+def test_imports_point_one_way(module: Path):
+    assert trespasses(module.relative_to(PACKAGE).parts[0], module.read_text()) == []
+
+
+def test_a_trespass_is_found():
+    assert trespasses("data", "from megatron_tst.training import train\nimport tyro") == [
+        "megatron_tst.training",
+        "tyro",
+    ]
+    assert trespasses("superposition", "import numpy") == ["numpy"]
+
+
+def test_every_module_imports_with_the_base_dependencies_alone():
+    names = [".".join(m.relative_to(ROOT).with_suffix("").parts) for m in MODULES if m.name != "plots.py"]
+    code = (
+        "import sys, importlib\n"
+        "for name in ('matplotlib', 'transformers', 'wandb', 'transformer_engine', 'apex'): sys.modules[name] = None\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: str(m.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(module: Path):
+    source = module.read_text()
+    assert source.count("\n") <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name

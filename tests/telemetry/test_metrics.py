@@ -1,0 +1,60 @@
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.config import UserError
+from megatron_tst.telemetry import MetricsFile, RunDirectory, StepMetrics, ValidMetrics, read_metrics, short, versions
+from megatron_tst.telemetry.compare import read_curve
+
+STEP = StepMetrics(2, 0, 4, "mce", 3.5, 1e-3, 0.7, 800, 200, 0.1, 4000.0, 1000.0, 0.01)
+
+
+def test_fields_are_the_documented_ones():
+    assert [field.name for field in fields(StepMetrics)] == (
+        "step phase bag_size loss_kind loss lr grad_norm data_tokens positions step_time_s data_tokens_per_s "
+        "positions_per_s tflops_per_gpu"
+    ).split()
+    assert [field.name for field in fields(ValidMetrics)] == ["step", "valid_loss"]
+
+
+def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.write(STEP)
+    assert json.loads(path.read_text())["data_tokens"] == 800
+    file.write(ValidMetrics(2, 3.0))
+    file.close()
+    with path.open("a") as handle:
+        handle.write('{"step": 3, "lo')
+    assert [sorted(line)[-1] for line in read_metrics(path)] == ["tflops_per_gpu", "valid_loss"]
+
+
+def test_a_run_directory_is_used_once(tmp_path: Path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.create("model: {}\n")
+    assert directory.config.read_text() == "model: {}\n"
+    recorded = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert recorded["megatron-core"] == versions()["megatron-core"] == "0.16.1"
+    directory.metrics.write_text("")
+    with pytest.raises(UserError, match="already holds a run"):
+        directory.create("")
+
+
+def test_an_unwritable_run_directory_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDirectory(tmp_path / "file" / "run").create("")
+
+
+def test_short_numbers():
+    assert [short(n) for n in (950, 12_300, 4_500_000, 2.1e9)] == ["950", "12.3k", "4.5M", "2.1B"]
+
+
+def test_a_run_without_metrics_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no metrics"):
+        read_curve(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no logged step"):
+        read_curve(tmp_path)

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+from megatron_tst.telemetry import MetricsFile, StepMetrics, ValidMetrics
+from megatron_tst.telemetry.compare import read_curve
+from tests.training.runs import start
+
+
+def write_run(folder: Path, bag_sizes: list[int], valid: list[float]) -> Path:
+    """A run of 10 steps per entry, evaluated every 10 steps."""
+    folder.mkdir()
+    file, tokens = MetricsFile(folder / "metrics.jsonl"), 0
+    for number, (bag_size, loss) in enumerate(zip(bag_sizes, valid, strict=True), start=1):
+        tokens += 10 * 64 * bag_size
+        phase, kind = (0, "mce") if bag_size > 1 else (int(bag_sizes[0] > 1), "ce")
+        file.write(
+            StepMetrics(10 * number, phase, bag_size, kind, loss, 1e-3, 1.0, tokens, number * 640, 0.1, 1.0, 1.0, 1.0)
+        )
+        file.write(ValidMetrics(10 * number, loss))
+    file.close()
+    return folder
+
+
+def runs(tmp_path: Path):
+    baseline = write_run(tmp_path / "baseline", [1] * 5, [4.0, 3.0, 2.8, 2.6, 2.5])
+    return baseline, write_run(tmp_path / "tst", [4, 4, 1, 1, 1], [5.0, 4.5, 2.9, 2.5, 2.4])
+
+
+def test_a_curve_is_read_back(tmp_path: Path):
+    baseline, tst = map(read_curve, runs(tmp_path))
+    assert (tst.switches, tst.bag_sizes, tst.num_steps) == ([20], [4, 1], 50)
+    assert (baseline.data_tokens, tst.data_tokens) == (50 * 64, 20 * 64 * 4 + 30 * 64)
+    assert tst.first_step_at(baseline.final_loss) == 40
+    assert tst.first_step_at(2.0) is None
+
+
+def test_table_verdict_and_picture(tmp_path: Path):
+    picture = tmp_path / "curves.png"
+    done = start("tools/compare_runs.py", *map(str, runs(tmp_path)), "--output", str(picture))
+    assert done.returncode == 0, done.stderr
+    for expected in ("2.5000", "2.4000", "3.2k", "7.04k", "4 then 1", "0.1000 nats below", "step 40 of 50", "1.25 x"):
+        assert expected in done.stdout, done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_does_not_get_there_is_told_so(tmp_path: Path):
+    done = start("tools/compare_runs.py", *map(str, reversed(runs(tmp_path))), "--output", str(tmp_path / "c.png"))
+    assert "0.1000 nats above" in done.stdout
+    assert "does not reach tst's final loss" in done.stdout
+
+
+def test_a_missing_run_is_one_line(tmp_path: Path):
+    done = start("tools/compare_runs.py", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("compare_runs.py: error: ") and done.stderr.count("\n") == 1

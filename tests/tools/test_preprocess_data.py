@@ -1,0 +1,53 @@
+from pathlib import Path
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_tst.data.tokenizer import load_tokenizer
+from tests.training.runs import real_text, start
+
+
+def run(folder: Path, *extra: str):
+    files = ("--output-prefix", str(folder / "out"), "--tokenizer-model", str(folder / "tokenizer.json"))
+    return start("tools/preprocess_data.py", *files, *extra)
+
+
+def test_a_folder_of_real_text_in_one_command(tmp_path: Path):
+    text = real_text(tmp_path / "text")[0]
+    (tmp_path / "text" / "broken.py").write_bytes(b"\xff")
+    (tmp_path / "text" / "notes.md").write_text("left out by its suffix")
+    done = run(tmp_path, "--input", text, "--tst-suffixes", ".py", "--tst-train-bpe", "300", "--append-eod",
+               "--workers", "2", "--tst-shuffle-files", "1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "30 documents" in done.stdout
+    assert "left out 1 documents: 1 not UTF-8" in done.stdout
+    indexed, tokenizer = IndexedDataset(str(tmp_path / "out_text_document")), load_tokenizer(str(tmp_path))
+    assert len(indexed) == 30
+    assert all(document[-1] == tokenizer.eod for document in indexed)
+    decoded = sorted(tokenizer.decode(document[:-1].tolist()) for document in indexed)
+    assert decoded == sorted(file.read_text() for file in Path(text).glob("*.py") if file.name != "broken.py")
+
+
+def test_json_lines_under_another_key(tmp_path: Path, tokenizer):
+    (tmp_path / "in.jsonl").write_text('{"content": "one"}\n{"content": "two"}\nbroken\n')
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
+    done = run(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--json-keys", "content")
+    assert done.returncode == 0, done.stderr
+    assert "in.jsonl:3 (not JSON)" in done.stdout
+    assert len(IndexedDataset(str(tmp_path / "out_content_document"))) == 2
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, tokenizer):
+    (tmp_path / "empty.jsonl").write_text("broken\n")
+    for extra, message in (
+        (("--input", str(tmp_path / "nowhere")), "nowhere: does not exist"),
+        (("--input", str(tmp_path / "empty.jsonl")), "--tokenizer-model"),
+        (("--input", str(tmp_path / "empty.jsonl"), "--workers", "0"), "--workers 0: must be at least 1"),
+    ):
+        done = run(tmp_path, *extra)
+        assert done.returncode == 2
+        assert done.stderr.startswith("preprocess_data.py: error: ") and done.stderr.count("\n") == 1
+        assert message in done.stderr
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
+    done = run(tmp_path, "--input", str(tmp_path / "empty.jsonl"))
+    assert done.returncode == 2 and "holds no document" in done.stderr
+    assert not list(tmp_path.glob("out*"))

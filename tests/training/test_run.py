@@ -1,0 +1,82 @@
+"""Runs as a user starts them: from the command line, across the switch, and with mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.config import parse_config
+from megatron_tst.superposition import Phase
+from megatron_tst.telemetry import read_metrics
+from tests.training.runs import arguments, start, train_here
+
+SUPERPOSED = "--tst-bag-size 4 --tst-steps 4"
+
+
+@pytest.fixture
+def argv(corpus, tokenizer, tmp_path: Path):
+    return lambda extra="": arguments(corpus, str(tokenizer.path), tmp_path / "run", extra)
+
+
+def test_a_run_across_the_switch_leaves_what_it_promises(argv, tmp_path: Path):
+    done = start("pretrain_tst.py", *argv(f"{SUPERPOSED} --log-interval 3"))
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    # Every third step, the last of each phase, and the last of all.
+    assert [line["step"] for line in steps] == [3, 4, 6, 8]
+    assert [(line["phase"], line["bag_size"], line["loss_kind"]) for line in steps] == [
+        (0, 4, "mce"), (0, 4, "mce"), (1, 1, "ce"), (1, 1, "ce")
+    ]  # fmt: skip
+    positions = 4 * 16
+    assert [line["positions"] for line in steps] == [step * positions for step in (3, 4, 6, 8)]
+    assert [line["data_tokens"] for line in steps] == [n * positions for n in (12, 16, 18, 20)]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [4, 8]
+    assert all(line["step_time_s"] > 0 and line["tflops_per_gpu"] > 0 for line in steps)
+    resolved = parse_config(["--config", str(tmp_path / "run" / "config.yaml")])
+    assert resolved.schedule.phases == (Phase(4, 4), Phase(1, 4))
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["torch"]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "using: CPU" in log and "phase 1: 4 steps, bag size 4" in log
+    assert "Warning" not in done.stderr
+
+
+def test_the_loss_falls_on_real_text(here, corpus, tokenizer, tmp_path: Path):
+    extra = "--train-iters 60 --tst-bag-size 2 --tst-step-ratio 0.3 --eval-interval 60 --global-batch-size 8"
+    run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", extra))
+    lines = read_metrics(run.directory.metrics)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[0] == pytest.approx(5.7, abs=0.3)  # log 300: nothing known yet
+    assert losses[-1] < 4.5
+    assert lines[-1]["valid_loss"] < 4.7
+
+
+MISTAKES = {
+    "--tst-bag-size 0": "--tst-bag-size 0: must be at least 1",
+    "--seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel": "--seq-length 15",
+    "--reset-attention-mask": "--reset-attention-mask: is not taken",
+    "--tensor-model-parallel-size 2": "1 ranks cannot hold --tensor-model-parallel-size 2",
+    "--context-parallel-size 2": "--context-parallel-size 2: needs Transformer Engine",
+    "--overlap-grad-reduce": "--overlap-grad-reduce: needs CUDA",
+    "--data-path nowhere": "nowhere.bin does not exist",
+    "--tokenizer-model nowhere": "--tokenizer-model nowhere: must be",
+    "--global-batch-size 6 --micro-batch-size 4": "--global-batch-size 6: must be a multiple",
+}
+
+
+@pytest.mark.parametrize("extra", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_two(argv, tmp_path: Path, extra):
+    done = start("pretrain_tst.py", *argv(extra))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("pretrain_tst.py: error: ")
+    assert MISTAKES[extra] in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_directory_is_not_used_twice(argv, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    done = start("pretrain_tst.py", *argv())
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "already holds a run" in done.stderr

@@ -1,0 +1,113 @@
+"""One step: what the loss is divided by, and what it costs in either phase."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_tst.data.batches import make_batch
+from megatron_tst.superposition import bag_weights, multi_hot_cross_entropy
+from megatron_tst.training import build_run
+from tests.training.runs import arguments, config_of, parameters
+
+SUPERPOSED = "--tst-bag-size 4 --tst-steps 4 --tst-bag-weights power_law"
+
+
+@pytest.fixture
+def run(here, corpus, tokenizer, tmp_path: Path):
+    return build_run(config_of(arguments(corpus, str(tokenizer.path), tmp_path / "run", SUPERPOSED)))
+
+
+def batches(run, bag_size):
+    torch.manual_seed(0)
+    texts = [torch.randint(1, run.num_tokens, (2, 16 * bag_size + 1)) for _ in range(2)]
+    made = [make_batch(text, run.batch_shape(bag_size)) for text in texts]
+    # Unequal numbers of valid targets: the mean of the micro-batches' means is not the global mean.
+    made[0].labels[:, 3:] = -100
+    object.__setattr__(made[0], "weight", reference_loss(run, made[:1])[1])
+    return made
+
+
+def reference_loss(run, made):
+    """Loss sum and weight of all micro-batches by the reference, from the model's own logits."""
+    total, weight = torch.zeros((), dtype=torch.float64), torch.zeros(())
+    for batch in made:
+        labels = batch.labels.view(2, 16, -1)
+        logits = run.stepper.chunks[0](batch.inputs, batch.position_ids, None).detach()
+        row_loss, row_weight = multi_hot_cross_entropy(logits, labels, bag_weights("power_law", labels.shape[-1]))
+        total, weight = total + row_loss.double().sum(), weight + row_weight.sum()
+    return total, weight
+
+
+@pytest.mark.parametrize("bag_size", [1, 4])
+def test_the_loss_is_the_global_sum_over_the_global_weight(run, bag_size):
+    made = batches(run, bag_size)
+    total, weight = reference_loss(run, made)
+    loss = run.stepper.train(made).loss
+    assert float(loss) == pytest.approx(float(total / weight), rel=1e-6)
+
+
+def test_a_mean_of_means_is_told_apart(run):
+    made = batches(run, 4)
+    parts = [float(torch.div(*reference_loss(run, [batch]))) for batch in made]
+    assert float(run.stepper.train(made).loss) != pytest.approx(sum(parts) / 2, rel=1e-4)
+
+
+def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient(here, corpus, tokenizer, tmp_path):
+    reports, updated = [], []
+    for size in (1, 4):
+        argv = arguments(corpus, str(tokenizer.path), tmp_path / str(size), f"{SUPERPOSED} --micro-batch-size {size}")
+        run = build_run(config_of(argv))
+        reader = run.read(run.data.train, run.schedule, 0)
+        shape = run.batch_shape(4)
+        report = run.stepper.train([reader.read(shape) for _ in range(run.stepper.num_microbatches)])
+        reports.append((float(report.loss), report.grad_norm))
+        updated.append(parameters(run))
+    assert reports[0] == pytest.approx(reports[1], rel=1e-5)
+    for name, value in updated[0].items():
+        torch.testing.assert_close(value, updated[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_without_any_target_has_loss_zero_and_no_gradient(run):
+    made = batches(run, 4)
+    for batch in made:
+        batch.labels.fill_(-100)
+        batch.weight.zero_()
+    before = parameters(run)
+    report = run.stepper.train(made)
+    assert float(report.loss) == report.grad_norm == 0.0
+    assert all(torch.equal(before[name], value) for name, value in parameters(run).items())
+
+
+def test_both_phases_have_the_same_activations_and_flops(run):
+    def watch(bag_size):
+        shapes: list[tuple[str, torch.Size]] = []
+        decoder = run.stepper.chunks[0].module.decoder
+        hooks = [
+            module.register_forward_hook(
+                lambda _, __, output, name=name: shapes.extend(
+                    (name, item.shape)
+                    for item in (output if isinstance(output, tuple) else (output,))
+                    if torch.is_tensor(item)
+                )
+            )
+            for name, module in decoder.named_modules()
+        ]
+        made = batches(run, bag_size)
+        with FlopCounterMode(display=False) as counter:
+            run.stepper.train(made)
+        for hook in hooks:
+            hook.remove()
+        return shapes, counter.get_total_flops()
+
+    superposed, ordinary = watch(4), watch(1)
+    assert superposed == ordinary
+    assert len(superposed[0]) > 20
+
+
+def test_evaluation_leaves_the_model_alone(run):
+    made, before = batches(run, 1), parameters(run)
+    first, second = run.stepper.evaluate(made), run.stepper.evaluate(made)
+    assert torch.equal(first, second)
+    assert all(torch.equal(before[name], value) for name, value in parameters(run).items())
