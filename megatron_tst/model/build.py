@@ -114,7 +114,7 @@ def _virtual_stages(model: ModelSettings, parallel: ParallelSettings) -> int | N
 def build_gpt(
     config: TransformerConfig,
     model: ModelSettings,
-    num_tokens: int,
+    vocab_size: int,
     bag_weights: str,
     use_transformer_engine: bool,
     *,
@@ -128,7 +128,7 @@ def build_gpt(
     Args:
         config: megatron-core's configuration.
         model: vocabulary, positions and head.
-        num_tokens: tokens of the vocabulary before padding.
+        vocab_size: tokens of the vocabulary before padding.
         bag_weights: name of the weights of a bag's tokens in the loss.
         use_transformer_engine: whether to use its layers.
         pre_process: whether the stage embeds.
@@ -136,12 +136,12 @@ def build_gpt(
         vp_stage: the virtual stage, where stages are interleaved.
         model_class: the class to build.
     """
-    padded = padded_vocab_size(num_tokens, model.make_vocab_size_divisible_by, config.tensor_model_parallel_size)
+    padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, config.tensor_model_parallel_size)
     return model_class(
         config=config,
         transformer_layer_spec=block_spec(config, use_transformer_engine, vp_stage),
         vocab_size=padded,
-        num_tokens=num_tokens,
+        real_vocab_size=vocab_size,
         bag_weights=bag_weights,
         max_sequence_length=model.max_position_embeddings or model.seq_length,
         pre_process=pre_process,
@@ -154,14 +154,14 @@ def build_gpt(
     )
 
 
-def build_model(run: RunConfig, num_tokens: int, ranks: Ranks, libraries: Libraries) -> list[torch.nn.Module]:
+def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Libraries) -> list[torch.nn.Module]:
     """Build this rank's model chunks: one, or one per virtual pipeline stage.
 
     Collective: every rank of the world calls it.
 
     Args:
         run: the settings.
-        num_tokens: tokens of the vocabulary before padding.
+        vocab_size: tokens of the vocabulary before padding.
         ranks: this rank's place.
         libraries: what fused kernels can come from.
 
@@ -176,7 +176,7 @@ def build_model(run: RunConfig, num_tokens: int, ranks: Ranks, libraries: Librar
         chunk = build_gpt(
             config,
             run.model,
-            num_tokens,
+            vocab_size,
             run.superposition.tst_bag_weights,
             use_transformer_engine=libraries.transformer_engine is not None,
             pre_process=ranks.is_first_stage and stage == 0,

@@ -23,17 +23,22 @@ class TSTGPTModel(GPTModel):  # type: ignore[misc]
 
     Args:
         vocab_size: columns of embedding and head, padding included.
-        num_tokens: columns that stand for tokens; the rest are never predicted. ``vocab_size`` where not given.
+        real_vocab_size: columns that stand for tokens; the rest are never predicted. ``vocab_size`` where not given.
         bag_weights: name of the weights of a bag's tokens in the loss.
         kwargs: GPTModel's own.
     """
 
     def __init__(
-        self, *args: Any, vocab_size: int, num_tokens: int | None = None, bag_weights: str = "uniform", **kwargs: Any
+        self,
+        *args: Any,
+        vocab_size: int,
+        real_vocab_size: int | None = None,
+        bag_weights: str = "uniform",
+        **kwargs: Any,
     ) -> None:
         """Build GPTModel, then let its word embedding take bags."""
         super().__init__(*args, vocab_size=vocab_size, **kwargs)
-        self.num_tokens = vocab_size if num_tokens is None else num_tokens
+        self.real_vocab_size = vocab_size if real_vocab_size is None else real_vocab_size
         self.bag_weights = bag_weights
         if self.pre_process:
             self.embedding.word_embeddings = self._bag_embedding()
@@ -59,6 +64,6 @@ class TSTGPTModel(GPTModel):  # type: ignore[misc]
         """
         targets_BLS = labels.unsqueeze(-1) if labels.dim() == 2 else labels
         weights_S = bag_weights(self.bag_weights, targets_BLS.shape[-1], device=logits.device)
-        logits = mask_vocabulary_padding(logits, self.num_tokens, self.tp_group.rank())
+        logits = mask_vocabulary_padding(logits, self.real_vocab_size, self.tp_group.rank())
         row_loss, _ = vocab_parallel_multi_hot_cross_entropy(logits, targets_BLS, weights_S, self.tp_group)
         return row_loss

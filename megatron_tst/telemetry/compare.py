@@ -1,5 +1,6 @@
 """Compare finished runs by what they wrote into ``metrics.jsonl``."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def read_curve(path: Path) -> RunCurve:
     valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
     if not steps or not valid:
         raise UserError(f"{path}: has no logged step or no evaluation yet")
-    changes = [(a, b) for a, b in zip(steps, steps[1:], strict=False) if a["phase"] != b["phase"]]
+    changes = [(a, b) for a, b in itertools.pairwise(steps) if a["phase"] != b["phase"]]
     return RunCurve(
         name=path.name,
         valid=valid,

@@ -39,7 +39,7 @@ class Run:
         ranks: this rank's place.
         device: what it computes on.
         tokenizer: vocabulary and end of document.
-        num_tokens: tokens of the vocabulary before padding.
+        vocab_size: tokens of the vocabulary before padding.
         global_batch_size: sequences per step.
         flops_per_step: model FLOPs of one step over all ranks.
         data: what it reads.
@@ -52,7 +52,7 @@ class Run:
     ranks: Ranks
     device: Device
     tokenizer: Tokenizer
-    num_tokens: int
+    vocab_size: int
     global_batch_size: int
     flops_per_step: int
     data: RunData
@@ -75,7 +75,7 @@ class Run:
             self.ranks,
             micro_batch_size=self.config.training.micro_batch_size,
             global_batch_size=self.global_batch_size,
-            vocab_size=self.num_tokens,
+            vocab_size=self.vocab_size,
             num_workers=num_workers,
         )
 
@@ -102,7 +102,9 @@ def build_run(config: RunConfig) -> Run:
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
     batch_size = global_batch_size(training, ranks.dp_size)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
-    num_tokens = max(model.vocab_size or 0, tokenizer.vocab_size)
+    vocab_size = model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(f"--vocab-size {vocab_size}: must be at least the tokenizer's {tokenizer.vocab_size}")
     directory = RunDirectory(Path(config.logging.tst_run_dir))
     cache = Path(config.data.data_cache_path or directory.index_cache)
     plan = SamplePlan(tokenizer, model.seq_length, batch_size, training.seed, cache)
@@ -111,7 +113,7 @@ def build_run(config: RunConfig) -> Run:
     if ranks.is_main:
         directory.start_logging()
     seed_everything(training.seed)
-    chunks = build_model(config, num_tokens, ranks, libraries)
+    chunks = build_model(config, vocab_size, ranks, libraries)
     optimizer = build_optimizer(config.optimizer, chunks, training.bf16, config.parallel.overlap_param_gather)
     scheduler = build_scheduler(config.optimizer, optimizer, training.train_iters, batch_size)
     assert training.micro_batch_size
@@ -124,14 +126,14 @@ def build_run(config: RunConfig) -> Run:
         micro_batch_size=training.micro_batch_size,
         global_batch_size=batch_size,
     )
-    padded = padded_vocab_size(num_tokens, model.make_vocab_size_divisible_by, ranks.tp_size)
+    padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, ranks.tp_size)
     run = Run(
         config=config,
         schedule=config.schedule,
         ranks=ranks,
         device=device,
         tokenizer=tokenizer,
-        num_tokens=num_tokens,
+        vocab_size=vocab_size,
         global_batch_size=batch_size,
         flops_per_step=step_flops(model, padded, batch_size),
         data=data,
@@ -176,7 +178,7 @@ def _announce(run: Run, libraries: Libraries) -> None:
     layers = "Transformer Engine layers" if libraries.transformer_engine else "megatron-core layers, torch attention"
     logger.info("using: %s, %d ranks, %s, native cross-entropy", run.device.name, run.ranks.world_size, layers)
     parameters = sum(parameter.numel() for chunk in run.stepper.chunks for parameter in chunk.parameters())
-    logger.info("model: %s parameters on this rank, vocabulary %d", short(parameters), run.num_tokens)
+    logger.info("model: %s parameters on this rank, vocabulary %d", short(parameters), run.vocab_size)
     assert run.config.model.seq_length
     for index, (phase, text) in enumerate(zip(run.schedule.phases, run.data.train.phases, strict=True)):
         tokens = len(text) * run.config.model.seq_length * phase.bag_size

@@ -67,7 +67,7 @@ def test_nothing_to_write_is_refused(tmp_path: Path, tokenizer):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, tokenizer):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--output-prefix .*corpus: cannot be written"):
+    with pytest.raises(UserError, match=r"--output-prefix .*corpus: cannot be written"):
         write_indexed(documents(), tokenizer, tmp_path / "file" / "corpus")
 
 

@@ -24,7 +24,7 @@ def bare_loop(run, shift_labels=0):
     seed_everything(config.training.seed)
     transformer = transformer_config(config.model, config.training, config.parallel, find_libraries())
     model = GPTModel(
-        transformer, block_spec(transformer, False), vocab_size=run.num_tokens, max_sequence_length=16,
+        transformer, block_spec(transformer, False), vocab_size=run.vocab_size, max_sequence_length=16,
         position_embedding_type="rope", share_embeddings_and_output_weights=False,
     )  # fmt: skip
     transformer.finalize_model_grads_func = finalize_model_grads
@@ -39,7 +39,7 @@ def bare_loop(run, shift_labels=0):
         start_wd=0.01, end_wd=0.01, wd_incr_steps=8, wd_incr_style="constant",
     )  # fmt: skip
     reader = TextReader(
-        run.data.train, run.schedule, run.ranks, micro_batch_size=2, global_batch_size=4, vocab_size=run.num_tokens
+        run.data.train, run.schedule, run.ranks, micro_batch_size=2, global_batch_size=4, vocab_size=run.vocab_size
     )
     shape, history = run.batch_shape(1), []
 

@@ -59,6 +59,7 @@ MISTAKES = {
     "--context-parallel-size 2": "--context-parallel-size 2: needs Transformer Engine",
     "--overlap-grad-reduce": "--overlap-grad-reduce: needs CUDA",
     "--data-path nowhere": "nowhere.bin does not exist",
+    "--vocab-size 299": "--vocab-size 299: must be at least the tokenizer's 300",
     "--tokenizer-model nowhere": "--tokenizer-model nowhere: must be",
     "--global-batch-size 6 --micro-batch-size 4": "--global-batch-size 6: must be a multiple",
 }

@@ -21,7 +21,7 @@ def run(here, corpus, tokenizer, tmp_path: Path):
 
 def batches(run, bag_size):
     torch.manual_seed(0)
-    texts = [torch.randint(1, run.num_tokens, (2, 16 * bag_size + 1)) for _ in range(2)]
+    texts = [torch.randint(1, run.vocab_size, (2, 16 * bag_size + 1)) for _ in range(2)]
     made = [make_batch(text, run.batch_shape(bag_size)) for text in texts]
     # Unequal numbers of valid targets: the mean of the micro-batches' means is not the global mean.
     made[0].labels[:, 3:] = -100

@@ -1,0 +1,69 @@
+"""README, docs and examples: the paths they name exist, their flags are taken, shipped configs build."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_tst.config import UserError, config_from_mapping, parse_config
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
+CONFIGS = sorted(ROOT.glob("examples/**/*.yaml"))
+NAMED = re.compile(r"[`(\s]((?:megatron_tst|examples|launch|tools|benchmarks|tests|docs)/[\w./-]*\w)")
+
+
+def names(document: Path) -> set[str]:
+    return set(NAMED.findall(document.read_text(encoding="utf-8")))
+
+
+def code_blocks(document: Path) -> str:
+    blocks = re.findall(r"^```\w*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return "\n".join(blocks).replace("\\\n", " ")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_paths_named_in_documents_exist(document: Path):
+    missing = [n for n in names(document) if not ((ROOT / n).exists() or (document.parent / n).exists())]
+    assert missing == []
+
+
+def test_a_missing_path_would_be_found():
+    assert NAMED.findall("see `tools/nowhere.py`, or (docs/none.md)") == ["tools/nowhere.py", "docs/none.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_commands_in_documents_are_taken(document: Path):
+    for line in code_blocks(document).splitlines():
+        if line.startswith("python pretrain_tst.py"):
+            parse_config(shlex.split(line)[2:])
+        elif line.startswith("python tools/preprocess_data.py"):
+            words = shlex.split(line)
+            known = (ROOT / "tools/preprocess_data.py").read_text()
+            assert all(f'"{word}"' in known for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.relative_to(ROOT)))
+def test_shipped_configs_build(config: Path):
+    parsed = parse_config(["--config", str(config)])
+    assert parsed.schedule.num_steps == parsed.training.train_iters
+    broken = {**yaml.safe_load(config.read_text()), "modell": {}}
+    with pytest.raises(UserError, match="modell"):
+        config_from_mapping(broken, str(config))
+
+
+def test_shell_scripts_parse():
+    scripts = [*ROOT.glob("examples/**/*.sh"), ROOT / "tests/run.sh", ROOT / "tools/setup_venv.sh", ROOT / ".ci/run"]
+    for script in scripts:
+        assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0, script
+
+
+def test_constraints_pin_every_dependency():
+    pins = (ROOT / "constraints.txt").read_text().lower()
+    project = (ROOT / "pyproject.toml").read_text()
+    dependencies = re.findall(r'^    "([A-Za-z0-9_-]+)[^"]*",', project.split("[project.optional")[0], re.MULTILINE)
+    assert len(dependencies) >= 8
+    assert [name for name in dependencies if not re.search(rf"^{name.lower()}==", pins, re.MULTILINE)] == []
