@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_tst.data.documents import Skipped, list_inputs, read_documents
+from megatron_tst.data.preprocess import write_indexed
 from megatron_tst.data.tokenizer import Tokenizer, train_bpe
 from megatron_tst.platform import ParallelSizes, Ranks, join_ranks, leave_ranks, seed_everything
 from tests.corpora import FILES
+from tests.training.runs import real_text
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +36,10 @@ def rank(one_rank: Ranks) -> Ranks:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     texts = (Path(file).read_text(encoding="utf-8") for file in FILES)
     return train_bpe(texts, 300, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> str:
+    folder = tmp_path_factory.mktemp("corpus")
+    documents = read_documents(list_inputs(real_text(folder / "text")), "text", Skipped())
+    return str(write_indexed(documents, tokenizer, folder / "corpus").prefix)

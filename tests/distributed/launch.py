@@ -1,0 +1,86 @@
+"""Run a function on several gloo ranks of this machine, and never hang."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Imported once by a server process that forks the ranks: importing torch and megatron-core takes seconds per process.
+PRELOADED = ["megatron_tst.training", "megatron_tst.platform.cpu", "tests.distributed.layouts"]
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0) -> list[Any]:
+    """Call ``function(*args)`` on every rank and return the ranks' results in order.
+
+    The ranks find torchrun's environment. A rank that raises or dies ends all others at once.
+
+    Raises:
+        AssertionError: with the traceback of the first rank that failed, or naming the ranks that still ran when the
+            time was up.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes, pipes = [], {}
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_rank, args=(function, args, rank, world_size, store.port, theirs), daemon=True
+        )
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes[ours] = rank
+    try:
+        return _collect(pipes, world_size, timeout_s)
+    finally:
+        for process in processes:
+            # It may end by itself between the look and the kill.
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.join()
+
+
+def _rank(function: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        # The store lives in the test's process, as torchrun's lives in its agent.
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        message = ("result", pickle.dumps(function(*args)))
+    except BaseException:
+        message = ("error", traceback.format_exc())
+    pipe.send(message)
+    pipe.close()
+    # Without a goodbye: a rank that waits for a dead one at exit would hang.
+    os._exit(0)
+
+
+def _collect(pipes: dict[Connection, int], world_size: int, timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    waiting = dict(pipes)
+    while waiting:
+        ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
+        if not ready:
+            raise AssertionError(f"ranks {sorted(waiting.values())} of {world_size} still ran after {timeout_s:.0f} s")
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                kind, content = pipe.recv()
+            except EOFError:
+                kind, content = "error", "the process died without a word"
+            if kind == "error":
+                raise AssertionError(f"rank {rank} of {world_size} failed:\n{content}")
+            results[rank] = pickle.loads(content)
+    return [results[rank] for rank in range(world_size)]

@@ -1,0 +1,131 @@
+"""A small run under some parallel layout, started from given weights: what a rank does and returns."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_tst.config import parse_config
+from megatron_tst.data import batches
+from megatron_tst.platform import leave_ranks
+from megatron_tst.telemetry import read_metrics
+from megatron_tst.training import build_run, train
+from megatron_tst.training.run import Run
+
+# A piece of a weight: its name and where it lies in the whole.
+Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+
+
+@dataclass
+class Outcome:
+    """What one rank saw of a run.
+
+    Attributes:
+        losses: per step, on the main rank.
+        grad_norms: per step, on the main rank.
+        valid: losses of the evaluations, on the main rank.
+        pieces: this rank's parts of the final weights.
+        text: per micro-batch that this rank made, its rows as tuples of token ids.
+        shapes: of what the decoder was given and gave, per forward pass.
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    valid: list[float]
+    pieces: list[Piece]
+    text: list[list[tuple[int, ...]]]
+    shapes: list[torch.Size]
+
+
+def pieces(run: Run) -> list[Piece]:
+    """This rank's parts of all weights, as views: by megatron-core's own account of where they lie."""
+    found: list[Piece] = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, ShardedTensorFactory):
+            visit(node.build())
+        elif isinstance(node, ShardedTensor):
+            found.append((node.key, node.global_offset, node.global_shape, node.data))
+        elif isinstance(node, dict | list | tuple):
+            for child in node.values() if isinstance(node, dict) else node:
+                visit(child)
+
+    for chunk in run.stepper.chunks:
+        visit(chunk.sharded_state_dict())
+    return found
+
+
+def whole(parts: list[Piece]) -> dict[str, Tensor]:
+    """Put the weights together from all ranks' parts."""
+    weights: dict[str, Tensor] = {}
+    for key, offset, shape, part in parts:
+        total = weights.setdefault(key, torch.full(shape, torch.nan))
+        _slot(total, offset, part).copy_(part.detach().float().view(_slot(total, offset, part).shape))
+    return weights
+
+
+def fill(run: Run, weights: dict[str, Tensor]) -> None:
+    """Give this rank its part of the given weights."""
+    with torch.no_grad():
+        for key, offset, _, part in pieces(run):
+            slot = _slot(weights[key], offset, part)
+            # The vocabulary may be padded further here: the padding keeps what it has.
+            target = part.view(-1, *part.shape[1:]) if part.dim() == slot.dim() else part
+            rows = tuple(slice(0, n) for n in slot.shape)
+            target[rows].copy_(slot) if target.dim() == slot.dim() else target.copy_(slot.view(target.shape))
+    run.stepper.optimizer.reload_model_params()
+
+
+def _slot(total: Tensor, offset: tuple[int, ...], part: Tensor) -> Tensor:
+    """Where a part lies in its whole; layer and expert axes are lengths of one."""
+    lead = len(offset) - part.dim()
+    sizes = (*([1] * lead), *part.shape)
+    return total[tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))]
+
+
+def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> Outcome:
+    """Build a run, start it from the given weights, train it."""
+    config = parse_config(argv)
+    run = build_run(config)
+    if initial is not None:
+        fill(run, initial)
+    text: list[list[tuple[int, ...]]] = []
+    shapes: list[torch.Size] = []
+    make_batch = batches.make_batch
+
+    def recording(rows: Tensor, shape: batches.BatchShape) -> batches.Batch:
+        text.append([tuple(row) for row in rows.tolist()])
+        return make_batch(rows, shape)
+
+    for chunk in run.stepper.chunks:
+        for name, module in chunk.named_modules():
+            if name.endswith("decoder"):
+                module.register_forward_hook(lambda _, __, output: shapes.append(output.shape))
+    batches.make_batch = recording
+    try:
+        train(run)
+    finally:
+        batches.make_batch = make_batch
+    path = Path(run.directory.metrics)
+    lines = read_metrics(path) if run.ranks.is_main else []
+    outcome = Outcome(
+        losses=[line["loss"] for line in lines if "loss" in line],
+        grad_norms=[line["grad_norm"] for line in lines if "loss" in line],
+        valid=[line["valid_loss"] for line in lines if "valid_loss" in line],
+        pieces=[(key, offset, shape, part.detach().clone()) for key, offset, shape, part in pieces(run)],
+        text=text,
+        shapes=shapes,
+    )
+    leave_ranks()
+    return outcome
+
+
+def initial_weights(argv: list[str]) -> dict[str, Tensor]:
+    """The weights that a run starts from on one rank."""
+    run = build_run(parse_config(argv))
+    weights = {key: value.clone() for key, value in whole(pieces(run)).items()}
+    leave_ranks()
+    return weights

@@ -1,0 +1,98 @@
+"""The same training under every layout: a run across the switch, compared with the one-rank run of the same batches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.launch import run_distributed
+from tests.distributed.layouts import Outcome, initial_weights, train_layout, whole
+from tests.training.runs import TRAINING
+
+pytestmark = pytest.mark.distributed
+
+DENSE = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 8 --group-query-attention "
+    "--num-query-groups 4 --seq-length 16 --swiglu --normalization RMSNorm --position-embedding-type rope "
+    "--untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 "
+    "--make-vocab-size-divisible-by 8 --use-cpu-initialization"
+)
+TIED = DENSE.replace("--untie-embeddings-and-output-weights ", "")
+MOE = (
+    f"{DENSE} --num-experts 4 --moe-ffn-hidden-size 24 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
+    "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --qk-layernorm"
+)
+RUN = "--tst-bag-size 4 --tst-steps 4 --tst-bag-weights power_law --eod-mask-loss"
+
+# name: (model, world size, flags)
+LAYOUTS = {
+    "tp2": (DENSE, 2, "--tensor-model-parallel-size 2"),
+    "tp4": (DENSE, 4, "--tensor-model-parallel-size 4"),
+    "tp2-sp": (DENSE, 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp4-sp": (DENSE, 4, "--tensor-model-parallel-size 4 --sequence-parallel"),
+    "pp2": (DENSE, 2, "--pipeline-model-parallel-size 2"),
+    "pp4": (DENSE, 4, "--pipeline-model-parallel-size 4"),
+    "pp2-interleaved": (DENSE, 2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "pp2-tied": (TIED, 2, "--pipeline-model-parallel-size 2"),
+    "tp2-tied": (TIED, 2, "--tensor-model-parallel-size 2"),
+    "dp2": (DENSE, 2, ""),
+    "dp2-distributed-optimizer": (DENSE, 2, "--use-distributed-optimizer"),
+    "ep2": (MOE, 2, "--expert-model-parallel-size 2"),
+    "tp2-dp2-distributed-optimizer": (DENSE, 4, "--tensor-model-parallel-size 2 --use-distributed-optimizer"),
+    "tp2-sp-pp2-ep2": (
+        MOE,
+        8,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+        "--expert-model-parallel-size 2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def setup(corpus, tokenizer, tmp_path_factory):
+    """Makes the argument lists of runs, and keeps one one-rank run and its initial weights per model."""
+    folder: Path = tmp_path_factory.mktemp("layouts")
+    known: dict[str, tuple[dict[str, torch.Tensor], Outcome]] = {}
+
+    def argv(name: str, model: str, extra: str = "") -> list[str]:
+        files = ["--data-path", corpus, "--tokenizer-model", str(tokenizer.path), "--tst-run-dir", str(folder / name)]
+        return [*model.split(), *TRAINING, *RUN.split(), *files, *extra.split()]
+
+    def one_rank(model: str, extra: str = "") -> tuple[dict[str, torch.Tensor], Outcome]:
+        key = model + extra
+        if key not in known:
+            initial = run_distributed(initial_weights, 1, argv(f"initial{len(known)}", model, extra))[0]
+            outcome = run_distributed(train_layout, 1, argv(f"one{len(known)}", model, extra), initial)[0]
+            known[key] = initial, outcome
+        return known[key]
+
+    return argv, one_rank
+
+
+def train_as(setup, name: str, extra: str = "") -> tuple[Outcome, list[Outcome]]:
+    argv, one_rank = setup
+    model, world_size, flags = LAYOUTS[name]
+    initial, alone = one_rank(model, extra)
+    label = f"{name}{len(extra)}"
+    return alone, run_distributed(train_layout, world_size, argv(label, model, f"{extra} {flags}"), initial)
+
+
+def assert_same_training(alone: Outcome, ranks: list[Outcome]) -> None:
+    main = ranks[0]
+    assert len(alone.losses) == 8
+    assert main.losses[0] == pytest.approx(alone.losses[0], rel=1e-6)
+    assert main.grad_norms[0] == pytest.approx(alone.grad_norms[0], rel=1e-5)
+    assert main.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert main.valid == pytest.approx(alone.valid, rel=1e-4)
+    wanted, found = whole(alone.pieces), whole([piece for rank in ranks for piece in rank.pieces])
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        rows = min(value.shape[0], found[key].shape[0])  # the vocabulary's padding follows the layout
+        torch.testing.assert_close(
+            found[key][:rows], value[:rows], rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_one_rank_does(setup, name):
+    assert_same_training(*train_as(setup, name))
