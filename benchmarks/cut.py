@@ -67,7 +67,8 @@ def main() -> None:
         return
     rows = []
     print(
-        "| documents | cut, s | cut, GiB | indices of half of them, s | both, GiB | cut, ns/document | both, bytes/document |"
+        "| documents | cut, s | cut, GiB | indices of half of them, s | both, GiB | cut, ns/document "
+        "| both, bytes/document |"
     )
     print("|---|---|---|---|---|---|---|")
     for number in arguments.documents:

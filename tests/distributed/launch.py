@@ -51,7 +51,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
 def _rank(function: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         # The store lives in the test's process, as torchrun's lives in its agent.
         TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip

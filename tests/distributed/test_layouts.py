@@ -1,5 +1,6 @@
 """The same training under every layout: a run across the switch, compared with the one-rank run of the same batches."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,13 @@ LAYOUTS = {
 def setup(corpus, tokenizer, tmp_path_factory):
     """Makes the argument lists of runs, and keeps one one-rank run and its initial weights per model."""
     folder: Path = tmp_path_factory.mktemp("layouts")
+    # A frequent token ends documents here, so that ranks and micro-batches differ in their valid targets.
+    shutil.copy(tokenizer.path, folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "e"}')
     known: dict[str, tuple[dict[str, torch.Tensor], Outcome]] = {}
 
     def argv(name: str, model: str, extra: str = "") -> list[str]:
-        files = ["--data-path", corpus, "--tokenizer-model", str(tokenizer.path), "--tst-run-dir", str(folder / name)]
+        files = ["--data-path", corpus, "--tokenizer-model", str(folder), "--tst-run-dir", str(folder / name)]
         return [*model.split(), *TRAINING, *RUN.split(), *files, *extra.split()]
 
     def one_rank(model: str, extra: str = "") -> tuple[dict[str, torch.Tensor], Outcome]:
@@ -96,3 +100,22 @@ def assert_same_training(alone: Outcome, ranks: list[Outcome]) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_as_one_rank_does(setup, name):
     assert_same_training(*train_as(setup, name))
+
+
+@pytest.mark.parametrize("name", ["dp2", "tp2-dp2-distributed-optimizer", "pp4"])
+def test_the_same_documents_are_read(setup, name):
+    alone, ranks = train_as(setup, name, "--log-interval 2")
+    wanted = sorted({row for batch in alone.text for row in batch})
+    assert sorted({row for rank in ranks for batch in rank.text for row in batch}) == wanted
+    if name == "dp2":
+        assert ranks[0].text != ranks[1].text
+        assert sum(map(len, ranks[0].text)) == sum(map(len, ranks[1].text)) == sum(map(len, alone.text)) / 2
+    if name == "pp4":
+        assert [bool(rank.text) for rank in ranks] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("name", ["pp2", "tp2-sp", "tp2-sp-pp2-ep2"])
+def test_activation_shapes_do_not_change_at_the_switch(setup, name):
+    _, ranks = train_as(setup, name, "--log-interval 3")
+    for rank in ranks:
+        assert rank.shapes and len(set(rank.shapes)) == 1

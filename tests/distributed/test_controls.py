@@ -1,0 +1,55 @@
+"""What the comparison of layouts must catch: reductions and labels that are deliberately wrong."""
+
+import pytest
+import torch.distributed as dist
+
+from megatron_tst.data import batches
+from megatron_tst.model.embedding import VocabParallelBagEmbedding
+from megatron_tst.training.step import Stepper
+from tests.distributed.launch import run_distributed
+from tests.distributed.layouts import train_layout
+from tests.distributed.test_layouts import LAYOUTS, assert_same_training, setup  # noqa: F401
+
+pytestmark = pytest.mark.distributed
+
+
+def with_local_weight(argv, initial):
+    """Each rank divides by its own weight: a mean of means."""
+
+    def local_weight(self, made):
+        return sum(batch.weight for batch in made) * self._ranks.dp_size
+
+    Stepper._global_weight = local_weight
+    return train_layout(argv, initial)
+
+
+def with_unreduced_bags(argv, initial):
+    """The bag's sum is never reduced over the shards of the vocabulary."""
+    from megatron_tst.model import embedding
+
+    embedding.reduce_from_tensor_model_parallel_region = lambda tensor, group: tensor
+    assert VocabParallelBagEmbedding.forward.__globals__ is vars(embedding)
+    return train_layout(argv, initial)
+
+
+def with_shifted_labels(argv, initial):
+    """One data-parallel rank's labels are shifted by one."""
+    fold_labels = batches.fold_labels
+
+    def shifted(labels, *args):
+        return fold_labels(labels.roll(dist.get_rank(), dims=1), *args)
+
+    batches.fold_labels = shifted
+    return train_layout(argv, initial)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"), [("dp2", with_local_weight), ("tp2", with_unreduced_bags), ("dp2", with_shifted_labels)]
+)
+def test_a_broken_layout_fails_the_comparison(setup, name, broken):  # noqa: F811
+    argv, one_rank = setup
+    model, world_size, flags = LAYOUTS[name]
+    initial, alone = one_rank(model)
+    ranks = run_distributed(broken, world_size, argv(broken.__name__, model, flags), initial)
+    with pytest.raises(AssertionError):
+        assert_same_training(alone, ranks)
