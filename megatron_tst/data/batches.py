@@ -65,6 +65,25 @@ def make_batch(text: Tensor, shape: BatchShape) -> Batch:
     return Batch(bags, targets, positions, weight)
 
 
+def slice_for_context_parallel(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
+    """Return one context-parallel rank's part of a micro-batch, bags and targets already made.
+
+    The L positions are cut into 2 cp chunks and rank r takes chunks r and 2 cp - 1 - r, so that causal attention gives
+    every rank the same work. The weight stays that of the whole micro-batch.
+
+    Args:
+        batch: whole sequences; L must be a multiple of 2 cp.
+        cp_rank: which part.
+        cp_size: in how many.
+    """
+
+    def part(tensor: Tensor) -> Tensor:
+        chunks = tensor.chunk(2 * cp_size, dim=1)
+        return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
+
+    return Batch(part(batch.inputs), part(batch.labels), part(batch.position_ids), batch.weight)
+
+
 class _MicroBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """The keys of this rank's micro-batches, step after step.
 
@@ -154,4 +173,7 @@ class TextReader:
         if self._ranks.tp_size > 1:
             group = self._ranks.groups.tp
             dist.broadcast(text, dist.get_global_rank(group, 0), group=group)
-        return make_batch(text, shape)
+        batch = make_batch(text, shape)
+        if self._ranks.cp_size == 1:
+            return batch
+        return slice_for_context_parallel(batch, self._ranks.cp_rank, self._ranks.cp_size)

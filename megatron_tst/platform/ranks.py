@@ -41,6 +41,8 @@ class Ranks:
         tp_size: how many they are.
         dp_rank: place among the ranks that read different sequences.
         dp_size: how many they are.
+        cp_rank: place among the ranks that share each sequence.
+        cp_size: how many they are.
         is_first_stage: whether this pipeline stage embeds tokens.
         is_last_stage: whether this pipeline stage computes the loss.
         last_stage_rank: global rank of the loss-computing stage of this pipeline.
@@ -53,6 +55,8 @@ class Ranks:
     tp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
     is_first_stage: bool
     is_last_stage: bool
     last_stage_rank: int
@@ -116,6 +120,8 @@ def _this_rank() -> Ranks:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),

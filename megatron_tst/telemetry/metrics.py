@@ -56,6 +56,21 @@ class ValidMetrics:
     valid_loss: float
 
 
+@dataclass(frozen=True)
+class ExpertMetrics:
+    """How evenly the router spread positions over experts, since the line before.
+
+    Attributes:
+        step: 1-based, after the update.
+        expert_load_max: per layer, positions of the busiest expert over the mean; 1 is balanced.
+        expert_load_min: per layer, positions of the idlest expert over the mean.
+    """
+
+    step: int
+    expert_load_max: list[float]
+    expert_load_min: list[float]
+
+
 class MetricsFile:
     """Appends metrics to ``metrics.jsonl``; a line is on disk as soon as it is written."""
 
@@ -63,7 +78,7 @@ class MetricsFile:
         """Open the file for appending."""
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: StepMetrics | ValidMetrics) -> None:
+    def write(self, metrics: StepMetrics | ValidMetrics | ExpertMetrics) -> None:
         """Append one line."""
         self._file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
         self._file.flush()

@@ -6,7 +6,7 @@ import torch
 
 from megatron_tst.data.batches import Batch, TextReader
 from megatron_tst.superposition import PhasePoint
-from megatron_tst.telemetry import MetricsFile, StepMetrics, TrainingProgress, ValidMetrics
+from megatron_tst.telemetry import ExpertMetrics, MetricsFile, StepMetrics, TrainingProgress, ValidMetrics
 from megatron_tst.training.run import Run
 from megatron_tst.training.step import StepReport
 
@@ -68,7 +68,10 @@ class _Monitor:
         self.progress.advance(step)
         # The last step of a phase is logged too: its line is the phase's result.
         is_phase_end = step in self._run.schedule.ends
-        if self._file is None or not (is_phase_end or _is_due(step, self._run.config.logging.log_interval, self._run)):
+        if not (is_phase_end or _is_due(step, self._run.config.logging.log_interval, self._run)):
+            return
+        self._record_experts(step)
+        if self._file is None:
             return
         loss = float(report.loss)  # waits for the device, so that the time below is the steps' own
         now = time.perf_counter()
@@ -94,6 +97,15 @@ class _Monitor:
         self._file.write(metrics)
         self.progress.show_step(metrics)
         self._last_step, self._last_tokens, self._last_time = step, tokens, now
+
+    def _record_experts(self, step: int) -> None:
+        """Log the experts' load; every rank has counted a part of it."""
+        if self._run.expert_counter is None:
+            return
+        counts_LE = self._run.expert_counter.take().double()
+        load_LE = counts_LE / counts_LE.mean(dim=1, keepdim=True)
+        if self._file is not None:
+            self._file.write(ExpertMetrics(step, load_LE.amax(dim=1).tolist(), load_LE.amin(dim=1).tolist()))
 
     def record_valid(self, step: int, loss: float | None) -> None:
         """Log an evaluation; its time does not count as a step's."""

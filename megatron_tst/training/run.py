@@ -4,7 +4,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tst.config import RunConfig, UserError, dump_config, global_batch_size
+import torch
+
+from megatron_tst.config import ModelSettings, RunConfig, UserError, dump_config, global_batch_size
 from megatron_tst.data.batches import BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
@@ -23,6 +25,7 @@ from megatron_tst.platform import (
 )
 from megatron_tst.superposition import Phase, Schedule, bag_weights
 from megatron_tst.telemetry import RunDirectory, short, step_flops
+from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
 from megatron_tst.training.step import Stepper
 
@@ -44,6 +47,7 @@ class Run:
         flops_per_step: model FLOPs of one step over all ranks.
         data: what it reads.
         stepper: model, optimizer and schedule.
+        expert_counter: positions per expert, of a mixture-of-experts model.
         directory: what it leaves behind.
     """
 
@@ -57,6 +61,7 @@ class Run:
     flops_per_step: int
     data: RunData
     stepper: Stepper
+    expert_counter: ExpertCounter | None
     directory: RunDirectory
 
     def batch_shape(self, bag_size: int) -> BatchShape:
@@ -138,10 +143,18 @@ def build_run(config: RunConfig) -> Run:
         flops_per_step=step_flops(model, padded, batch_size),
         data=data,
         stepper=stepper,
+        expert_counter=_expert_counter(model, chunks, ranks),
         directory=directory,
     )
     _announce(run, libraries)
     return run
+
+
+def _expert_counter(model: ModelSettings, chunks: list[torch.nn.Module], ranks: Ranks) -> ExpertCounter | None:
+    if model.num_experts is None:
+        return None
+    assert model.num_layers
+    return ExpertCounter(chunks, model.num_layers, model.num_experts, ranks)
 
 
 def _check_device(config: RunConfig, device: Device) -> None:

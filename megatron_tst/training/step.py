@@ -33,6 +33,23 @@ class StepReport:
     lr: float
 
 
+def _connect(chunks: list[torch.nn.Module]) -> None:
+    """Tell megatron-core's schedules how these chunks reduce gradients and gather parameters."""
+    config, ddp_config = get_model_config(chunks[0]), chunks[0].ddp_config
+
+    def one_or_all(name: str) -> Any:
+        methods = [getattr(chunk, name) for chunk in chunks]
+        return methods if len(methods) > 1 else methods[0]
+
+    config.finalize_model_grads_func = finalize_model_grads
+    if ddp_config.overlap_grad_reduce:
+        # All but the last micro-batch accumulate; pipeline stages start to reduce together.
+        config.no_sync_func = one_or_all("no_sync")
+        config.grad_sync_func = one_or_all("start_grad_sync")
+    if ddp_config.overlap_param_gather:
+        config.param_sync_func = one_or_all("start_param_sync")
+
+
 class Stepper:
     """Runs micro-batches through the model and steps the optimizer.
 
@@ -73,7 +90,7 @@ class Stepper:
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
         )
-        get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
+        _connect(chunks)
 
     def train(self, batches: list[Batch | None]) -> StepReport:
         """Take one optimizer step over this rank's micro-batches; None on stages that own no text.

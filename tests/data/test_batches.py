@@ -1,7 +1,10 @@
+import types
+
 import pytest
 import torch
+from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_tst.data.batches import BatchShape, make_batch
+from megatron_tst.data.batches import BatchShape, make_batch, slice_for_context_parallel
 from megatron_tst.superposition import bag_weights
 from tests.reference import targets_of_text
 
@@ -41,3 +44,27 @@ def test_nothing_is_predicted_after_the_end_of_a_document(bag_size):
     assert len(lost) == 2
     assert torch.equal(unmasked.labels[tuple(lost.T)], text[:, 5])
     assert float(unmasked.weight - batch.weight) == pytest.approx(2 / bag_size, rel=1e-5)
+
+
+@pytest.mark.parametrize("bag_size", [1, 4])
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_context_parallel_parts_are_megatron_cores_and_make_up_the_whole(rank, cp_size, bag_size):
+    batch = make_batch(torch.randint(1, 30, (3, 16 * bag_size + 1)), shape(bag_size, length=16))
+    parts = [slice_for_context_parallel(batch, number, cp_size) for number in range(cp_size)]
+    for number, part in enumerate(parts):
+        group = types.SimpleNamespace(size=lambda: cp_size, rank=lambda number=number: number)
+        fields = {name: getattr(batch, name) for name in ("inputs", "labels", "position_ids")}
+        for name, wanted in get_batch_on_this_cp_rank(fields, group).items():
+            assert torch.equal(getattr(part, name), wanted), name
+        assert part.weight is batch.weight
+    order = torch.cat([part.position_ids for part in parts], dim=1).argsort(dim=1)
+    labels = torch.cat([part.labels for part in parts], dim=1)
+    assert torch.equal(torch.stack([row[o] for row, o in zip(labels, order, strict=True)]), batch.labels)
+
+
+def test_shifting_after_the_cut_is_told_apart():
+    """Labels folded within a part know nothing of the next part's tokens: chunk ends would be wrong."""
+    text = torch.randint(1, 30, (1, 16 * 4 + 1))
+    whole = slice_for_context_parallel(make_batch(text, shape(4, length=16)), 0, 2)
+    first_chunk = make_batch(text[:, : 4 * 4 + 1], shape(4, length=4))
+    assert not torch.equal(whole.labels[:, :4], first_chunk.labels)

@@ -13,6 +13,7 @@ from megatron_tst.data import batches
 from megatron_tst.platform import leave_ranks
 from megatron_tst.telemetry import read_metrics
 from megatron_tst.training import build_run, train
+from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.run import Run
 
 # A piece of a weight: its name and where it lies in the whole.
@@ -29,6 +30,7 @@ class Outcome:
         valid: losses of the evaluations, on the main rank.
         pieces: this rank's parts of the final weights.
         text: per micro-batch that this rank made, its rows as tuples of token ids.
+        expert_counts: positions per layer and expert, per step.
         shapes: of what the decoder was given and gave, per forward pass.
     """
 
@@ -37,6 +39,7 @@ class Outcome:
     valid: list[float]
     pieces: list[Piece]
     text: list[list[tuple[int, ...]]]
+    expert_counts: list[Any]
     shapes: list[torch.Size]
 
 
@@ -104,11 +107,19 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
         for name, module in chunk.named_modules():
             if name.endswith("decoder"):
                 module.register_forward_hook(lambda _, __, output: shapes.append(output.shape))
+    expert_counts: list[Any] = []
+    take = ExpertCounter.take
+
+    def recording_take(counter: ExpertCounter) -> Tensor:
+        expert_counts.append(take(counter))
+        return expert_counts[-1]
+
+    ExpertCounter.take = recording_take
     batches.make_batch = recording
     try:
         train(run)
     finally:
-        batches.make_batch = make_batch
+        batches.make_batch, ExpertCounter.take = make_batch, take
     path = Path(run.directory.metrics)
     lines = read_metrics(path) if run.ranks.is_main else []
     outcome = Outcome(
@@ -117,6 +128,7 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
         valid=[line["valid_loss"] for line in lines if "valid_loss" in line],
         pieces=[(key, offset, shape, part.detach().clone()) for key, offset, shape, part in pieces(run)],
         text=text,
+        expert_counts=[counts.tolist() for counts in expert_counts],
         shapes=shapes,
     )
     leave_ranks()

@@ -1,0 +1,47 @@
+"""How many positions each expert was given."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_tst.platform import Ranks
+
+
+class ExpertCounter:
+    """Counts, per layer, the positions that the router sends to each expert during training."""
+
+    def __init__(self, chunks: list[torch.nn.Module], num_layers: int, num_experts: int, ranks: Ranks) -> None:
+        """Listen to all routers of this rank's model chunks.
+
+        Args:
+            chunks: this rank's model chunks.
+            num_layers: layers of the whole model.
+            num_experts: experts per layer.
+            ranks: this rank's place.
+        """
+        self._groups = ranks.groups
+        self._counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=torch.cuda.current_device())
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.register_forward_hook(partial(self._count, module.layer_number - 1))
+
+    def _count(self, layer: int, router: TopKRouter, _: Any, output: tuple[Tensor, Tensor]) -> None:
+        if router.training:
+            _, routing_map = output
+            self._counts_LE[layer] += routing_map.sum(dim=0)
+
+    def take(self) -> Tensor:
+        """Return the counts of all ranks since the last call, ``[layers, experts]`` int64.
+
+        With full recomputation each position counts twice. Collective: every rank of the world calls it.
+        """
+        counts_LE = self._counts_LE.clone()
+        dist.all_reduce(counts_LE, group=self._groups.tp_dp_cp)
+        dist.all_reduce(counts_LE, group=self._groups.pp)
+        self._counts_LE.zero_()
+        return counts_LE
