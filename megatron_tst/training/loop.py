@@ -17,11 +17,11 @@ def train(run: Run) -> None:
     Collective: every rank of the world calls it.
     """
     reader = run.read(run.data.train, run.schedule, run.config.data.num_workers)
-    monitor = _Monitor(run)
+    monitor = Monitor(run)
     with monitor.progress:
         for step in range(run.schedule.num_steps):
             point = run.schedule.phase_at(step)
-            report = run.stepper.train(_read_step(run, reader, point.bag_size))
+            report = run.stepper.train(read_step(run, reader, point.bag_size))
             monitor.record(step + 1, point, report)
             if _is_due(step + 1, run.config.training.eval_interval, run):
                 monitor.record_valid(step + 1, evaluate(run))
@@ -38,11 +38,15 @@ def evaluate(run: Run) -> float | None:
         return None
     assert run.data.valid is not None
     reader = run.read(run.data.valid, schedule, num_workers=0)
-    losses = [run.stepper.evaluate(_read_step(run, reader, bag_size=1)) for _ in range(schedule.num_steps)]
+    losses = [run.stepper.evaluate(read_step(run, reader, bag_size=1)) for _ in range(schedule.num_steps)]
     return float(torch.stack(losses).mean())
 
 
-def _read_step(run: Run, reader: TextReader, bag_size: int) -> list[Batch | None]:
+def read_step(run: Run, reader: TextReader, bag_size: int) -> list[Batch | None]:
+    """Return this rank's micro-batches of one step; None on stages that own no text.
+
+    Collective: every rank of the tensor-parallel group calls it.
+    """
     shape = run.batch_shape(bag_size)
     count = run.stepper.num_microbatches
     return [reader.read(shape) if run.ranks.owns_text else None for _ in range(count)]
@@ -52,10 +56,11 @@ def _is_due(step: int, interval: int, run: Run) -> bool:
     return step % interval == 0 or step == run.schedule.num_steps
 
 
-class _Monitor:
-    """Turns step reports into metrics, on the main rank."""
+class Monitor:
+    """Turns step reports into metrics; the main rank writes and shows them."""
 
     def __init__(self, run: Run) -> None:
+        """Open the metrics file of a run."""
         self._run = run
         self._main = run.ranks.is_main
         self._file = MetricsFile(run.directory.metrics) if self._main else None
@@ -64,7 +69,10 @@ class _Monitor:
         self._last_time = time.perf_counter()
 
     def record(self, step: int, point: PhasePoint, report: StepReport) -> None:
-        """Count a step, and log it if a line is due."""
+        """Count a step, and log it if a line is due.
+
+        Collective for a mixture of experts: every rank of the world calls it.
+        """
         self.progress.advance(step)
         # The last step of a phase is logged too: its line is the phase's result.
         is_phase_end = step in self._run.schedule.ends

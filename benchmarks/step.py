@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Step time: our loop against a bare megatron-core loop, and superposed steps against ordinary ones.
+
+    OMP_NUM_THREADS=1 python benchmarks/step.py [--steps 30] [--json step.json]
+
+Everything runs in one process, the compared steps in turn; each row is the median of the ratios of neighbouring steps.
+Steps read random text, train (forward, backward, optimizer), and, in our loop, log a line of metrics.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from megatron_tst.config import parse_config
+from megatron_tst.data.batches import Batch, TextReader
+from megatron_tst.data.tokenizer import train_bpe
+from megatron_tst.model import build_model
+from megatron_tst.platform import find_libraries, leave_ranks
+from megatron_tst.superposition import Phase, Schedule
+from megatron_tst.training import Run, build_run
+from megatron_tst.training.loop import Monitor, read_step
+
+# isort: split
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+SEQUENCE, BATCH = 128, 8
+MODEL = (
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --swiglu --normalization RMSNorm "
+    "--position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 "
+    "--hidden-dropout 0 --make-vocab-size-divisible-by 1"
+)
+TRAINING = (
+    f"--seq-length {SEQUENCE} --micro-batch-size {BATCH} --lr 1e-3 --eval-iters 0 --log-interval 1 --num-workers 0 "
+    "--split 1,0,0 --tst-bag-size 16 --tst-step-ratio 0.5"
+)
+
+
+def write_text(folder: Path, num_tokens: int) -> tuple[str, str]:
+    """Write random text and a tokenizer of its vocabulary; return corpus prefix and tokenizer."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    source = Path(argparse.__file__).read_text(encoding="utf-8")
+    tokenizer = train_bpe([source], 512, folder / "tokenizer.json")
+    builder = IndexedDatasetBuilder(str(folder / "corpus.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
+    generator = numpy.random.default_rng(0)
+    for _ in range(num_tokens // 1000):
+        builder.add_document(generator.integers(1, tokenizer.vocab_size, 1000), [1000])
+    builder.finalize(str(folder / "corpus.idx"))
+    return str(folder / "corpus"), str(tokenizer.path)
+
+
+def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
+    """Return one step of our loop: read, train, log."""
+    schedule = Schedule((Phase(bag_size, steps),))
+    phase = next(i for i, p in enumerate(run.schedule.phases) if p.bag_size >= bag_size)
+    text = type(run.data.train)([run.data.train.phases[phase]])
+    reader = run.read(_Cut(text, SEQUENCE * bag_size), schedule, num_workers=0)
+    monitor = Monitor(run)
+    monitor.progress.__enter__()
+    numbers = iter(range(1, steps + 1))
+
+    def step() -> None:
+        number = next(numbers)
+        report = run.stepper.train(read_step(run, reader, bag_size))
+        monitor.record(number, schedule.phase_at(number - 1), report)
+
+    return step
+
+
+class _Cut(torch.utils.data.Dataset):
+    """Samples cut down to the tokens that a smaller bag size reads."""
+
+    def __init__(self, text: torch.utils.data.Dataset, num_tokens: int) -> None:
+        self.text, self.num_tokens = text, num_tokens
+
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        return self.text[key][: self.num_tokens + 1]
+
+
+def bare_step(run: Run, steps: int) -> Callable[[], None]:
+    """Return one step of a loop that megatron-core's own classes make, on ordinary batches."""
+    chunks = build_model(run.config, run.vocab_size, run.ranks, find_libraries())
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.utils import get_model_config
+
+    get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0), chunks)
+    schedule, forward_backward = Schedule((Phase(1, steps),)), get_forward_backward_func()
+    reader = TextReader(
+        _Cut(run.data.train, SEQUENCE), schedule, run.ranks,
+        micro_batch_size=BATCH, global_batch_size=BATCH, vocab_size=run.vocab_size,
+    )  # fmt: skip
+    shape = run.batch_shape(1)
+
+    def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = next(batches)
+        output = model(batch.inputs, batch.position_ids, None, labels=batch.labels)
+        return output, lambda loss: (loss.mean(), loss.detach().mean())
+
+    def step() -> None:
+        chunks[0].zero_grad_buffer()
+        optimizer.zero_grad()
+        forward_backward(
+            forward_step_func=forward, data_iterator=iter([reader.read(shape)]), model=chunks[0],
+            num_microbatches=1, seq_length=SEQUENCE, micro_batch_size=BATCH,
+        )  # fmt: skip
+        optimizer.step()
+
+    return step
+
+
+def compare(first: Callable[[], None], second: Callable[[], None], steps: int) -> dict[str, float]:
+    """Run both in turn and return the median seconds of each and the median ratio."""
+    times = []
+    for _ in range(steps):
+        pair = []
+        for step in (first, second):
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            pair.append(time.perf_counter() - start)
+        times.append(pair)
+    settled = times[3:]
+    medians = [statistics.median(pair[side] for pair in settled) for side in (0, 1)]
+    return {"first_s": medians[0], "second_s": medians[1], "ratio": statistics.median(a / b for a, b in settled)}
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    steps = arguments.steps
+    with tempfile.TemporaryDirectory() as name:
+        corpus, tokenizer = write_text(Path(name), 34 * steps * BATCH * SEQUENCE)
+        files = f"--data-path {corpus} --tokenizer-model {tokenizer} --tst-run-dir {name}/run --train-iters {2 * steps}"
+        run = build_run(parse_config(f"{MODEL} {TRAINING} {files}".split()))
+        rows = {
+            "our loop / bare megatron-core loop": (lambda: our_step(run, 1, steps), lambda: bare_step(run, steps)),
+            "superposed s = 4 / ordinary": (lambda: our_step(run, 4, steps), lambda: our_step(run, 1, steps)),
+            "superposed s = 16 / ordinary": (lambda: our_step(run, 16, steps), lambda: our_step(run, 1, steps)),
+        }
+        results = {row: compare(first(), second(), steps) for row, (first, second) in rows.items()}
+        leave_ranks()
+    print(f"{run.device.name}, torch {torch.__version__}, {steps} steps a side")
+    print("| step | first, ms | second, ms | median of ratios |\n|---|---|---|---|")
+    for row, result in results.items():
+        print(f"| {row} | {result['first_s'] * 1e3:.1f} | {result['second_s'] * 1e3:.1f} | {result['ratio']:.3f} |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
