@@ -16,17 +16,14 @@ def main(config: RunConfig) -> None:
     from megatron_tst.platform import leave_ranks
     from megatron_tst.training import build_run, train
 
-    try:
-        train(build_run(config))
-    finally:
-        leave_ranks()
+    train(build_run(config))
+    leave_ranks()
 
 
 if __name__ == "__main__":
     try:
         main(parse_config(sys.argv[1:]))
     except UserError as error:
-        # Every rank meets the same error; one of them says so.
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or error.own_rank:
             print(f"pretrain_tst.py: error: {error}", file=sys.stderr)
         sys.exit(EXIT_CODE)

@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 steps=${STEPS:-2500}
-runs=runs/quickstart-seed$seed
+runs=${RUNS:-runs/quickstart-seed$seed}
 data=${DATA:-data/quickstart}
 # The two runs share a machine: one thread each leaves no OpenMP threads spinning for a core that the other holds.
 export OMP_NUM_THREADS=1

@@ -165,7 +165,8 @@ class TextReader:
             if int(text.max()) >= self._vocab_size:
                 raise UserError(
                     f"--data-path: holds token id {int(text.max())}, but the vocabulary has {self._vocab_size}: "
-                    "the data was made with another tokenizer than --tokenizer-model"
+                    "the data was made with another tokenizer than --tokenizer-model",
+                    own_rank=True,
                 )
             text = text.to(self._device, non_blocking=True)
         else:
