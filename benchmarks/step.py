@@ -70,7 +70,7 @@ def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
 
     def step() -> None:
         number = next(numbers)
-        report = run.stepper.train(read_step(run, reader, bag_size))
+        report = run.stepper.train(read_step(run, reader, schedule.phases[0]))
         monitor.record(number, schedule.phase_at(number - 1), report)
 
     return step
@@ -99,7 +99,7 @@ def bare_step(run: Run, steps: int) -> Callable[[], None]:
         _Cut(run.data.train, SEQUENCE), schedule, run.ranks,
         micro_batch_size=BATCH, global_batch_size=BATCH, vocab_size=run.vocab_size,
     )  # fmt: skip
-    shape = run.batch_shape(1)
+    shape = run.batch_shape(Phase(1, 1))
 
     def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)

@@ -54,3 +54,18 @@ def edge_targets(shape: tuple[int, ...], vocab: int, bag_size: int, seed: int = 
     rows[3, 1:] = -100
     rows[4] = torch.tensor([vocab - 1, 0] * bag_size)[:bag_size]
     return targets
+
+
+def mass_loss_and_gradient(logits, targets, ignore: int = -100):
+    """MCEAlt row by row: minus the log of the total probability of the bag's distinct tokens."""
+    z = logits.double().detach().requires_grad_()
+    loss = torch.zeros(z.shape[:-1], dtype=torch.float64)
+    row_weight = torch.zeros_like(loss)
+    for row in torch.cartesian_prod(*(torch.arange(n) for n in z.shape[:-1])).reshape(-1, z.dim() - 1).tolist():
+        row = tuple(row)
+        distinct = sorted({target for target in targets[row].tolist() if target != ignore})
+        if distinct:
+            loss[row] = -torch.softmax(z[row], dim=-1)[distinct].sum().log()
+            row_weight[row] = 1.0
+    loss.sum().backward()
+    return loss.detach(), row_weight, z.grad

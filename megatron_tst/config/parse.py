@@ -52,7 +52,8 @@ def config_from_mapping(mapping: Mapping[str, Any], source: str, preset: str | N
     """Build settings from the sections of a YAML file, over the defaults and the preset they name.
 
     Args:
-        mapping: section name to settings; ``phases`` is a list of ``{bag_size, steps}``.
+        mapping: section name to settings; ``phases`` is a list of ``{bag_size, steps}``, and ``reads_bags: false``
+            where single tokens predict bags.
         source: the file's name, for messages.
         preset: a preset that replaces the one named in the mapping.
 
@@ -81,7 +82,10 @@ def dump_config(config: RunConfig) -> str:
     """Write settings as YAML that :func:`parse_config` reads back to the same settings."""
     mapping = dataclasses.asdict(config)
     del mapping["config"]
-    mapping["phases"] = [{"bag_size": phase.bag_size, "steps": phase.num_steps} for phase in config.phases]
+    mapping["phases"] = [
+        {"bag_size": phase.bag_size, "steps": phase.num_steps, "reads_bags": phase.reads_bags}
+        for phase in config.phases
+    ]
     return yaml.safe_dump(_tuples_to_lists(mapping), sort_keys=False)
 
 
@@ -115,7 +119,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _read_phases(values: Any, source: str) -> tuple[Phase, ...]:
     try:
-        return tuple(Phase(bag_size=entry["bag_size"], num_steps=entry["steps"]) for entry in values or ())
+        return tuple(Phase(entry["bag_size"], entry["steps"], entry.get("reads_bags", True)) for entry in values or ())
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{source}: phases must be a list of {{bag_size, steps}}, each at least 1: {error}") from error
 

@@ -124,6 +124,11 @@ def _superposition_rules(settings: SuperpositionSettings, config: RunConfig) -> 
         f"must lie between 0 and --train-iters {steps}",
     )
     yield superposed is None or ratio == 0.0, f"--tst-steps {superposed}", f"excludes --tst-step-ratio {ratio}"
+    yield (
+        settings.tst_objective == "mce" or (settings.loss_weights == "uniform"),
+        f"--tst-objective {settings.tst_objective}",
+        f"has no bag weights, but they are {settings.loss_weights} (--tst-bag-weights, --tst-superpose)",
+    )
     if config.phases:
         yield bag == 1 and superposed is None, f"--tst-bag-size {bag}", "excludes phases in the YAML file"
     else:

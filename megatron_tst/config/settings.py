@@ -94,6 +94,15 @@ class SuperpositionSettings:
     """Superposed steps, instead of --tst-step-ratio."""
     tst_bag_weights: BagWeights = "uniform"
     """How much each token of the next bag counts in the loss."""
+    tst_superpose: Literal["both", "input", "output"] = "both"
+    """input: bags in, the first token of the next bag out. output: single tokens in, the next s tokens out."""
+    tst_objective: Literal["mce", "mce_alt"] = "mce"
+    """mce: mean cross-entropy of the bag's tokens. mce_alt: minus the log of their total probability."""
+
+    @property
+    def loss_weights(self) -> str:
+        """Name of the bag weights that the loss uses."""
+        return "first_token" if self.tst_superpose == "input" else self.tst_bag_weights
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,10 @@ class TrainingSettings:
     """With full recomputation: which layers."""
     recompute_num_layers: int | None = None
     """With full recomputation: layers per recomputed chunk."""
+    cross_entropy_loss_fusion: bool = False
+    """Taken for Megatron-LM's command lines; the loss is always one fused pass, whatever the bag size."""
+    cross_entropy_fusion_impl: Literal["te", "native"] | None = None
+    """Kernel of the loss: Transformer Engine's, or torch operations; Transformer Engine's where it is installed."""
     deterministic_mode: bool = False
     """Choose deterministic kernels."""
     use_cpu_initialization: bool = False
@@ -246,4 +259,4 @@ class RunConfig:
         steps = self.training.train_iters or 0
         settings = self.superposition
         ratio = settings.tst_step_ratio if settings.tst_steps is None else settings.tst_steps / max(steps, 1)
-        return Schedule.superposed(settings.tst_bag_size, ratio, steps)
+        return Schedule.superposed(settings.tst_bag_size, ratio, steps, settings.tst_superpose != "output")

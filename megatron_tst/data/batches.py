@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_tst.config import UserError
 from megatron_tst.data.samples import RunText
 from megatron_tst.platform import Ranks
-from megatron_tst.superposition import Schedule, fold_labels, fold_tokens, target_weights
+from megatron_tst.superposition import Schedule, fold_labels, fold_tokens, row_weights, slide_labels
 
 IGNORE_INDEX = -100
 
@@ -23,8 +23,8 @@ class Batch:
     """One micro-batch of one rank.
 
     Attributes:
-        inputs: bags ``[B, L, S]``, or tokens ``[B, L]`` with bag size 1; int64.
-        labels: targets of the same shape; -100 where ignored.
+        inputs: bags ``[B, L, S]``, or tokens ``[B, L]`` with bag size 1 or where single tokens are read; int64.
+        labels: targets ``[B, L, S]``, or ``[B, L]`` with bag size 1; -100 where ignored.
         position_ids: ``[B, L]`` int64.
         weight: float32 scalar, the weight of all valid targets.
     """
@@ -43,13 +43,22 @@ class BatchShape:
         seq_length: positions, L.
         bag_size: S.
         weights: ``[S]`` float32 bag weights.
+        objective: of the loss, ``mce`` or ``mce_alt``.
+        reads_bags: whether a position reads a bag, or one token.
         masked_after: with ``--eod-mask-loss`` the end-of-document token, after which nothing is predicted; else None.
     """
 
     seq_length: int
     bag_size: int
     weights: Tensor
-    masked_after: int | None
+    masked_after: int | None = None
+    objective: str = "mce"
+    reads_bags: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Data tokens per sequence, T."""
+        return self.seq_length * (self.bag_size if self.reads_bags else 1)
 
 
 def make_batch(text: Tensor, shape: BatchShape) -> Batch:
@@ -57,10 +66,13 @@ def make_batch(text: Tensor, shape: BatchShape) -> Batch:
     tokens, labels = text[:, :-1], text[:, 1:]
     if shape.masked_after is not None:
         labels = labels.masked_fill(tokens == shape.masked_after, IGNORE_INDEX)
-    bags, targets = fold_tokens(tokens, shape.bag_size), fold_labels(labels, shape.bag_size, IGNORE_INDEX)
-    weight = target_weights(targets, shape.weights, IGNORE_INDEX).sum()
+    if shape.reads_bags:
+        bags, targets = fold_tokens(tokens, shape.bag_size), fold_labels(labels, shape.bag_size, IGNORE_INDEX)
+    else:
+        bags, targets = tokens, slide_labels(labels, shape.bag_size, IGNORE_INDEX)
+    weight = row_weights(shape.objective, targets, shape.weights, IGNORE_INDEX).sum()
     if shape.bag_size == 1:
-        bags, targets = bags.squeeze(-1), targets.squeeze(-1)
+        bags, targets = bags.view(tokens.shape), targets.squeeze(-1)
     positions = torch.arange(shape.seq_length, device=text.device).expand(text.shape[0], -1)
     return Batch(bags, targets, positions, weight)
 
@@ -158,7 +170,7 @@ class TextReader:
         Raises:
             UserError: if a token id lies beyond the vocabulary.
         """
-        num_tokens = shape.seq_length * shape.bag_size + 1
+        num_tokens = shape.num_tokens + 1
         if self._ranks.tp_rank == 0:
             text = next(self._texts)
             assert text.shape == (self._micro_batch_size, num_tokens)

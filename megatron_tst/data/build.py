@@ -122,7 +122,7 @@ def _build_phases(sources: list[_Source], phases: tuple[Phase, ...], name: str, 
     parts: list[list[EpochedText]] = [[] for _ in phases]
     for number, source in enumerate(sources):
         counts = [int((order["part"] == number).sum()) for order in orders]
-        tokens = [plan.seq_length * phase.bag_size for phase in phases]
+        tokens = [plan.seq_length * phase.tokens_per_position for phase in phases]
         shares, digest = _cut(
             source, [count * size + 1 for count, size in zip(counts, tokens, strict=True)], number, plan
         )

@@ -11,6 +11,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings
 from megatron_tst.model.gpt import TSTGPTModel
 from megatron_tst.model.layers import block_spec
+from megatron_tst.model.loss import LossChoice, LossImplementation
+from megatron_tst.model.te_loss import load_kernel
 from megatron_tst.platform import Libraries, Ranks
 
 
@@ -115,7 +117,7 @@ def build_gpt(
     config: TransformerConfig,
     model: ModelSettings,
     vocab_size: int,
-    bag_weights: str,
+    loss: LossChoice,
     use_transformer_engine: bool,
     *,
     pre_process: bool = True,
@@ -129,7 +131,7 @@ def build_gpt(
         config: megatron-core's configuration.
         model: vocabulary, positions and head.
         vocab_size: tokens of the vocabulary before padding.
-        bag_weights: name of the weights of a bag's tokens in the loss.
+        loss: which loss to compute from labels.
         use_transformer_engine: whether to use its layers.
         pre_process: whether the stage embeds.
         post_process: whether the stage predicts.
@@ -142,7 +144,7 @@ def build_gpt(
         transformer_layer_spec=block_spec(config, use_transformer_engine, vp_stage),
         vocab_size=padded,
         real_vocab_size=vocab_size,
-        bag_weights=bag_weights,
+        loss=loss,
         max_sequence_length=model.max_position_embeddings or model.seq_length,
         pre_process=pre_process,
         post_process=post_process,
@@ -152,6 +154,19 @@ def build_gpt(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+
+
+def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
+    """Return the loss that the settings ask for; Transformer Engine's kernel where it is installed and none is named.
+
+    Raises:
+        UserError: if Transformer Engine's kernel is asked for and it is missing or of an unsupported version.
+    """
+    default: LossImplementation = "native" if libraries.transformer_engine is None else "te"
+    implementation = run.training.cross_entropy_fusion_impl or default
+    if implementation == "te":
+        load_kernel()
+    return LossChoice(run.superposition.loss_weights, run.superposition.tst_objective, implementation)
 
 
 def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Libraries) -> list[torch.nn.Module]:
@@ -177,7 +192,7 @@ def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Librar
             config,
             run.model,
             vocab_size,
-            run.superposition.tst_bag_weights,
+            loss_choice(run, libraries),
             use_transformer_engine=libraries.transformer_engine is not None,
             pre_process=ranks.is_first_stage and stage == 0,
             post_process=ranks.is_last_stage and stage == last,

@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_tst.model.embedding import VocabParallelBagEmbedding
-from megatron_tst.model.loss import mask_vocabulary_padding, vocab_parallel_multi_hot_cross_entropy
+from megatron_tst.model.loss import LossChoice, mask_vocabulary_padding, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.superposition import bag_weights
 
 
@@ -24,7 +24,7 @@ class TSTGPTModel(GPTModel):  # type: ignore[misc]
     Args:
         vocab_size: columns of embedding and head, padding included.
         real_vocab_size: columns that stand for tokens; the rest are never predicted. ``vocab_size`` where not given.
-        bag_weights: name of the weights of a bag's tokens in the loss.
+        loss: which loss to compute from labels.
         kwargs: GPTModel's own.
     """
 
@@ -33,13 +33,13 @@ class TSTGPTModel(GPTModel):  # type: ignore[misc]
         *args: Any,
         vocab_size: int,
         real_vocab_size: int | None = None,
-        bag_weights: str = "uniform",
+        loss: LossChoice | None = None,
         **kwargs: Any,
     ) -> None:
         """Build GPTModel, then let its word embedding take bags."""
         super().__init__(*args, vocab_size=vocab_size, **kwargs)
         self.real_vocab_size = vocab_size if real_vocab_size is None else real_vocab_size
-        self.bag_weights = bag_weights
+        self.loss = loss or LossChoice()
         if self.pre_process:
             self.embedding.word_embeddings = self._bag_embedding()
 
@@ -63,7 +63,9 @@ class TSTGPTModel(GPTModel):  # type: ignore[misc]
         Collective: every rank of the tensor-parallel group calls it.
         """
         targets_BLS = labels.unsqueeze(-1) if labels.dim() == 2 else labels
-        weights_S = bag_weights(self.bag_weights, targets_BLS.shape[-1], device=logits.device)
+        weights_S = bag_weights(self.loss.bag_weights, targets_BLS.shape[-1], device=logits.device)
         logits = mask_vocabulary_padding(logits, self.real_vocab_size, self.tp_group.rank())
-        row_loss, _ = vocab_parallel_multi_hot_cross_entropy(logits, targets_BLS, weights_S, self.tp_group)
+        row_loss, _ = vocab_parallel_multi_hot_cross_entropy(
+            logits, targets_BLS, weights_S, self.tp_group, self.loss.implementation, objective=self.loss.objective
+        )
         return row_loss

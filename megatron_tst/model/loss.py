@@ -3,6 +3,7 @@
 Shape letters: L positions, B sequences, S bag size, Vp local vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tst.model.native_loss import NativeMultiHotCrossEntropy
-from megatron_tst.superposition import target_weights
+from megatron_tst.model.te_loss import TEMultiHotCrossEntropy, load_kernel
+from megatron_tst.superposition import OBJECTIVES, target_weights
 
-LossImplementation = Literal["native"]
+LossImplementation = Literal["te", "native"]
+
+
+@dataclass(frozen=True)
+class LossChoice:
+    """Which loss a model computes from labels.
+
+    Attributes:
+        bag_weights: name of the weights of a bag's tokens.
+        objective: ``mce`` or ``mce_alt``.
+        implementation: ``te`` or ``native``.
+    """
+
+    bag_weights: str = "uniform"
+    objective: str = "mce"
+    implementation: LossImplementation = "native"
 
 
 def vocab_parallel_multi_hot_cross_entropy(
@@ -21,6 +38,8 @@ def vocab_parallel_multi_hot_cross_entropy(
     weights: Tensor,
     tp_group: dist.ProcessGroup,
     implementation: LossImplementation = "native",
+    *,
+    objective: str = "mce",
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """Compute each row's multi-hot cross-entropy with one softmax, whatever the bag size.
@@ -28,25 +47,41 @@ def vocab_parallel_multi_hot_cross_entropy(
     Collective: every rank of ``tp_group`` calls it with its columns of the same rows.
 
     Args:
-        logits: ``[L, B, Vp]`` float32 or bfloat16, this rank's columns; left unchanged by ``native``.
+        logits: ``[L, B, Vp]`` float32 or bfloat16, this rank's columns; left unchanged by ``native``, overwritten by
+            ``te``.
         targets: ``[B, L, S]`` token ids, or ``ignore_index``; each rank passes all of them.
         weights: ``[S]`` float32 bag weights.
         tp_group: the ranks that share the vocabulary.
-        implementation: ``native`` torch operations.
+        implementation: ``te``, Transformer Engine's fused kernel, or ``native``, torch operations.
+        objective: ``mce``, or ``mce_alt`` for the total probability of the bag's distinct tokens.
         ignore_index: marks targets that carry neither loss nor gradient.
 
     Returns:
         ``(row_loss, row_weight)``, ``[B, L]`` float32: nats per position, and the weight of its valid targets.
 
     Raises:
-        ValueError: if the implementation is unknown.
+        ValueError: if implementation or objective is unknown.
+        UserError: if the installed Transformer Engine is missing or not supported.
     """
-    if implementation != "native":
-        raise ValueError(f"cross-entropy implementation {implementation!r} is unknown; choose native")
-    weights_BLS = target_weights(targets, weights, ignore_index)
-    targets_LBS, weights_LBS = targets.transpose(0, 1), weights_BLS.transpose(0, 1)
-    loss_LB = NativeMultiHotCrossEntropy.apply(logits, targets_LBS, weights_LBS, tp_group)
-    return loss_LB.transpose(0, 1), weights_BLS.sum(dim=-1)
+    if implementation not in ("te", "native"):
+        raise ValueError(f"cross-entropy implementation {implementation!r} is unknown; choose te or native")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}")
+    targets_LBS = targets.transpose(0, 1)
+    weights_LBS = target_weights(targets_LBS, weights, ignore_index)
+    arguments = (logits, targets_LBS, weights_LBS, OBJECTIVES[objective])
+    if implementation == "native":
+        loss_LB, weight_LB = NativeMultiHotCrossEntropy.apply(*arguments, ignore_index, tp_group)
+    elif targets.shape[-1] == 1 and objective == "mce":
+        # One target is what the kernel is for.
+        loss_LB = load_kernel()(logits, targets_LBS.squeeze(-1), ignore_index, tp_group)
+        if loss_LB.requires_grad:
+            # Up to 2.10 the kernel reads its upstream gradient as if it were contiguous.
+            loss_LB.register_hook(Tensor.contiguous)
+        weight_LB = weights_LBS.squeeze(-1)
+    else:
+        loss_LB, weight_LB = TEMultiHotCrossEntropy.apply(*arguments, load_kernel(), ignore_index, tp_group)
+    return loss_LB.transpose(0, 1), weight_LB.transpose(0, 1)
 
 
 class _PaddingMask(torch.autograd.Function):
@@ -54,9 +89,9 @@ class _PaddingMask(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, num_real: int) -> Tensor:
-        """Fill the padding with minus infinity."""
+        """Fill the padding with the lowest number: unlike infinity, a whole shard of it still has a maximum."""
         ctx.mark_dirty(logits)
-        logits[..., num_real:] = -torch.inf
+        logits[..., num_real:] = torch.finfo(logits.dtype).min
         return logits
 
     @staticmethod

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tst.superposition import target_coefficients
+from megatron_tst.model.target_columns import TargetColumns
+from megatron_tst.superposition import Objective, target_coefficients
 
 # Rows are worked through in float32 chunks of about this many logits: small enough for a CPU's cache, large enough
 # for a GPU to be busy.
@@ -26,57 +27,55 @@ class NativeMultiHotCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_LBVp: Tensor, targets_LBS: Tensor, weights_LBS: Tensor, tp_group: dist.ProcessGroup
-    ) -> Tensor:
-        """Return the row losses ``[L, B]`` float32.
-
-        Args:
-            ctx: autograd's context.
-            logits_LBVp: this rank's columns of the logits.
-            targets_LBS: token ids; those of weight zero may be any number.
-            weights_LBS: float32, w_i m_i.
-            tp_group: the ranks that hold the other columns; all of them call.
-        """
-        num_columns = logits_LBVp.shape[-1]
-        logits_NVp = logits_LBVp.reshape(-1, num_columns)
-        columns_NS = targets_LBS.flatten(0, 1) - tp_group.rank() * num_columns
-        is_here_NS = (columns_NS >= 0) & (columns_NS < num_columns)
-        columns_NS = columns_NS.masked_fill(~is_here_NS, 0)
-        weights_NS = weights_LBS.flatten(0, 1)
-
+        ctx: Any,
+        logits_LBVp: Tensor,
+        targets_LBS: Tensor,
+        weights_LBS: Tensor,
+        objective: Objective,
+        ignore_index: int,
+        tp_group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:
+        """Return row losses and row weights, ``[L, B]`` float32."""
+        logits_NVp, targets_NS = logits_LBVp.flatten(0, 1), targets_LBS.flatten(0, 1)
+        is_valid = targets_NS != ignore_index
+        columns = TargetColumns.locate(targets_NS, is_valid, logits_NVp.shape[-1], tp_group.rank())
         max_N = logits_NVp.amax(dim=-1).float()
         if tp_group.size() > 1:
             dist.all_reduce(max_N, op=dist.ReduceOp.MAX, group=tp_group)
-        # One reduction carries the sum of exponentials and the target logits of every row.
         sum_exp_N = torch.cat([_shifted(logits_NVp[rows], max_N[rows]).exp_().sum(-1) for rows in _chunks(logits_NVp)])
-        target_logits_NS = logits_NVp.gather(-1, columns_NS).float() - max_N.unsqueeze(-1)
-        target_logits_NS.masked_fill_(~is_here_NS, 0.0)
+        target_logits_NS = logits_NVp.gather(-1, columns.index).float() - max_N.unsqueeze(-1)
+        target_logits_NS.masked_fill_(~columns.is_here, 0.0)
         if tp_group.size() > 1:
+            # One reduction carries the sum of exponentials and the target logits of every row.
             parts = torch.cat((sum_exp_N.unsqueeze(-1), target_logits_NS), dim=-1)
             dist.all_reduce(parts, group=tp_group)
             sum_exp_N, target_logits_NS = parts[:, 0].contiguous(), parts[:, 1:]
-
-        ctx.save_for_backward(logits_LBVp, columns_NS, weights_NS * is_here_NS, weights_NS.sum(-1), max_N, sum_exp_N)
         cross_entropy_NS = sum_exp_N.log().unsqueeze(-1) - target_logits_NS
-        # A target without weight must not turn an infinite logit into 0 * inf.
-        loss_N = (weights_NS * cross_entropy_NS.masked_fill(weights_NS == 0, 0.0)).sum(-1)
-        return loss_N.view(logits_LBVp.shape[:-1])
+        loss_N, row_weight_N, coefficients_NS = objective(
+            cross_entropy_NS, targets_NS, weights_LBS.flatten(0, 1), is_valid
+        )
+        coefficients_NS = coefficients_NS * columns.is_here
+        ctx.save_for_backward(logits_LBVp, columns.index, coefficients_NS, row_weight_N, max_N, sum_exp_N)
+        row_weight = row_weight_N.view(logits_LBVp.shape[:-1])
+        ctx.mark_non_differentiable(row_weight)
+        return loss_N.view(logits_LBVp.shape[:-1]), row_weight
 
     @staticmethod
-    def backward(ctx: Any, grad_LB: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return g (omega softmax(z) - sum_i w_i m_i onehot(y_i)), ``[L, B, Vp]`` in the logits' dtype."""
-        logits_LBVp, columns_NS, weights_NS, row_weight_N, max_N, sum_exp_N = ctx.saved_tensors
-        logits_NVp = logits_LBVp.reshape(-1, logits_LBVp.shape[-1])
+    def backward(ctx: Any, grad_LB: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        """Return g (omega softmax(z) - sum_i a_i onehot(y_i)), ``[L, B, Vp]`` in the logits' dtype."""
+        logits_LBVp, columns_NS, coefficients_NS, row_weight_N, max_N, sum_exp_N = ctx.saved_tensors
+        logits_NVp = logits_LBVp.flatten(0, 1)
         grad_N1 = grad_LB.reshape(-1, 1)
         gradient_NVp = torch.empty_like(logits_NVp)
         for rows in _chunks(logits_NVp):
             softmax = _shifted(logits_NVp[rows], max_N[rows]).exp_().div_(sum_exp_N[rows].unsqueeze(-1))
-            columns, weights, row_weight = columns_NS[rows], weights_NS[rows], row_weight_N[rows].unsqueeze(-1)
-            # Written, not added: a column named twice gets one value, in whatever order.
-            at_targets = row_weight * softmax.gather(-1, columns) - target_coefficients(columns, weights)
+            columns, row_weight = columns_NS[rows], row_weight_N[rows].unsqueeze(-1)
+            # Written, not added: a column named twice gets one value, in whatever order. Targets that are not here
+            # name column 0 with coefficient 0.
+            at_targets = row_weight * softmax.gather(-1, columns) - target_coefficients(columns, coefficients_NS[rows])
             softmax.mul_(row_weight).scatter_(-1, columns, at_targets)
             gradient_NVp[rows] = softmax.mul_(grad_N1[rows])
-        return gradient_NVp.view_as(logits_LBVp), None, None, None
+        return gradient_NVp.view_as(logits_LBVp), None, None, None, None, None
 
 
 def _shifted(logits: Tensor, row_max: Tensor) -> Tensor:

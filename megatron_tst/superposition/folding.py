@@ -47,3 +47,18 @@ def fold_labels(labels: Tensor, bag_size: int, ignore_index: int = -100) -> Tens
     """
     shifted = torch.nn.functional.pad(labels[:, bag_size - 1 :], (0, bag_size - 1), value=ignore_index)
     return fold_tokens(shifted, bag_size)
+
+
+def slide_labels(labels: Tensor, bag_size: int, ignore_index: int = -100) -> Tensor:
+    """Give each single token the next S tokens as targets: superposition of the output alone.
+
+    Args:
+        labels: ``[B, L]`` integers, next-token labels.
+        bag_size: S, at least 1.
+        ignore_index: marks targets beyond the sequence.
+
+    Returns:
+        ``[B, L, S]``: position j predicts the labels j .. j+S-1, in reading order.
+    """
+    padded = torch.nn.functional.pad(labels, (0, bag_size - 1), value=ignore_index)
+    return padded.unfold(1, bag_size, 1)

@@ -11,7 +11,60 @@ The loss of a batch is the sum of its row losses over the sum of its row weights
 Shape letters: V vocabulary, S bag size; ``...`` any leading shape, the same in all arguments.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
+
+# (cross-entropy of each target [..., S], targets [..., S], weights w_i m_i [..., S], validity [..., S])
+# -> (row loss [...], row weight omega [...], coefficients a_i [..., S]); the gradient of the row loss is
+# omega softmax(z) - sum_i a_i onehot(y_i).
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def multi_hot(
+    cross_entropy: Tensor, targets: Tensor, weights: Tensor, is_valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MCE: the weighted mean of the targets' cross-entropies; an :data:`Objective`."""
+    # A target without weight must not turn an infinite logit into 0 * inf.
+    row_loss = (weights * cross_entropy.masked_fill(weights == 0, 0.0)).sum(dim=-1)
+    return row_loss, weights.sum(dim=-1), weights
+
+
+def bag_mass(
+    cross_entropy: Tensor, targets: Tensor, weights: Tensor, is_valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MCEAlt: minus the logarithm of the total probability of the bag's distinct tokens; an :data:`Objective`.
+
+    Bag weights play no part; a row with any valid target weighs 1.
+    """
+    places = range(targets.shape[-1])
+    repeats = [(targets[..., :i] == targets[..., i : i + 1]).any(dim=-1) for i in places]
+    is_counted = is_valid & ~torch.stack(repeats, dim=-1)
+    row_weight = is_valid.any(dim=-1).to(cross_entropy.dtype)
+    log_probability = (-cross_entropy).masked_fill(~is_counted, -torch.inf)
+    log_mass = log_probability.logsumexp(dim=-1).masked_fill(row_weight == 0, 0.0)
+    return -log_mass, row_weight, torch.exp(log_probability - log_mass.unsqueeze(-1))
+
+
+def row_weights(objective: str, targets: Tensor, weights: Tensor, ignore_index: int = -100) -> Tensor:
+    """Return each row's weight omega under an objective, before any logit is known.
+
+    Args:
+        objective: ``mce`` or ``mce_alt``.
+        targets: ``[..., S]`` integers.
+        weights: ``[S]`` float32.
+        ignore_index: the target that carries neither loss nor gradient.
+
+    Returns:
+        ``[...]`` float32.
+    """
+    if objective == "mce_alt":
+        return (targets != ignore_index).any(dim=-1).float()
+    return target_weights(targets, weights, ignore_index).sum(dim=-1)
+
+
+OBJECTIVES: dict[str, Objective] = {"mce": multi_hot, "mce_alt": bag_mass}
 
 
 def target_weights(targets: Tensor, weights: Tensor, ignore_index: int = -100) -> Tensor:

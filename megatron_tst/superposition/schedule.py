@@ -11,10 +11,12 @@ class Phase:
     Args:
         bag_size: S, data tokens per position; 1 is ordinary next-token training.
         num_steps: optimizer steps of the phase, at least 1.
+        reads_bags: whether a position reads a bag; else it reads one token and predicts the next S.
     """
 
     bag_size: int
     num_steps: int
+    reads_bags: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a phase without steps or without tokens in a bag."""
@@ -23,6 +25,11 @@ class Phase:
         if self.num_steps < 1:
             raise ValueError(f"num_steps is {self.num_steps}; a phase has at least 1 step")
 
+    @property
+    def tokens_per_position(self) -> int:
+        """Data tokens that one position reads."""
+        return self.bag_size if self.reads_bags else 1
+
 
 @dataclass(frozen=True)
 class PhasePoint:
@@ -30,13 +37,18 @@ class PhasePoint:
 
     Attributes:
         index: 0-based number of the phase.
-        bag_size: S of that phase.
+        phase: the phase itself.
         step: 0-based step within the phase.
     """
 
     index: int
-    bag_size: int
+    phase: Phase
     step: int
+
+    @property
+    def bag_size(self) -> int:
+        """S of the phase."""
+        return self.phase.bag_size
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Schedule:
             raise ValueError("a schedule needs at least one phase")
 
     @classmethod
-    def superposed(cls, bag_size: int, step_ratio: float, num_steps: int) -> "Schedule":
+    def superposed(cls, bag_size: int, step_ratio: float, num_steps: int, reads_bags: bool = True) -> "Schedule":
         """Build the paper's two-phase run: the first ``round(step_ratio * num_steps)`` steps read bags.
 
         With bag size 1 or a ratio that rounds to no step the run is one ordinary phase.
@@ -64,8 +76,9 @@ class Schedule:
             raise ValueError(f"step_ratio is {step_ratio}; it must lie between 0 and 1")
         Phase(bag_size, num_steps)
         superposed_steps = 0 if bag_size == 1 else round(step_ratio * num_steps)
-        parts = ((bag_size, superposed_steps), (1, num_steps - superposed_steps))
-        return cls(tuple(Phase(size, steps) for size, steps in parts if steps))
+        recovery_steps = num_steps - superposed_steps
+        superposition = (Phase(bag_size, superposed_steps, reads_bags),) if superposed_steps else ()
+        return cls(superposition + ((Phase(1, recovery_steps),) if recovery_steps else ()))
 
     @property
     def num_steps(self) -> int:
@@ -86,7 +99,7 @@ class Schedule:
         start = 0
         for index, (phase, end) in enumerate(zip(self.phases, self.ends, strict=True)):
             if start <= step < end:
-                return PhasePoint(index, phase.bag_size, step - start)
+                return PhasePoint(index, phase, step - start)
             start = end
         raise ValueError(f"step {step} lies outside the run of {self.num_steps} steps")
 
@@ -99,8 +112,9 @@ class Schedule:
         )
 
     def data_tokens(self, step: int, positions_per_step: int) -> int:
-        """Return the data tokens read once ``step`` steps are done: positions times bag size."""
-        sequences = self.samples_per_phase(step, 1)
+        """Return the data tokens read once ``step`` steps are done."""
+        steps_done = self.samples_per_phase(step, 1)
         return sum(
-            count * phase.bag_size * positions_per_step for count, phase in zip(sequences, self.phases, strict=True)
+            steps * phase.tokens_per_position * positions_per_step
+            for steps, phase in zip(steps_done, self.phases, strict=True)
         )

@@ -16,7 +16,7 @@ class StepMetrics:
         step: 1-based, after the update.
         phase: 0-based.
         bag_size: data tokens per position of the phase.
-        loss_kind: ``mce`` with bags, ``ce`` without; nats per position.
+        loss_kind: ``mce`` or ``mce_alt`` with bags, ``ce`` without; nats per position.
         loss: of this step's global batch.
         lr: learning rate of this step.
         grad_norm: global gradient norm before clipping.
@@ -31,7 +31,7 @@ class StepMetrics:
     step: int
     phase: int
     bag_size: int
-    loss_kind: Literal["mce", "ce"]
+    loss_kind: Literal["mce", "mce_alt", "ce"]
     loss: float
     lr: float
     grad_norm: float

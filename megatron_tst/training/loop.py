@@ -5,7 +5,7 @@ import time
 import torch
 
 from megatron_tst.data.batches import Batch, TextReader
-from megatron_tst.superposition import PhasePoint
+from megatron_tst.superposition import Phase, PhasePoint
 from megatron_tst.telemetry import ExpertMetrics, MetricsFile, StepMetrics, TrainingProgress, ValidMetrics
 from megatron_tst.training.run import Run
 from megatron_tst.training.step import StepReport
@@ -21,7 +21,7 @@ def train(run: Run) -> None:
     with monitor.progress:
         for step in range(run.schedule.num_steps):
             point = run.schedule.phase_at(step)
-            report = run.stepper.train(read_step(run, reader, point.bag_size))
+            report = run.stepper.train(read_step(run, reader, point.phase))
             monitor.record(step + 1, point, report)
             if _is_due(step + 1, run.config.training.eval_interval, run):
                 monitor.record_valid(step + 1, evaluate(run))
@@ -38,16 +38,16 @@ def evaluate(run: Run) -> float | None:
         return None
     assert run.data.valid is not None
     reader = run.read(run.data.valid, schedule, num_workers=0)
-    losses = [run.stepper.evaluate(read_step(run, reader, bag_size=1)) for _ in range(schedule.num_steps)]
+    losses = [run.stepper.evaluate(read_step(run, reader, schedule.phases[0])) for _ in range(schedule.num_steps)]
     return float(torch.stack(losses).mean())
 
 
-def read_step(run: Run, reader: TextReader, bag_size: int) -> list[Batch | None]:
+def read_step(run: Run, reader: TextReader, phase: Phase) -> list[Batch | None]:
     """Return this rank's micro-batches of one step; None on stages that own no text.
 
     Collective: every rank of the tensor-parallel group calls it.
     """
-    shape = run.batch_shape(bag_size)
+    shape = run.batch_shape(phase)
     count = run.stepper.num_microbatches
     return [reader.read(shape) if run.ranks.owns_text else None for _ in range(count)]
 
@@ -91,7 +91,7 @@ class Monitor:
             step=step,
             phase=point.index,
             bag_size=point.bag_size,
-            loss_kind="ce" if point.bag_size == 1 else "mce",
+            loss_kind="ce" if point.bag_size == 1 else self._run.config.superposition.tst_objective,
             loss=loss,
             lr=report.lr,
             grad_norm=report.grad_norm,

@@ -11,7 +11,7 @@ from megatron_tst.data.batches import BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
 from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_tst.model import build_model, padded_vocab_size
+from megatron_tst.model import build_model, loss_choice, padded_vocab_size
 from megatron_tst.platform import (
     Device,
     Libraries,
@@ -64,12 +64,20 @@ class Run:
     expert_counter: ExpertCounter | None
     directory: RunDirectory
 
-    def batch_shape(self, bag_size: int) -> BatchShape:
-        """Return what text is turned into at a bag size."""
+    def batch_shape(self, phase: Phase) -> BatchShape:
+        """Return what text is turned into in a phase."""
         assert self.config.model.seq_length is not None
-        weights = bag_weights(self.config.superposition.tst_bag_weights, bag_size, self.device.torch_device)
+        settings = self.config.superposition
+        weights = bag_weights(settings.loss_weights, phase.bag_size, self.device.torch_device)
         masked_after = self.tokenizer.eod if self.config.data.eod_mask_loss else None
-        return BatchShape(self.config.model.seq_length, bag_size, weights, masked_after)
+        return BatchShape(
+            seq_length=self.config.model.seq_length,
+            bag_size=phase.bag_size,
+            weights=weights,
+            masked_after=masked_after,
+            objective=settings.tst_objective,
+            reads_bags=phase.reads_bags,
+        )
 
     def read(self, text: RunText, schedule: Schedule, num_workers: int) -> TextReader:
         """Start reading the micro-batches of a schedule."""
@@ -189,12 +197,14 @@ def _announce(run: Run, libraries: Libraries) -> None:
     if not run.ranks.is_main:
         return
     layers = "Transformer Engine layers" if libraries.transformer_engine else "megatron-core layers, torch attention"
-    logger.info("using: %s, %d ranks, %s, native cross-entropy", run.device.name, run.ranks.world_size, layers)
+    implementation = loss_choice(run.config, libraries).implementation
+    kernel = "Transformer Engine's cross-entropy" if implementation == "te" else "native cross-entropy"
+    logger.info("using: %s, %d ranks, %s, %s", run.device.name, run.ranks.world_size, layers, kernel)
     parameters = sum(parameter.numel() for chunk in run.stepper.chunks for parameter in chunk.parameters())
     logger.info("model: %s parameters on this rank, vocabulary %d", short(parameters), run.vocab_size)
     assert run.config.model.seq_length
     for index, (phase, text) in enumerate(zip(run.schedule.phases, run.data.train.phases, strict=True)):
-        tokens = len(text) * run.config.model.seq_length * phase.bag_size
+        tokens = len(text) * run.config.model.seq_length * phase.tokens_per_position
         logger.info(
             "phase %d: %d steps, bag size %d, %s data tokens, %.2f epochs of its documents",
             index + 1, phase.num_steps, phase.bag_size, short(tokens), text.num_epochs,

@@ -59,6 +59,9 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
     [
         ("--tst-bag-size 0", "--tst-bag-size 0: must be at least 1"),
         ("--tst-bag-size 4", "--tst-bag-size 4: needs --tst-step-ratio"),
+        ("--tst-objective mce_alt --tst-superpose input", "--tst-objective mce_alt: has no bag weights"),
+        ("--tst-objective mce_alt --tst-bag-weights power_law", "but they are power_law"),
+        ("--tst-superpose all", "invalid choice 'all' for argument '--tst-superpose'"),
         ("--tst-bag-size 4 --tst-step-ratio 1.2", "--tst-step-ratio 1.2: must lie between 0 and 1"),
         ("--tst-bag-size 4 --tst-steps 11", "--tst-steps 11: must lie between 0 and --train-iters 10"),
         ("--tst-bag-size 4 --tst-steps 3 --tst-step-ratio 0.3", "excludes --tst-step-ratio"),

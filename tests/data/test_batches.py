@@ -68,3 +68,20 @@ def test_shifting_after_the_cut_is_told_apart():
     whole = slice_for_context_parallel(make_batch(text, shape(4, length=16)), 0, 2)
     first_chunk = make_batch(text[:, : 4 * 4 + 1], shape(4, length=4))
     assert not torch.equal(whole.labels[:, :4], first_chunk.labels)
+
+
+def test_single_tokens_predict_the_next_bag():
+    text = torch.randint(1, 30, (2, 7))
+    whole = BatchShape(6, 3, bag_weights("uniform", 3), reads_bags=False)
+    batch = make_batch(text, whole)
+    assert whole.num_tokens == 6
+    assert torch.equal(batch.inputs, text[:, :-1])
+    assert batch.labels[0, 0].tolist() == text[0, 1:4].tolist()
+    assert batch.labels[0, -1].tolist() == [int(text[0, -1]), -100, -100]
+    assert float(batch.weight) == pytest.approx(2 * (4 + 2 / 3 + 1 / 3), rel=1e-6)
+
+
+def test_a_bags_mass_weighs_a_row_with_any_target_one():
+    text = torch.randint(1, 30, (2, 6 * 4 + 1))
+    batch = make_batch(text, BatchShape(6, 4, bag_weights("uniform", 4), objective="mce_alt"))
+    assert float(batch.weight) == 12

@@ -51,7 +51,7 @@ def test_the_loss_over_two_shards_is_the_loop_over_targets(bag_size, dtype, tole
 
 def embed(shape, sequence_parallel, bf16, bags, weight, upstream):
     from megatron_tst.config import ModelSettings, ParallelSettings, TrainingSettings
-    from megatron_tst.model import build_gpt, transformer_config
+    from megatron_tst.model import LossChoice, build_gpt, transformer_config
     from megatron_tst.platform import find_libraries
 
     ranks = join_ranks(ParallelSizes(tensor_model_parallel_size=WORLD))
@@ -59,7 +59,7 @@ def embed(shape, sequence_parallel, bf16, bags, weight, upstream):
     model = ModelSettings(**shape)
     parallel = ParallelSettings(tensor_model_parallel_size=WORLD, sequence_parallel=sequence_parallel)
     config = transformer_config(model, TrainingSettings(bf16=bf16), parallel, find_libraries())
-    embedding = build_gpt(config, model, VOCAB + 1, "uniform", use_transformer_engine=False).embedding
+    embedding = build_gpt(config, model, VOCAB + 1, LossChoice(), use_transformer_engine=False).embedding
     words, rows = embedding.word_embeddings, (VOCAB + 1) // WORLD
     # Hooks gather parameters under overlap: until one runs, the weight holds nothing that may be read.
     words.weight.data.fill_(torch.nan)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_tst.config import ModelSettings, ParallelSettings, TrainingSettings
-from megatron_tst.model import TSTGPTModel, build_gpt, transformer_config
+from megatron_tst.model import LossChoice, TSTGPTModel, build_gpt, transformer_config
 from megatron_tst.platform import find_libraries
 
 LENGTH, VOCAB = 8, 53
@@ -46,4 +46,6 @@ GPT2 = {
 def small_model(shape: dict[str, Any], model_class: type = TSTGPTModel, bag_weights: str = "uniform", **training: Any):
     model = ModelSettings(**shape)
     config = transformer_config(model, TrainingSettings(**training), ParallelSettings(), find_libraries())
-    return build_gpt(config, model, VOCAB, bag_weights, use_transformer_engine=False, model_class=model_class)
+    return build_gpt(
+        config, model, VOCAB, LossChoice(bag_weights), use_transformer_engine=False, model_class=model_class
+    )

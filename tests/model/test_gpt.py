@@ -12,7 +12,7 @@ from tests.model.small import DENSE, GPT2, LENGTH, MOE, VOCAB, small_model
 class StockGPT(GPTModel):
     """megatron-core's model, deaf to what it does not know."""
 
-    def __init__(self, *args, real_vocab_size, bag_weights, **kwargs):
+    def __init__(self, *args, real_vocab_size, loss, **kwargs):
         super().__init__(*args, **kwargs)
 
 

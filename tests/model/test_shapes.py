@@ -5,7 +5,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_tst.config import PRESETS, ModelSettings, ParallelSettings, TrainingSettings
-from megatron_tst.model import build_gpt, transformer_config
+from megatron_tst.model import LossChoice, build_gpt, transformer_config
 from megatron_tst.platform import find_libraries
 
 # (total, named size): counted by hand from the shapes in the docstring of megatron_tst/config/shapes.py.
@@ -26,7 +26,7 @@ def test_parameter_counts(rank, monkeypatch, name):
     config: TransformerConfig = transformer_config(model, TrainingSettings(), ParallelSettings(), find_libraries())
     config.perform_initialization = False
     with torch.device("meta"):
-        gpt = build_gpt(config, model, model.vocab_size, "uniform", use_transformer_engine=False)
+        gpt = build_gpt(config, model, model.vocab_size, LossChoice(), use_transformer_engine=False)
     assert sum(parameter.numel() for parameter in gpt.parameters()) == PARAMETERS[name]
 
 

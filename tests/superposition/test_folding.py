@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_tst.superposition import fold_labels, fold_tokens
+from megatron_tst.superposition import fold_labels, fold_tokens, slide_labels
 from tests.reference import targets_of_text
 
 
@@ -32,3 +32,12 @@ def test_a_wrong_shift_is_told_apart():
 def test_refuses_what_does_not_fold(fold, length, bag_size, rule):
     with pytest.raises(ValueError, match=rule):
         fold(torch.zeros(1, length, dtype=torch.long), bag_size)
+
+
+@pytest.mark.parametrize("bag_size", [1, 3])
+def test_sliding_targets_are_the_next_tokens_of_each_token(bag_size):
+    text = torch.randint(0, 50, (2, 9))
+    targets = slide_labels(text[:, 1:], bag_size)
+    for row, sequence in enumerate(text.tolist()):
+        padded = sequence[1:] + [-100] * (bag_size - 1)
+        assert targets[row].tolist() == [padded[j : j + bag_size] for j in range(8)]

@@ -48,3 +48,9 @@ def test_counters_equal_a_loop_over_steps():
 def test_refuses_impossible_phases(make):
     with pytest.raises(ValueError, match=r"at least|between 0 and 1"):
         make()
+
+
+def test_a_phase_of_single_tokens_reads_no_more_text():
+    schedule = Schedule.superposed(4, 0.5, 10, reads_bags=False)
+    assert schedule.phases[0] == Phase(4, 5, reads_bags=False)
+    assert schedule.data_tokens(10, positions_per_step=100) == 1000

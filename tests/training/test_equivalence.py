@@ -14,6 +14,7 @@ from megatron_tst.data.batches import TextReader
 from megatron_tst.model import transformer_config
 from megatron_tst.model.layers import block_spec
 from megatron_tst.platform import find_libraries, seed_everything
+from megatron_tst.superposition import Phase
 from megatron_tst.telemetry import read_metrics
 from tests.training.runs import arguments, config_of, train_here
 
@@ -41,7 +42,7 @@ def bare_loop(run, shift_labels=0):
     reader = TextReader(
         run.data.train, run.schedule, run.ranks, micro_batch_size=2, global_batch_size=4, vocab_size=run.vocab_size
     )
-    shape, history = run.batch_shape(1), []
+    shape, history = run.batch_shape(Phase(1, 1)), []
 
     def forward_step(iterator, model):
         batch = next(iterator)

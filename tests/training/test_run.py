@@ -1,6 +1,7 @@
 """Runs as a user starts them: from the command line, across the switch, and with mistakes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,31 @@ def test_the_loss_falls_on_real_text(here, corpus, tokenizer, tmp_path: Path):
     assert lines[-1]["valid_loss"] < 4.7
 
 
+VARIANTS = {
+    "--tst-superpose input": (4, "mce"),
+    "--tst-superpose output": (1, "mce"),
+    "--tst-objective mce_alt": (4, "mce_alt"),
+}
+
+
+@pytest.mark.parametrize("extra", VARIANTS)
+def test_the_papers_variants_are_one_setting(here, corpus, tokenizer, tmp_path: Path, extra):
+    run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{SUPERPOSED} {extra}"))
+    lines = [line for line in read_metrics(run.directory.metrics) if "loss" in line]
+    tokens_per_position, kind = VARIANTS[extra]
+    assert lines[3]["data_tokens"] == 4 * 4 * 16 * tokens_per_position
+    assert [line["loss_kind"] for line in lines] == [kind] * 4 + ["ce"] * 4
+    # From a uniform guess: log 300 per token, less log 4 where any of the bag's four tokens will do.
+    expected = math.log(300) - (math.log(4) if kind == "mce_alt" else 0)
+    assert lines[0]["loss"] == pytest.approx(expected, abs=0.3)
+
+
 MISTAKES = {
     "--tst-bag-size 0": "--tst-bag-size 0: must be at least 1",
     "--seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel": "--seq-length 15",
     "--reset-attention-mask": "--reset-attention-mask: is not taken",
     "--tensor-model-parallel-size 2": "1 ranks cannot hold --tensor-model-parallel-size 2",
+    "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te": "Transformer Engine none is installed; supported",
     "--context-parallel-size 2": "--context-parallel-size 2: needs Transformer Engine",
     "--overlap-grad-reduce": "--overlap-grad-reduce: needs CUDA",
     "--data-path nowhere": "nowhere.bin does not exist",

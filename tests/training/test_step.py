@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tst.data.batches import make_batch
-from megatron_tst.superposition import bag_weights, multi_hot_cross_entropy
+from megatron_tst.superposition import Phase, bag_weights, multi_hot_cross_entropy
 from megatron_tst.training import build_run
 from tests.training.runs import arguments, config_of, parameters
 
@@ -22,7 +22,7 @@ def run(here, corpus, tokenizer, tmp_path: Path):
 def batches(run, bag_size):
     torch.manual_seed(0)
     texts = [torch.randint(1, run.vocab_size, (2, 16 * bag_size + 1)) for _ in range(2)]
-    made = [make_batch(text, run.batch_shape(bag_size)) for text in texts]
+    made = [make_batch(text, run.batch_shape(Phase(bag_size, 1))) for text in texts]
     # Unequal numbers of valid targets: the mean of the micro-batches' means is not the global mean.
     made[0].labels[:, 3:] = -100
     object.__setattr__(made[0], "weight", reference_loss(run, made[:1])[1])
@@ -60,7 +60,7 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient(here, co
         argv = arguments(corpus, str(tokenizer.path), tmp_path / str(size), f"{SUPERPOSED} --micro-batch-size {size}")
         run = build_run(config_of(argv))
         reader = run.read(run.data.train, run.schedule, 0)
-        shape = run.batch_shape(4)
+        shape = run.batch_shape(Phase(4, 1))
         report = run.stepper.train([reader.read(shape) for _ in range(run.stepper.num_microbatches)])
         reports.append((float(report.loss), report.grad_norm))
         updated.append(parameters(run))

@@ -1,0 +1,60 @@
+"""The sparse half of the multi-hot loss: reading and writing the logits' columns that targets name.
+
+Shape letters: L positions, B sequences, S bag size, Vp local vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TargetColumns:
+    """Where each target's column lies on this rank.
+
+    Attributes:
+        index: ``[..., S]`` int64 columns of this shard; 0 where the target is not here.
+        is_here: ``[..., S]`` bool, whether the target is valid and its column in this shard.
+    """
+
+    index: Tensor
+    is_here: Tensor
+
+    @classmethod
+    def locate(cls, targets: Tensor, is_valid: Tensor, num_columns: int, tp_rank: int) -> "TargetColumns":
+        """Find the targets among the columns ``tp_rank * num_columns`` and on."""
+        index = targets - tp_rank * num_columns
+        is_here = is_valid & (index >= 0) & (index < num_columns)
+        return cls(index.masked_fill(~is_here, 0), is_here)
+
+
+def gather_target_logits(logits: Tensor, columns: TargetColumns, tp_group: dist.ProcessGroup) -> Tensor:
+    """Return every target's logit, ``[L, B, S]`` float32, zero for targets that are not valid.
+
+    One all-reduce over the tensor-parallel group, which all its ranks call.
+    """
+    target_logits = logits.gather(-1, columns.index).float().masked_fill_(~columns.is_here, 0.0)
+    if tp_group.size() > 1:
+        dist.all_reduce(target_logits, group=tp_group)
+    return target_logits
+
+
+def write_target_columns(gradient: Tensor, values: Tensor, columns: TargetColumns) -> None:
+    """Overwrite the columns that targets name with their gradients, in place.
+
+    A target that is not here writes what another target of its row writes, or, if the row has none here, what the
+    column holds already: every write to a column carries the same value, so their order does not matter.
+
+    Args:
+        gradient: ``[L, B, Vp]`` of any dtype.
+        values: ``[L, B, S]`` float32, equal for targets with equal columns.
+        columns: where the targets are.
+    """
+    first_here = columns.is_here.int().argmax(dim=-1, keepdim=True)
+    index = torch.where(columns.is_here, columns.index, columns.index.gather(-1, first_here))
+    values = torch.where(columns.is_here, values, values.gather(-1, first_here)).to(gradient.dtype)
+    row_has_target = columns.is_here.any(dim=-1, keepdim=True)
+    values = torch.where(row_has_target, values, gradient.gather(-1, index))
+    gradient.scatter_(-1, index, values)

@@ -1,0 +1,112 @@
+"""The multi-hot cross-entropy through one call of Transformer Engine's fused cross-entropy.
+
+All targets of a row share the softmax, so their losses differ by their logits alone: with one of them, the anchor,
+given to the kernel, ``CE_i = CE_anchor + (z_anchor - z_i)``. The kernel's gradient is right everywhere but in the
+targets' columns, and there ``g (omega exp(-CE_i) - c_i)`` is known in float32 and written over it.
+
+This holds for every kernel of Transformer Engine 2.9 to 2.20, those that overwrite the logits in the forward pass (to
+2.17), in the backward pass (from 2.19 on) or not at all (2.18): the target logits are read before the call.
+
+Shape letters: L positions, B sequences, S bag size, Vp local vocabulary.
+"""
+
+import functools
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from packaging.version import Version
+from torch import Tensor
+
+from megatron_tst.config import UserError
+from megatron_tst.model.target_columns import TargetColumns, gather_target_logits, write_target_columns
+from megatron_tst.superposition import Objective, target_coefficients
+
+OLDEST, NEWEST = Version("2.9"), Version("2.21")  # from the first, before the second
+
+# (logits [L, B, Vp], targets [L, B], ignore index, group) -> loss [L, B] float32
+Kernel = Callable[[Tensor, Tensor, int, dist.ProcessGroup], Tensor]
+
+
+@functools.cache
+def load_kernel() -> Kernel:
+    """Return Transformer Engine's fused cross-entropy behind one signature.
+
+    Raises:
+        UserError: if Transformer Engine is missing or of a version that was not tried.
+    """
+    try:
+        installed = Version(importlib.metadata.version("transformer_engine"))
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    if installed is None or not OLDEST <= installed < NEWEST:
+        raise UserError(
+            f"--cross-entropy-fusion-impl te: Transformer Engine {installed or 'none'} is installed; supported are "
+            "2.9 to 2.20, or use --cross-entropy-fusion-impl native"
+        )
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    return adapt_kernel(parallel_cross_entropy)
+
+
+def adapt_kernel(parallel_cross_entropy: Callable[..., Tensor]) -> Kernel:
+    """Hide what changed between versions: keywords, capture and the right to overwrite the logits."""
+    # Version 2.9 is a bare autograd function without a signature of its own, and takes positions only.
+    parameters: Any = {}
+    if inspect.isfunction(parallel_cross_entropy):
+        parameters = inspect.signature(parallel_cross_entropy).parameters
+
+    def kernel(logits: Tensor, targets: Tensor, ignore_index: int, group: dist.ProcessGroup) -> Tensor:
+        positional = (logits.contiguous(), targets.contiguous(), 0.0, False, group, ignore_index)
+        if "overwrite_input" in parameters:
+            return parallel_cross_entropy(*positional, overwrite_input=True)
+        # is_cg_capturable: without it the kernel asks the device whether the upstream gradient is one.
+        return parallel_cross_entropy(*positional, True)
+
+    return kernel
+
+
+class TEMultiHotCrossEntropy(torch.autograd.Function):
+    """Row losses from one kernel call; the logits may be overwritten."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_LBVp: Tensor,
+        targets_LBS: Tensor,
+        weights_LBS: Tensor,
+        objective: Objective,
+        kernel: Kernel,
+        ignore_index: int,
+        tp_group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:
+        """Return row losses and row weights, ``[L, B]`` float32."""
+        is_valid = targets_LBS != ignore_index
+        columns = TargetColumns.locate(targets_LBS, is_valid, logits_LBVp.shape[-1], tp_group.rank())
+        target_logits = gather_target_logits(logits_LBVp, columns, tp_group)
+        # The first valid target, or the ignored one of a row that has none.
+        anchor = is_valid.int().argmax(dim=-1, keepdim=True)
+        with torch.enable_grad():
+            leaf = logits_LBVp.detach().requires_grad_()
+            anchor_loss = kernel(leaf, targets_LBS.gather(-1, anchor).squeeze(-1), ignore_index, tp_group)
+        # Differences first: the logits' common size cancels before anything is rounded.
+        cross_entropy = anchor_loss.detach().unsqueeze(-1) + (target_logits.gather(-1, anchor) - target_logits)
+        row_loss, row_weight, coefficients = objective(cross_entropy, targets_LBS, weights_LBS, is_valid)
+        at_targets = row_weight.unsqueeze(-1) * torch.exp(-cross_entropy)
+        at_targets = at_targets - target_coefficients(targets_LBS, coefficients)
+        ctx.leaf, ctx.anchor_loss = leaf, anchor_loss
+        ctx.save_for_backward(at_targets, row_weight, columns.index, columns.is_here)
+        ctx.mark_non_differentiable(row_weight)
+        return row_loss, row_weight
+
+    @staticmethod
+    def backward(ctx: Any, grad_LB: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        """Return the kernel's gradient with the targets' columns written over."""
+        at_targets, row_weight, index, is_here = ctx.saved_tensors
+        (gradient,) = torch.autograd.grad(ctx.anchor_loss, ctx.leaf, (grad_LB * row_weight).contiguous())
+        ctx.leaf = ctx.anchor_loss = None
+        write_target_columns(gradient, grad_LB.unsqueeze(-1) * at_targets, TargetColumns(index, is_here))
+        return gradient, None, None, None, None, None, None

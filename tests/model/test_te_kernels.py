@@ -1,0 +1,58 @@
+"""Transformer Engine's own Triton kernels under Triton's interpreter, version by version.
+
+tests/run.sh fetches the wheels and runs this file on its own with TRITON_INTERPRET=1.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+WHEELS = Path(os.environ.get("TST_TE_WHEELS", "nowhere"))
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+VERSIONS = sorted(path for path in WHEELS.glob("*/") if IS_INTERPRETED)
+
+pytestmark = [
+    pytest.mark.te_kernels,
+    pytest.mark.skipif(not VERSIONS, reason="needs TRITON_INTERPRET=1 and unpacked wheels in TST_TE_WHEELS"),
+]
+
+
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("bag_size", [1, 2, 6, 16])
+@pytest.mark.parametrize("objective", ["mce", "mce_alt"])
+def test_the_real_kernel_equals_the_loop(rank, monkeypatch, folder, bag_size, objective):
+    from megatron_tst.superposition import bag_weights
+    from tests.model.kernels import load_wheel
+    from tests.model.test_te_loss import VOCAB, B, L, run
+    from tests.reference import edge_targets, loss_and_gradient, mass_loss_and_gradient
+
+    logits, weights = 4 * torch.randn(L, B, VOCAB), bag_weights("power_law", bag_size)
+    targets = edge_targets((B, L), VOCAB, bag_size)
+    wanted = loss_and_gradient(logits.transpose(0, 1), targets, weights)
+    if objective == "mce_alt":
+        wanted = mass_loss_and_gradient(logits.transpose(0, 1), targets)
+    kernel = load_wheel(folder)
+    loss, weight, gradient, upstream = run(
+        monkeypatch, kernel, logits, targets, weights, rank.groups.tp, objective=objective
+    )
+    torch.testing.assert_close(loss.double(), wanted[0], rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(weight.double(), wanted[1], rtol=1e-6, atol=1e-7)
+    wanted_gradient = wanted[2] * upstream.double().unsqueeze(-1)
+    torch.testing.assert_close(gradient.transpose(0, 1).double(), wanted_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("folder", VERSIONS[:1], ids=lambda folder: folder.name)
+def test_a_loop_over_targets_on_the_real_kernel_is_told_apart(rank, folder):
+    from megatron_tst.model.te_loss import adapt_kernel
+    from tests.model.kernels import load_wheel
+    from tests.model.test_te_loss import VOCAB, B, L
+    from tests.reference import loss_and_gradient
+
+    kernel = adapt_kernel(load_wheel(folder))
+    logits, targets = torch.randn(L, B, VOCAB), torch.randint(0, VOCAB, (B, L, 4))
+    shared = logits.clone()
+    looped = [kernel(shared, targets[..., i].transpose(0, 1), -100, rank.groups.tp) for i in range(4)]
+    wanted, _, _ = loss_and_gradient(logits.transpose(0, 1), targets, torch.full((4,), 0.25))
+    assert (torch.stack(looped).mean(0).transpose(0, 1) - wanted).abs().max() > 0.1
