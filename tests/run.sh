@@ -3,10 +3,16 @@
 #   bash tests/run.sh -m "not distributed" -k loss
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash tools/setup_venv.sh
+bash tools/setup_venv.sh plot,dev,test
 # Two spinning OpenMP threads per process can be far slower than one; tests run several processes.
 export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/python -m pytest "$@"
+if [ $# -eq 0 ] && .venv/bin/python -c 'import triton' 2>/dev/null; then
+  # On their own: Triton chooses its interpreter when it is first imported.
+  echo "== Transformer Engine's kernels under Triton's interpreter"
+  bash tests/fetch_te_wheels.sh .venv/transformer_engine .venv/bin/pip
+  TRITON_INTERPRET=1 TST_TE_WHEELS=.venv/transformer_engine .venv/bin/python -m pytest tests/model/test_te_kernels.py
+fi

@@ -4,7 +4,8 @@ Sample k of a phase is the same text for any number of ranks and any length of t
 share is a GPTDataset of its own, shuffled by its own seed.
 """
 
-import shutil
+import contextlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,12 @@ def _build_epoch(
     # half-written file for a whole one: each share and epoch has a folder of its own, moved into place complete.
     folder = spec.cache / f"{spec.name}-epoch{epoch}"
     if not folder.exists():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        build(partial)
-        partial.rename(folder)
+        spec.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=spec.cache) as partial:
+            build(Path(partial))
+            # Two runs may fill one cache at a time: whoever is second leaves its equal indices to be deleted.
+            with contextlib.suppress(OSError):
+                Path(partial).rename(folder)
     return build(folder)
 
 
@@ -137,10 +140,9 @@ def blend_order(weights: list[float], num_samples: int, path: Path) -> NDArray[A
 def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array so that the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with tempfile.NamedTemporaryFile(prefix=f"{path.name}.partial-", dir=path.parent, delete=False) as file:
         numpy.save(file, array)
-    partial.rename(path)
+    Path(file.name).rename(path)
 
 
 class PhaseText(torch.utils.data.Dataset[Tensor]):

@@ -67,14 +67,20 @@ class NativeMultiHotCrossEntropy(torch.autograd.Function):
         logits_NVp = logits_LBVp.flatten(0, 1)
         grad_N1 = grad_LB.reshape(-1, 1)
         gradient_NVp = torch.empty_like(logits_NVp)
+        scale_N1 = grad_N1 * (row_weight_N / sum_exp_N).unsqueeze(-1)
         for rows in _chunks(logits_NVp):
-            softmax = _shifted(logits_NVp[rows], max_N[rows]).exp_().div_(sum_exp_N[rows].unsqueeze(-1))
-            columns, row_weight = columns_NS[rows], row_weight_N[rows].unsqueeze(-1)
+            chunk = gradient_NVp[rows]
+            # Float32 gradients are made where they stay; others in a chunk that is rounded once.
+            work = chunk if chunk.dtype == torch.float32 else torch.empty_like(chunk, dtype=torch.float32)
+            torch.sub(logits_NVp[rows], max_N[rows].unsqueeze(-1), out=work).exp_()
+            columns, scale = columns_NS[rows], scale_N1[rows]
             # Written, not added: a column named twice gets one value, in whatever order. Targets that are not here
             # name column 0 with coefficient 0.
-            at_targets = row_weight * softmax.gather(-1, columns) - target_coefficients(columns, coefficients_NS[rows])
-            softmax.mul_(row_weight).scatter_(-1, columns, at_targets)
-            gradient_NVp[rows] = softmax.mul_(grad_N1[rows])
+            removed = grad_N1[rows] * target_coefficients(columns, coefficients_NS[rows])
+            at_targets = work.gather(-1, columns) * scale - removed
+            work.mul_(scale).scatter_(-1, columns, at_targets)
+            if work is not chunk:
+                chunk.copy_(work)
         return gradient_NVp.view_as(logits_LBVp), None, None, None, None, None
 
 

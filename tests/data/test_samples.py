@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from megatron_tst.config import DataSettings, UserError
+from megatron_tst.data import samples
 from megatron_tst.data.batches import TextReader
 from megatron_tst.data.build import SamplePlan, build_run_data
-from megatron_tst.superposition import Phase, Schedule, bag_weights
+from megatron_tst.superposition import Phase, Schedule
 from tests.corpora import traceable_documents, write_corpus
 from tests.data.test_batches import shape
 
@@ -185,9 +186,24 @@ def test_token_ids_beyond_the_vocabulary_are_refused(rank, prefix, tokenizer, tm
 def test_an_interrupted_build_of_indices_is_built_again(rank, prefix, tokenizer, tmp_path):
     build(prefix, tokenizer, tmp_path)
     folder = next(tmp_path.glob("cache/train-phase0-*"))
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + ".partial-left")
     folder.rename(partial)
     next(partial.glob("*document_index.npy")).write_bytes(b"cut off")
     data = build(prefix, tokenizer, tmp_path)
     assert data.train[(0, 0)].shape == (4 * LENGTH + 1,)
-    assert bag_weights("uniform", 4).shape == (4,)
+
+
+def test_two_runs_may_fill_one_cache_at_a_time(rank, prefix, tokenizer, tmp_path, monkeypatch):
+    """The other run finishes the same indices while this one still builds them."""
+    real, others = samples.GPTDataset, []
+
+    def build_beside(*args):
+        if not others:
+            others.append(None)
+            others.append(build(prefix, tokenizer, tmp_path))
+        return real(*args)
+
+    monkeypatch.setattr(samples, "GPTDataset", build_beside)
+    ours = build(prefix, tokenizer, tmp_path)
+    assert all(torch.equal(ours.train[(0, k)], others[1].train[(0, k)]) for k in range(8))
+    assert not list(tmp_path.glob("cache/*.partial-*"))

@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Time and peak memory of the multi-hot cross-entropy against an ordinary one-target cross-entropy.
+
+    OMP_NUM_THREADS=1 python benchmarks/loss.py [--rows 1024] [--vocab 16384] [--dtype float32] [--json loss.json]
+
+Forward and backward on the same logits, one rank. Variants: ``te`` (Transformer Engine's kernel, where it is installed
+and there is a CUDA device), ``native`` (torch operations), ``loop`` (one megatron-core cross-entropy per target, as the
+paper does it). Each is a ratio to an ordinary one-target cross-entropy: Transformer Engine's own for ``te``, torch's
+for the others. megatron-core's, which overwrites its float32 logits, stands beside them for one target. Times are
+medians of ratios of neighbouring runs; memory is the peak above the logits, of each variant in its own process.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
+from megatron_tst.platform import ParallelSizes, enter_device, find_libraries, join_ranks
+from megatron_tst.superposition import bag_weights
+
+# isort: split
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+BAG_SIZES = (1, 4, 6, 16)
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def variants(group: torch.distributed.ProcessGroup) -> dict[str, Loss]:
+    """Return the losses to measure, each from logits ``[L, B, V]`` and targets ``[B, L, S]`` to row losses."""
+
+    def multi_hot(implementation: str) -> Loss:
+        def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            weights = bag_weights("uniform", targets.shape[-1], logits.device)
+            return vocab_parallel_multi_hot_cross_entropy(logits, targets, weights, group, implementation)[0]
+
+        return loss
+
+    def loop(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # A copy per target: the function overwrites float32 logits.
+        parts = [vocab_parallel_cross_entropy(logits * 1.0, t.transpose(0, 1)) for t in targets.unbind(-1)]
+        return torch.stack(parts).mean(0)
+
+    def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows, columns = logits.flatten(0, 1), targets[..., 0].transpose(0, 1).flatten()
+        return torch.nn.functional.cross_entropy(rows, columns, reduction="none")
+
+    def megatron_core(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return vocab_parallel_cross_entropy(logits, targets[..., 0].transpose(0, 1))
+
+    found = {"plain": plain, "native": multi_hot("native"), "loop": loop, "megatron-core, 1 target": megatron_core}
+    if torch.cuda.is_available() and find_libraries().transformer_engine is not None:
+        found["te"] = multi_hot("te")
+    return found
+
+
+class Case:
+    """One size: makes logits, runs a loss forward and backward."""
+
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Fix the size."""
+        self.rows, self.vocab, self.dtype, self.device = rows, vocab, dtype, device
+        self.logits = torch.randn(rows, 1, vocab, device=device, dtype=dtype).requires_grad_()
+
+    def run(self, loss: Loss, bag_size: int) -> float:
+        """Return the seconds of one forward and backward pass."""
+        targets = torch.randint(0, self.vocab, (1, self.rows, bag_size), device=self.device)
+        self.logits.grad = None
+        # As in a model, the logits are an operation's output: they may be overwritten.
+        output = self.logits * 1.0
+        self._wait()
+        start = time.perf_counter()
+        loss(output, targets).sum().backward()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure_memory(case: Case, loss: Loss, bag_size: int) -> int:
+    """Return the peak bytes of one pass above what is held before it."""
+    if case.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case.run(loss, bag_size)
+        return torch.cuda.max_memory_allocated() - before
+    # Linux: resets the high-water mark of resident memory to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_bytes("VmRSS")
+    case.run(loss, bag_size)
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def compare(case: Case, losses: dict[str, Loss], repeats: int, memory_of: Callable[[str, int], int]) -> list[dict]:
+    """Return a row per bag size and variant, with ratios to the one-target loss of its kind."""
+    rows = []
+    for bag_size in BAG_SIZES:
+        for name in [name for name in losses if name != "plain"]:
+            # Transformer Engine's one-target loss is its own kernel with a bag of one.
+            base, base_size = (losses["te"], 1) if name == "te" else (losses["plain"], bag_size)
+            pairs = [(case.run(losses[name], bag_size), case.run(base, base_size)) for _ in range(repeats)][1:]
+            memory, base_memory = memory_of(name, bag_size), memory_of("te" if name == "te" else "plain", 1)
+            rows.append(
+                {
+                    "bag_size": bag_size,
+                    "variant": name,
+                    "ms": statistics.median(a for a, _ in pairs) * 1e3,
+                    "one_target_ms": statistics.median(b for _, b in pairs) * 1e3,
+                    "time_ratio": statistics.median(a / b for a, b in pairs),
+                    "mib": memory / 2**20,
+                    "memory_ratio": memory / base_memory,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device, ranks = enter_device(), join_ranks(ParallelSizes())
+    losses = variants(ranks.groups.tp)
+    case = Case(arguments.rows, arguments.vocab, getattr(torch, arguments.dtype), device.torch_device)
+    if arguments.memory_of:
+        name, bag_size = arguments.memory_of
+        # Two rows first: kernels, threads and small buffers are not part of the peak.
+        Case(2, arguments.vocab, case.dtype, case.device).run(losses[name], int(bag_size))
+        print(measure_memory(case, losses[name], int(bag_size)))
+        return
+
+    def memory_of(name: str, bag_size: int) -> int:
+        command = [sys.executable, *sys.argv, "--memory-of", name, str(bag_size)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    rows = compare(case, losses, arguments.repeats, memory_of)
+    print(f"{device.name}, torch {torch.__version__}, rows {arguments.rows}, V {arguments.vocab}, {arguments.dtype}")
+    print(
+        "| S | variant | ms | one target, ms | time ratio | peak, MiB | memory ratio |\n|---|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        print(
+            f"| {row['bag_size']} | {row['variant']} | {row['ms']:.1f} | {row['one_target_ms']:.1f} | "
+            f"{row['time_ratio']:.2f} | {row['mib']:.0f} | {row['memory_ratio']:.2f} |"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
