@@ -90,6 +90,7 @@ def slice_for_context_parallel(batch: Batch, cp_rank: int, cp_size: int) -> Batc
     """
 
     def part(tensor: Tensor) -> Tensor:
+        """Take this rank's two chunks of the position axis."""
         chunks = tensor.chunk(2 * cp_size, dim=1)
         return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
 

@@ -149,6 +149,7 @@ def _cut(source: _Source, budgets: list[int], number: int, plan: SamplePlan) -> 
     digest = _digest(Path(source.corpus.prefix).resolve(), source.start, source.stop, owned, plan.seed, number, *ends)
 
     def load() -> list[NDArray[numpy.int32]]:
+        """Map the shares into memory; where one is missing, write them first."""
         paths = [plan.cache / f"cut-{digest}-phase{index}.npy" for index in range(len(owned))]
         if not all(path.exists() for path in paths):
             shares = cut_documents(source.corpus.lengths, source.start, source.stop, owned, plan.seed + number)

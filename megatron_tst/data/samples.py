@@ -82,6 +82,7 @@ def _build_epoch(
     corpus: Corpus, documents: NDArray[numpy.int32], spec: TextSpec, epoch: int, tokenizer: Tokenizer
 ) -> GPTDataset:
     def build(folder: Path) -> GPTDataset:
+        """Build or read the indices in a folder."""
         config = GPTDatasetConfig(
             # numpy's RandomState takes 32 bits: draw them from everything that tells this order from another.
             random_seed=int(numpy.random.SeedSequence((*spec.seed, epoch)).generate_state(1)[0]),
@@ -125,6 +126,7 @@ def blend_order(weights: list[float], num_samples: int, path: Path) -> NDArray[A
     """
 
     def load() -> NDArray[Any]:
+        """Map the order into memory; where it is missing, write it first."""
         if not path.exists():
             part, index = numpy.zeros(num_samples, numpy.int16), numpy.zeros(num_samples, numpy.int64)
             shares = [weight / sum(weights) for weight in weights]

@@ -60,6 +60,7 @@ def adapt_kernel(parallel_cross_entropy: Callable[..., Tensor]) -> Kernel:
         parameters = inspect.signature(parallel_cross_entropy).parameters
 
     def kernel(logits: Tensor, targets: Tensor, ignore_index: int, group: dist.ProcessGroup) -> Tensor:
+        """Call this version."""
         positional = (logits.contiguous(), targets.contiguous(), 0.0, False, group, ignore_index)
         if "overwrite_input" in parameters:
             return parallel_cross_entropy(*positional, overwrite_input=True)

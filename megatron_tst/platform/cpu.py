@@ -62,6 +62,7 @@ def _returning(value: Any) -> Callable[..., Any]:
     """Make a function of its own: torch.compile's tables want no function under two names of ``torch.cuda``."""
 
     def stand_in(*_: Any, **__: Any) -> Any:
+        """Ignore the arguments."""
         return value
 
     return stand_in

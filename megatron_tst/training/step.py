@@ -38,6 +38,7 @@ def _connect(chunks: list[torch.nn.Module]) -> None:
     config, ddp_config = get_model_config(chunks[0]), chunks[0].ddp_config
 
     def one_or_all(name: str) -> Any:
+        """Return a method of the only chunk, or those of all."""
         methods = [getattr(chunk, name) for chunk in chunks]
         return methods if len(methods) > 1 else methods[0]
 
