@@ -110,7 +110,9 @@ def build_run(config: RunConfig) -> Run:
     """
     training, model = config.training, config.model
     assert model.seq_length and training.train_iters and config.logging.tst_run_dir and config.data.tokenizer_model
-    device, libraries = enter_device(), find_libraries()
+    device = enter_device()
+    # Their kernels need CUDA: without it an installed library is of no use.
+    libraries = find_libraries() if device.torch_device.type == "cuda" else Libraries(None, None)
     _check_device(config, device)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
     batch_size = global_batch_size(training, ranks.dp_size)
