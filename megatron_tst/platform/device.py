@@ -37,4 +37,6 @@ def enter_device() -> Device:
     from megatron_tst.platform.cpu import CPU, enter_cpu
 
     enter_cpu()
+    # megatron-core warns where this CUDA setting is absent; there is no CUDA here to set.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return Device(CPU, "gloo", f"CPU, {torch.get_num_threads()} threads")
