@@ -118,7 +118,7 @@ def multi_hot_cross_entropy(
     weight_of_target = target_weights(targets, weights, ignore_index)
     log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
     logit_of_target = logits.gather(-1, targets.clamp(min=0))
-    # An ignored target must not turn an infinite logit into 0 * inf.
-    cross_entropy = (log_normaliser - logit_of_target).masked_fill(weight_of_target == 0, 0.0)
-    row_loss = (weight_of_target * cross_entropy).sum(dim=-1)
-    return row_loss, weight_of_target.sum(dim=-1)
+    row_loss, row_weight, _ = multi_hot(
+        log_normaliser - logit_of_target, targets, weight_of_target, targets != ignore_index
+    )
+    return row_loss, row_weight
