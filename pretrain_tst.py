@@ -8,22 +8,23 @@ torchrun --nproc-per-node 8 pretrain_tst.py --config ... --tensor-model-parallel
 import os
 import sys
 
-from megatron_tst.config import EXIT_CODE, RunConfig, UserError, parse_config
+from megatron_tst.config import EXIT_RESUMABLE, RunConfig, UserError, parse_config
 
 
-def main(config: RunConfig) -> None:
-    """Build the run and train it."""
+def main(config: RunConfig) -> int:
+    """Build the run and train it; return the exit code."""
     from megatron_tst.platform import leave_ranks
     from megatron_tst.training import build_run, train
 
-    train(build_run(config))
+    is_complete = train(build_run(config))
     leave_ranks()
+    return 0 if is_complete else EXIT_RESUMABLE
 
 
 if __name__ == "__main__":
     try:
-        main(parse_config(sys.argv[1:]))
+        sys.exit(main(parse_config(sys.argv[1:])))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.own_rank:
             print(f"pretrain_tst.py: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        sys.exit(error.exit_code)

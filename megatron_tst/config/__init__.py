@@ -1,9 +1,10 @@
 """What a run is: settings from a YAML file and flags, and every rule that ties them together."""
 
-from megatron_tst.config.errors import EXIT_CODE, UserError
-from megatron_tst.config.parse import config_from_mapping, dump_config, parse_config
+from megatron_tst.config.errors import EXIT_CODE, EXIT_RESUMABLE, DivergedError, UserError
+from megatron_tst.config.parse import config_from_mapping, dump_config, load_config, parse_config
 from megatron_tst.config.rules import check_config, global_batch_size
 from megatron_tst.config.settings import (
+    CheckpointSettings,
     DataSettings,
     LoggingSettings,
     ModelSettings,
@@ -17,8 +18,11 @@ from megatron_tst.config.shapes import PRESETS
 
 __all__ = [
     "EXIT_CODE",
+    "EXIT_RESUMABLE",
     "PRESETS",
+    "CheckpointSettings",
     "DataSettings",
+    "DivergedError",
     "LoggingSettings",
     "ModelSettings",
     "OptimizerSettings",
@@ -31,5 +35,6 @@ __all__ = [
     "config_from_mapping",
     "dump_config",
     "global_batch_size",
+    "load_config",
     "parse_config",
 ]

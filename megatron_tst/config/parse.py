@@ -78,6 +78,15 @@ def config_from_mapping(mapping: Mapping[str, Any], source: str, preset: str | N
     return config
 
 
+def load_config(path: Path) -> RunConfig:
+    """Read settings that :func:`dump_config` wrote.
+
+    Raises:
+        UserError: if the file cannot be read or is not settings.
+    """
+    return config_from_mapping(_read_yaml(path), source=str(path))
+
+
 def dump_config(config: RunConfig) -> str:
     """Write settings as YAML that :func:`parse_config` reads back to the same settings."""
     mapping = dataclasses.asdict(config)

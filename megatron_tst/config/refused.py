@@ -50,9 +50,16 @@ REFUSED: tuple[tuple[str, str], ...] = (
         r"dataloader-.*|num-dataset-builder-threads|no-mmap-bin-files|no-create-attention-mask-in-dataloader|full-validation",
         "the loader is the phases' own; see --num-workers and --data-cache-path",
     ),
+    (r"no-save-(optim|rng)|save-retain-interval", "a checkpoint holds all that a resume needs; see --keep-last"),
     (
-        r"save|load|save-.*|no-(save|load)-.*|async-save|ckpt-.*|dist-ckpt-.*|use-(dist-ckpt|persistent-ckpt-worker|checkpoint-.*)|finetune|pretrained-checkpoint|exit-.*|override-opt-param-scheduler",
-        "checkpoints are not built yet",
+        r"(use|override)-(checkpoint-)?opt-?_?param-scheduler|use-checkpoint-.*",
+        "the run's settings come from --config and flags, not from the checkpoint",
+    ),
+    (r"exit-signal.*", "SIGTERM and SIGUSR1 always save and stop"),
+    (r"pretrained-checkpoint", "use --load with --finetune"),
+    (
+        r"(dist-)?ckpt-.*|use-(dist-ckpt|persistent-ckpt-worker)|non-persistent-.*|save-.*|verify-integrity|replication.*|enable-experimental|load-main-.*|async-.*",
+        "checkpoints are torch_dist, reshardable, written by threads; see --save, --async-save and docs/checkpoints.md",
     ),
     (
         r"wandb-.*|tensorboard-.*|one-logger.*|no-one-logger|log-(?!interval$).*|timing-.*|profile.*",

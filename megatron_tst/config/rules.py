@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from megatron_tst.config.errors import UserError
 from megatron_tst.config.settings import (
+    CheckpointSettings,
     DataSettings,
     ModelSettings,
     OptimizerSettings,
@@ -29,6 +30,7 @@ def check_config(config: RunConfig) -> None:
         _superposition_rules(config.superposition, config),
         _batch_rules(config.training),
         _data_rules(config.data),
+        _checkpoint_rules(config.checkpoint),
         _optimizer_rules(config.optimizer, config.training),
         _parallel_rules(config.parallel, config.model),
         _recompute_rules(config.training),
@@ -81,6 +83,7 @@ def _required_rules(config: RunConfig) -> Iterator[_Rule]:
         **{flag: value for flag, value in needed.items() if isinstance(value, int | float)},
         "--log-interval": config.logging.log_interval,
         "--eval-interval": config.training.eval_interval,
+        "--max-nan-steps": config.training.max_nan_steps,
     }
     for flag, value in positive.items():
         yield value > 0, f"{flag} {value}", "must be above 0"
@@ -230,6 +233,18 @@ def _parallel_rules(parallel: ParallelSettings, model: ModelSettings) -> Iterato
             f"--tensor-model-parallel-size {tp}",
             "with --num-experts needs --sequence-parallel",
         )
+
+
+def _checkpoint_rules(settings: CheckpointSettings) -> Iterator[_Rule]:
+    for name in ("save_interval", "keep_last", "exit_interval", "exit_duration_in_mins"):
+        value = getattr(settings, name)
+        yield value is None or value > 0, f"--{name.replace('_', '-')} {value}", "must be above 0"
+    for name in (
+        "finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint", "override_run_config",
+        "no_verify_checkpoint", "ckpt_step",
+    ):  # fmt: skip
+        wanted = getattr(settings, name) not in (False, None)
+        yield settings.load is not None or not wanted, f"--{name.replace('_', '-')}", "needs --load"
 
 
 def _recompute_rules(training: TrainingSettings) -> Iterator[_Rule]:

@@ -159,10 +159,46 @@ class TrainingSettings:
     """Choose deterministic kernels."""
     use_cpu_initialization: bool = False
     """Initialise weights on the CPU: the same weights for every tensor-parallel size."""
+    max_nan_steps: int = 3
+    """Steps in a row whose loss or gradient is not finite, and which are not applied, before the run stops."""
     eval_interval: int = 1000
     """Steps between next-token evaluations; the last step always evaluates."""
     eval_iters: int = 100
     """Global batches per evaluation; 0 for none."""
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What is saved, where a run starts from, and when it stops."""
+
+    save: str | None = None
+    """Where checkpoints go; checkpoints/ in the run directory where not given."""
+    save_interval: int | None = None
+    """Steps between checkpoints; the end of each phase is always saved."""
+    async_save: bool = False
+    """Write checkpoints while training goes on."""
+    keep_last: int | None = None
+    """Checkpoints to keep besides those at the end of a phase; all of them where not given."""
+    load: str | None = None
+    """Checkpoints to continue from; where there are none yet, the run starts from scratch."""
+    ckpt_step: int | None = None
+    """With --load: this step instead of the latest."""
+    finetune: bool = False
+    """With --load: take the weights alone and begin at step 0."""
+    no_load_optim: bool = False
+    """With --load: start with fresh optimizer state."""
+    no_load_rng: bool = False
+    """With --load: seed the random generators anew."""
+    exit_on_missing_checkpoint: bool = False
+    """With --load: refuse to start from scratch."""
+    override_run_config: bool = False
+    """With --load: go on although the schedule, the seed or the data differ from the checkpoint's."""
+    no_verify_checkpoint: bool = False
+    """With --load: do not compare the checkpoint's files with their checksums."""
+    exit_interval: int | None = None
+    """Save and stop whenever the step is a multiple of this."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop once the run has lasted this long."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +277,7 @@ class RunConfig:
     superposition: SuperpositionSettings = field(default_factory=SuperpositionSettings)
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)

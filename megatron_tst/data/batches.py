@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_tst.config import UserError
 from megatron_tst.data.samples import RunText
 from megatron_tst.platform import Ranks
+from megatron_tst.platform.signals import ignore_stop_signals
 from megatron_tst.superposition import Schedule, fold_labels, fold_tokens, row_weights, slide_labels
 
 IGNORE_INDEX = -100
@@ -160,8 +161,15 @@ class TextReader:
                 num_workers=num_workers,
                 collate_fn=torch.stack,
                 pin_memory=self._device.type == "cuda",
+                worker_init_fn=ignore_stop_signals,
+                # Its own generator: to start reading must not move the one that dropout draws from.
+                generator=torch.Generator(),
             )
             self._texts = iter(loader)
+
+    def close(self) -> None:
+        """Stop the processes that read ahead."""
+        self._texts = iter(())
 
     def read(self, shape: BatchShape) -> Batch:
         """Return the next micro-batch.

@@ -1,7 +1,7 @@
 """From settings to the samples of every phase and of validation, all made before the first step."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -15,6 +15,8 @@ from megatron_tst.data.tokenizer import Tokenizer
 from megatron_tst.platform import main_rank_first
 from megatron_tst.superposition import Phase, Schedule
 
+_ENDS = 1 << 16  # documents, or tokens of a document, that are looked at to know a corpus again
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -23,10 +25,36 @@ class RunData:
     Attributes:
         train: the samples of each phase.
         valid: ordinary samples to evaluate on, or None.
+        cuts: how each training corpus was dealt to the phases.
     """
 
     train: RunText
     valid: RunText | None
+    cuts: list["SourceCut"]
+
+
+@dataclass(frozen=True)
+class SourceCut:
+    """How one corpus of a blend was dealt: all that the samples of every phase follow from, with the seed.
+
+    Attributes:
+        prefix: path of its files, without the ending.
+        weight: in the blend.
+        documents: first document that was dealt, and one past the last.
+        fingerprint: of the corpus, wherever it lies.
+        quotas: data tokens that each phase owns.
+    """
+
+    prefix: str
+    weight: float
+    documents: tuple[int, int]
+    fingerprint: str
+    quotas: tuple[int, ...]
+
+    def is_of(self, other: "SourceCut") -> bool:
+        """Whether the other was dealt from the same documents, with the same weight."""
+        facts = [(cut.weight, tuple(cut.documents), cut.fingerprint) for cut in (self, other)]
+        return facts[0] == facts[1]
 
 
 @dataclass(frozen=True)
@@ -57,7 +85,13 @@ class SamplePlan:
     cache: Path
 
 
-def build_run_data(settings: DataSettings, schedule: Schedule, eval_iters: int, plan: SamplePlan) -> RunData:
+def build_run_data(
+    settings: DataSettings,
+    schedule: Schedule,
+    eval_iters: int,
+    plan: SamplePlan,
+    continued: list[SourceCut] | None = None,
+) -> RunData:
     """Cut the corpora into the phases' shares and build every phase's samples.
 
     Collective: every rank of the world calls it; the main rank cuts and writes indices, the others read them.
@@ -67,16 +101,18 @@ def build_run_data(settings: DataSettings, schedule: Schedule, eval_iters: int, 
         schedule: the phases.
         eval_iters: global batches of one evaluation; 0 for none.
         plan: how samples are made.
+        continued: the cut of the run that this one goes on from; its phases keep their documents.
 
     Raises:
-        UserError: if a corpus cannot be read or is too small.
+        UserError: if a corpus cannot be read, is too small, or is not the one that was cut.
     """
     train, valid = _sources(settings)
     validation = None
     if eval_iters and valid:
         batches = min(eval_iters, _whole_batches(valid, plan))
-        validation = RunText(_build_phases(valid, (Phase(1, batches),), "valid", plan))
-    return RunData(RunText(_build_phases(train, schedule.phases, "train", plan)), validation)
+        validation = RunText(_build_phases(valid, (Phase(1, batches),), "valid", plan)[0])
+    phases, cuts = _build_phases(train, schedule.phases, "train", plan, continued)
+    return RunData(RunText(phases), validation, cuts)
 
 
 def _sources(settings: DataSettings) -> tuple[list[_Source], list[_Source]]:
@@ -112,7 +148,13 @@ def _whole_batches(sources: list[_Source], plan: SamplePlan) -> int:
     return batches
 
 
-def _build_phases(sources: list[_Source], phases: tuple[Phase, ...], name: str, plan: SamplePlan) -> list[PhaseText]:
+def _build_phases(
+    sources: list[_Source],
+    phases: tuple[Phase, ...],
+    name: str,
+    plan: SamplePlan,
+    continued: list[SourceCut] | None = None,
+) -> tuple[list[PhaseText], list[SourceCut]]:
     weights = [source.corpus.weight for source in sources]
     orders = []
     for phase in phases:
@@ -120,12 +162,16 @@ def _build_phases(sources: list[_Source], phases: tuple[Phase, ...], name: str, 
         digest = _digest(weights, samples)
         orders.append(blend_order(weights, samples, plan.cache / f"blend-{digest}.npy"))
     parts: list[list[EpochedText]] = [[] for _ in phases]
-    for number, source in enumerate(sources):
-        counts = [int((order["part"] == number).sum()) for order in orders]
-        tokens = [plan.seq_length * phase.tokens_per_position for phase in phases]
-        shares, digest = _cut(
-            source, [count * size + 1 for count, size in zip(counts, tokens, strict=True)], number, plan
-        )
+    tokens = [plan.seq_length * phase.tokens_per_position for phase in phases]
+    counts_by_source = [[int((order["part"] == number).sum()) for order in orders] for number in range(len(sources))]
+    cuts = [
+        _plan_cut(source, [count * size + 1 for count, size in zip(counts, tokens, strict=True)])
+        for source, counts in zip(sources, counts_by_source, strict=True)
+    ]
+    if continued is not None:
+        cuts = _same_corpora(cuts, continued)
+    for number, (source, counts, cut) in enumerate(zip(sources, counts_by_source, cuts, strict=True)):
+        shares, digest = _deal(source, cut, number, plan)
         for index, (share, count, size) in enumerate(zip(shares, counts, tokens, strict=True)):
             spec = TextSpec(
                 name=f"{name}-phase{index}-corpus{number}-{size}tokens-{digest}",
@@ -134,19 +180,48 @@ def _build_phases(sources: list[_Source], phases: tuple[Phase, ...], name: str, 
                 cache=plan.cache,
             )
             parts[index].append(EpochedText(source.corpus, share, spec, count, plan.tokenizer))
-    return [PhaseText(part, order) for part, order in zip(parts, orders, strict=True)]
+    return [PhaseText(part, order) for part, order in zip(parts, orders, strict=True)], cuts
 
 
-def _cut(source: _Source, budgets: list[int], number: int, plan: SamplePlan) -> tuple[list[NDArray[numpy.int32]], str]:
+def _plan_cut(source: _Source, budgets: list[int]) -> SourceCut:
+    """Say how one source is to be dealt, given the data tokens that each phase wants to read of it."""
+    lengths = source.corpus.lengths[source.start : source.stop]
+    num_tokens = int(lengths.sum(dtype=numpy.int64))
+    owned = quotas(budgets, num_tokens, int(lengths.max()))
+    # Beginning and end stand for the corpus: a path may come to hold another one.
+    ends = [lengths[:_ENDS].tobytes(), lengths[-_ENDS:].tobytes()]
+    ends += [source.corpus.indexed[document][:_ENDS].tobytes() for document in (source.start, source.stop - 1)]
+    return SourceCut(
+        prefix=str(Path(source.corpus.prefix).resolve()),
+        weight=source.corpus.weight,
+        documents=(source.start, source.stop),
+        fingerprint=_digest(num_tokens, *ends),
+        quotas=tuple(owned),
+    )
+
+
+def _same_corpora(planned: list[SourceCut], continued: list[SourceCut]) -> list[SourceCut]:
+    """Return the cut to continue, at the places where its corpora lie now.
+
+    Raises:
+        UserError: if they are not the same corpora.
+    """
+    for number, cut in enumerate(planned):
+        if len(planned) != len(continued) or not cut.is_of(continued[number]):
+            raise UserError(
+                f"--data-path {cut.prefix}: is not the corpus, share of it or weight that the checkpoint was trained "
+                "on; to go on with other text, add --override-run-config"
+            )
+    return [replace(cut, quotas=tuple(old.quotas)) for cut, old in zip(planned, continued, strict=True)]
+
+
+def _deal(source: _Source, cut: SourceCut, number: int, plan: SamplePlan) -> tuple[list[NDArray[numpy.int32]], str]:
     """Deal one source's documents to the phases.
 
     The shares lie in the cache, mapped into memory by every rank. Returns them with a digest of all they follow from.
     """
-    lengths = source.corpus.lengths[source.start : source.stop]
-    owned = quotas(budgets, int(lengths.sum(dtype=numpy.int64)), int(lengths.max()))
-    # Beginning and end of the lengths stand for the corpus: a path may come to hold another one.
-    ends = (lengths[: 1 << 16].tobytes(), lengths[-(1 << 16) :].tobytes())
-    digest = _digest(Path(source.corpus.prefix).resolve(), source.start, source.stop, owned, plan.seed, number, *ends)
+    owned = list(cut.quotas)
+    digest = _digest(cut, plan.seed, number)
 
     def load() -> list[NDArray[numpy.int32]]:
         """Map the shares into memory; where one is missing, write them first."""

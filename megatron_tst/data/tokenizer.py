@@ -1,5 +1,6 @@
 """Tokenizers: read from a Hugging Face ``tokenizer.json``, or trained on the spot as a byte-level BPE."""
 
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -29,6 +30,11 @@ class Tokenizer:
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = eod
         self._model = model
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:

@@ -2,7 +2,16 @@
 
 from megatron_tst.platform.device import Device, enter_device
 from megatron_tst.platform.libraries import Libraries, find_libraries
-from megatron_tst.platform.ranks import ParallelSizes, Ranks, join_ranks, leave_ranks, main_rank_first
+from megatron_tst.platform.ranks import (
+    ParallelSizes,
+    Ranks,
+    any_rank,
+    every_rank,
+    join_ranks,
+    leave_ranks,
+    main_rank_alone,
+    main_rank_first,
+)
 from megatron_tst.platform.seeds import seed_everything
 
 __all__ = [
@@ -10,10 +19,13 @@ __all__ = [
     "Libraries",
     "ParallelSizes",
     "Ranks",
+    "any_rank",
     "enter_device",
+    "every_rank",
     "find_libraries",
     "join_ranks",
     "leave_ranks",
+    "main_rank_alone",
     "main_rank_first",
     "seed_everything",
 ]

@@ -4,8 +4,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -43,6 +44,9 @@ class Ranks:
         dp_size: how many they are.
         cp_rank: place among the ranks that share each sequence.
         cp_size: how many they are.
+        pp_rank: number of this pipeline stage.
+        pp_size: how many they are.
+        ep_size: ranks that share the experts.
         is_first_stage: whether this pipeline stage embeds tokens.
         is_last_stage: whether this pipeline stage computes the loss.
         last_stage_rank: global rank of the loss-computing stage of this pipeline.
@@ -57,6 +61,9 @@ class Ranks:
     dp_size: int
     cp_rank: int
     cp_size: int
+    pp_rank: int
+    pp_size: int
+    ep_size: int
     is_first_stage: bool
     is_last_stage: bool
     last_stage_rank: int
@@ -66,6 +73,13 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this process speaks for the run: writes its files and its lines."""
         return self.rank == 0
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Sizes of the parallel layout."""
+        return {
+            "tp": self.tp_size, "pp": self.pp_size, "cp": self.cp_size, "dp": self.dp_size, "ep": self.ep_size,
+        }  # fmt: skip
 
     @property
     def owns_text(self) -> bool:
@@ -122,6 +136,9 @@ def _this_rank() -> Ranks:
         dp_size=parallel_state.get_data_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
         is_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
@@ -134,6 +151,49 @@ def leave_ranks() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def main_rank_alone(function: Callable[[], _Result]) -> _Result:
+    """Call ``function`` on the main rank and return its result, which is pickled, on every rank.
+
+    Collective: every rank of the world calls it.
+
+    Raises:
+        UserError: on every rank, if the main rank's call raised one: no rank is left waiting.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[1] = function()
+        except UserError as error:
+            answer[0] = error
+    dist.broadcast_object_list(answer)
+    failure, result = answer
+    if failure is not None:
+        raise failure
+    return cast(_Result, result)
+
+
+def any_rank(*facts: bool) -> list[bool]:
+    """Return for each fact whether it holds on at least one rank.
+
+    Collective: every rank of the world calls it, with as many facts.
+    """
+    if dist.get_world_size() == 1:
+        return list(facts)
+    votes = torch.tensor(facts, dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
+
+
+def every_rank(value: _Result) -> list[_Result]:
+    """Return the values of all ranks, in their order.
+
+    Collective: every rank of the world calls it.
+    """
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def main_rank_first(function: Callable[[], _Result]) -> _Result:

@@ -1,11 +1,12 @@
-"""Seeds of every generator a run draws from."""
+"""Seeds and states of every generator a run draws from."""
 
 import random
+from typing import Any
 
 import numpy
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 
 def seed_everything(seed: int) -> None:
@@ -18,3 +19,23 @@ def seed_everything(seed: int) -> None:
     numpy.random.seed(stage_seed)
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def generator_states() -> dict[str, Any]:
+    """Return the states of this rank's generators, under Megatron-LM's names."""
+    return {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": numpy.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def restore_generator_states(states: dict[str, Any]) -> None:
+    """Put this rank's generators back to where :func:`generator_states` found them."""
+    random.setstate(states["random_rng_state"])
+    numpy.random.set_state(states["np_rng_state"])
+    torch.set_rng_state(states["torch_rng_state"])
+    torch.cuda.set_rng_state(states["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(states["rng_tracker_states"])

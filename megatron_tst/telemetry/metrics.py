@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,29 @@ class ExpertMetrics:
     expert_load_min: list[float]
 
 
+@dataclass(frozen=True)
+class SkippedMetrics:
+    """One step that was not applied, because its loss or gradient was not finite.
+
+    Attributes:
+        step: 1-based.
+        phase: 0-based.
+        bag_size: data tokens per position of the phase.
+        first_sample: of the phase, that the step read.
+        last_sample: of the phase, that the step read.
+        skipped_loss: as a word: nan, inf or a number.
+        skipped_grad_norm: likewise.
+    """
+
+    step: int
+    phase: int
+    bag_size: int
+    first_sample: int
+    last_sample: int
+    skipped_loss: str
+    skipped_grad_norm: str
+
+
 class MetricsFile:
     """Appends metrics to ``metrics.jsonl``; a line is on disk as soon as it is written."""
 
@@ -78,14 +102,29 @@ class MetricsFile:
         """Open the file for appending."""
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: StepMetrics | ValidMetrics | ExpertMetrics) -> None:
+    def write(self, metrics: StepMetrics | ValidMetrics | ExpertMetrics | SkippedMetrics) -> None:
         """Append one line."""
         self._file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Wait until all lines are on disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Drop the lines of all steps after ``last_step``; the file is whole at any time."""
+    aside = path.with_name(f".partial-{path.name}")
+    kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:

@@ -1,16 +1,21 @@
 """The run directory: everything that a run leaves behind."""
 
+import fcntl
 import importlib.metadata
 import json
 import logging
 import platform as python_platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 from megatron_tst.config import UserError
+from megatron_tst.telemetry.metrics import cut_metrics
 
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "tokenizers")
+_LOCK = "run.lock"
 
 
 class RunDirectory:
@@ -23,6 +28,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         """Name the folder; :meth:`create` makes it."""
         self.path = path
+        self._lock: IO[str] | None = None
 
     @property
     def metrics(self) -> Path:
@@ -39,34 +45,83 @@ class RunDirectory:
         """Document and sample indices."""
         return self.path / "index_cache"
 
-    def create(self, config_yaml: str) -> None:
-        """Make the folder and record settings and versions in it.
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints, where no other place is given."""
+        return self.path / "checkpoints"
+
+    def occupy(self) -> None:
+        """Make the folder and keep every other run out of it, for as long as this process lives.
 
         Raises:
-            UserError: if it already holds a run or cannot be written.
+            UserError: if another run is in it, or it cannot be written.
         """
-        if self.metrics.exists():
-            raise UserError(f"--tst-run-dir {self.path}: already holds a run (metrics.jsonl); choose another")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / _LOCK).open("w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
+        try:
+            # The kernel lets go of it when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UserError(f"--tst-run-dir {self.path}: another run is in it ({_LOCK})") from None
+        except OSError as error:
+            logging.getLogger(__name__).warning("WARNING: run.lock cannot be locked on this file system: %s", error)
+        self._lock = lock
+
+    def create(self, config_yaml: str, continued_at: int | None) -> None:
+        """Record settings and versions.
+
+        Args:
+            config_yaml: the settings.
+            continued_at: steps that the run in this folder has done, where it goes on: metrics of later steps, which
+                will be done again, are dropped; None for a new run.
+
+        Raises:
+            UserError: if the folder holds a run that is not continued, or cannot be written.
+        """
+        try:
+            if self.metrics.exists():
+                if continued_at is None:
+                    raise UserError(
+                        f"--tst-run-dir {self.path}: already holds a run (metrics.jsonl); choose another, or go on "
+                        f"with --load {self.checkpoints}"
+                    )
+                cut_metrics(self.metrics, continued_at)
             self.config.write_text(config_yaml, encoding="utf-8")
             (self.path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error}") from error
 
-    def start_logging(self) -> None:
-        """Send the package's log lines to the screen and to ``log.txt``."""
-        formatter = logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-        handlers = logging.StreamHandler(), logging.FileHandler(self.path / "log.txt", encoding="utf-8")
-        package = logging.getLogger("megatron_tst")
-        package.setLevel(logging.INFO)
-        # A process may train one run after another: each has the log to itself.
-        for handler in list(package.handlers):
-            package.removeHandler(handler)
-            handler.close()
-        for handler in handlers:
-            handler.setFormatter(formatter)
-            package.addHandler(handler)
+    def leave(self) -> None:
+        """Let other runs in; a folder in which nothing came to be is removed."""
+        if self._lock is None:
+            return
+        if {entry.name for entry in self.path.iterdir()} == {_LOCK}:
+            shutil.rmtree(self.path)
+        self._lock.close()
+        self._lock = None
+
+    def start_log_file(self) -> None:
+        """Send the package's log lines to ``log.txt`` too."""
+        _add_handler(logging.FileHandler(self.path / "log.txt", encoding="utf-8"))
+
+
+def start_log_screen() -> None:
+    """Send the package's log lines to the screen, and no longer to the files of a run before."""
+    package = logging.getLogger("megatron_tst")
+    package.setLevel(logging.INFO)
+    for handler in list(package.handlers):
+        package.removeHandler(handler)
+        handler.close()
+    _add_handler(logging.StreamHandler())
+
+
+def _add_handler(handler: logging.Handler) -> None:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    logging.getLogger("megatron_tst").addHandler(handler)
 
 
 def versions() -> dict[str, str | None]:

@@ -1,31 +1,89 @@
 """The training loop: one loop over steps, whatever the phases."""
 
+import contextlib
+import logging
 import time
+from collections.abc import Iterator
 
 import torch
 
 from megatron_tst.data.batches import Batch, TextReader
+from megatron_tst.platform import any_rank
+from megatron_tst.platform.signals import StopSignals
 from megatron_tst.superposition import Phase, PhasePoint
-from megatron_tst.telemetry import ExpertMetrics, MetricsFile, StepMetrics, TrainingProgress, ValidMetrics
+from megatron_tst.telemetry import (
+    ExpertMetrics,
+    MetricsFile,
+    SkippedMetrics,
+    StepMetrics,
+    TrainingProgress,
+    ValidMetrics,
+)
 from megatron_tst.training.run import Run
 from megatron_tst.training.step import StepReport
+from megatron_tst.training.stop import DivergenceGuard, StopConditions
+
+logger = logging.getLogger(__name__)
 
 
-def train(run: Run) -> None:
-    """Train to the end of the schedule.
+def train(run: Run) -> bool:
+    """Train to the end of the schedule, or until asked to stop; what was done is saved either way.
+
+    Collective: every rank of the world calls it.
+
+    Returns:
+        Whether the end was reached.
+
+    Raises:
+        UserError: if a checkpoint cannot be written, or the data names tokens beyond the vocabulary.
+        DivergedError: if loss or gradient stays not finite.
+    """
+    reader = run.read(run.data.train, run.schedule, run.config.data.num_workers, run.first_step)
+    monitor = Monitor(run)
+    guard = DivergenceGuard(run.config.training.max_nan_steps)
+    try:
+        with monitor.progress, StopSignals() as signals:
+            conditions = StopConditions(run.config.checkpoint, signals)
+            for step in range(run.first_step, run.schedule.num_steps):
+                point = run.schedule.phase_at(step)
+                report = run.stepper.train(read_step(run, reader, point.phase))
+                monitor.record(step + 1, point, report)
+                guard.check(step + 1, report)
+                if _is_due(step + 1, run.config.training.eval_interval, run):
+                    with monitor.paused():
+                        monitor.record_valid(step + 1, evaluate(run))
+                if _save_and_ask(run, monitor, conditions, step + 1):
+                    return False
+        return True
+    finally:
+        reader.close()
+        monitor.close()
+        run.directory.leave()
+
+
+def _save_and_ask(run: Run, monitor: "Monitor", conditions: StopConditions, step: int) -> bool:
+    """Save if it is time to, and return whether to stop: a signal may have reached one rank only.
 
     Collective: every rank of the world calls it.
     """
-    reader = run.read(run.data.train, run.schedule, run.config.data.num_workers)
-    monitor = Monitor(run)
-    with monitor.progress:
-        for step in range(run.schedule.num_steps):
-            point = run.schedule.phase_at(step)
-            report = run.stepper.train(read_step(run, reader, point.phase))
-            monitor.record(step + 1, point, report)
-            if _is_due(step + 1, run.config.training.eval_interval, run):
-                monitor.record_valid(step + 1, evaluate(run))
-    monitor.close()
+    reason = conditions.reason(step)
+    is_asked, is_writing = any_rank(reason is not None, run.saver.is_writing)
+    if run.saver.has_unpublished and not is_writing:
+        run.saver.finish()
+    is_end = step == run.schedule.num_steps
+    interval = run.config.checkpoint.save_interval
+    if is_asked or step in run.schedule.ends or (interval is not None and step % interval == 0):
+        with monitor.paused():
+            monitor.sync()
+            run.save(step)
+    if is_asked or is_end:
+        run.saver.finish()
+    if is_asked and not is_end:
+        monitor.note(
+            f"stopped after step {step} by {reason or 'a signal to another rank'}; "
+            f"go on with --load {run.saver.folders.path}"
+        )
+    return is_asked and not is_end
 
 
 def evaluate(run: Run) -> float | None:
@@ -65,15 +123,21 @@ class Monitor:
         self._main = run.ranks.is_main
         self._file = MetricsFile(run.directory.metrics) if self._main else None
         self.progress = TrainingProgress(run.schedule.num_steps, len(run.schedule.phases), visible=self._main)
-        self._last_step = self._last_tokens = 0
+        assert run.config.model.seq_length
+        self._positions_per_step = run.global_batch_size * run.config.model.seq_length
+        self._last_step = run.first_step
+        self._last_tokens = run.schedule.data_tokens(run.first_step, self._positions_per_step)
         self._last_time = time.perf_counter()
 
     def record(self, step: int, point: PhasePoint, report: StepReport) -> None:
-        """Count a step, and log it if a line is due.
+        """Count a step, and log it if a line is due or it was not applied.
 
         Collective for a mixture of experts: every rank of the world calls it.
         """
         self.progress.advance(step)
+        if not report.is_applied:
+            self._record_skipped(step, point, report)
+            return
         # The last step of a phase is logged too: its line is the phase's result.
         is_phase_end = step in self._run.schedule.ends
         if not (is_phase_end or _is_due(step, self._run.config.logging.log_interval, self._run)):
@@ -84,8 +148,7 @@ class Monitor:
         loss = float(report.loss)  # waits for the device, so that the time below is the steps' own
         now = time.perf_counter()
         seconds, steps = now - self._last_time, step - self._last_step
-        assert self._run.config.model.seq_length
-        positions_per_step = self._run.global_batch_size * self._run.config.model.seq_length
+        positions_per_step = self._positions_per_step
         tokens = self._run.schedule.data_tokens(step, positions_per_step)
         metrics = StepMetrics(
             step=step,
@@ -106,6 +169,27 @@ class Monitor:
         self.progress.show_step(metrics)
         self._last_step, self._last_tokens, self._last_time = step, tokens, now
 
+    def _record_skipped(self, step: int, point: PhasePoint, report: StepReport) -> None:
+        """Tell which text a step that was not applied had read."""
+        if self._file is None:
+            return
+        size = self._run.global_batch_size
+        metrics = SkippedMetrics(
+            step=step,
+            phase=point.index,
+            bag_size=point.bag_size,
+            first_sample=point.step * size,
+            last_sample=(point.step + 1) * size - 1,
+            skipped_loss=f"{float(report.loss):g}",
+            skipped_grad_norm=f"{report.grad_norm:g}",
+        )
+        self._file.write(metrics)
+        self.note(
+            f"WARNING: step {step} is not applied: loss {metrics.skipped_loss}, gradient norm "
+            f"{metrics.skipped_grad_norm}, in phase {point.index + 1} (bag size {point.bag_size}), "
+            f"samples {metrics.first_sample} to {metrics.last_sample}"
+        )
+
     def _record_experts(self, step: int) -> None:
         """Log the experts' load; every rank has counted a part of it."""
         if self._run.expert_counter is None:
@@ -116,12 +200,28 @@ class Monitor:
             self._file.write(ExpertMetrics(step, load_LE.amax(dim=1).tolist(), load_LE.amin(dim=1).tolist()))
 
     def record_valid(self, step: int, loss: float | None) -> None:
-        """Log an evaluation; its time does not count as a step's."""
+        """Log an evaluation."""
         if self._file is not None and loss is not None:
             metrics = ValidMetrics(step=step, valid_loss=loss)
             self._file.write(metrics)
             self.progress.show_valid(metrics)
-        self._last_time = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the steps' time."""
+        started = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - started
+
+    def note(self, line: str) -> None:
+        """Log a line, on the main rank."""
+        if self._main:
+            logger.info(line)
+
+    def sync(self) -> None:
+        """Wait until the metrics file is on disk: a checkpoint must not know more than it does."""
+        if self._file is not None:
+            self._file.sync()
 
     def close(self) -> None:
         """Close the metrics file."""

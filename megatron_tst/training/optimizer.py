@@ -1,10 +1,13 @@
 """megatron-core's AdamW and learning-rate schedule, from settings."""
 
+import math
+
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_tst.config import OptimizerSettings
+from megatron_tst.platform.adam import make_resumable
 
 
 def build_optimizer(
@@ -34,7 +37,23 @@ def build_optimizer(
         use_distributed_optimizer=settings.use_distributed_optimizer,
         overlap_param_gather=overlap_param_gather,
     )
-    return get_megatron_optimizer(config, chunks)
+    sharded_by_kind = get_megatron_optimizer(config, chunks).chained_optimizers
+    for optimizer in sharded_by_kind:
+        make_resumable(optimizer)
+    return CautiousOptimizer(sharded_by_kind)
+
+
+class CautiousOptimizer(ChainedOptimizer):  # type: ignore[misc]
+    """megatron-core's optimizer, which leaves weights and moments alone where the gradient is not finite."""
+
+    def get_grad_norm(self) -> float:
+        """Measure the global gradient norm and remember it."""
+        self._grad_norm = float(super().get_grad_norm())
+        return self._grad_norm
+
+    def step_with_ready_grads(self) -> bool:
+        """Update, if the gradient is finite; return whether it was."""
+        return math.isfinite(self._grad_norm) and bool(super().step_with_ready_grads())
 
 
 def build_scheduler(

@@ -1,11 +1,16 @@
 """Everything a run holds, built from its settings."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_tst.checkpoint.content import Trainables, list_all
+from megatron_tst.checkpoint.folders import CheckpointFolders
+from megatron_tst.checkpoint.load import load_checkpoint
+from megatron_tst.checkpoint.run_state import RunState
+from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import ModelSettings, RunConfig, UserError, dump_config, global_batch_size
 from megatron_tst.data.batches import BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
@@ -20,13 +25,14 @@ from megatron_tst.platform import (
     enter_device,
     find_libraries,
     join_ranks,
-    main_rank_first,
+    main_rank_alone,
     seed_everything,
 )
 from megatron_tst.superposition import Phase, Schedule, bag_weights
-from megatron_tst.telemetry import RunDirectory, short, step_flops
+from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_flops, versions
 from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
+from megatron_tst.training.start import Start, check_identity, find_start
 from megatron_tst.training.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -49,6 +55,8 @@ class Run:
         stepper: model, optimizer and schedule.
         expert_counter: positions per expert, of a mixture-of-experts model.
         directory: what it leaves behind.
+        first_step: optimizer steps done already.
+        saver: of its checkpoints.
     """
 
     config: RunConfig
@@ -63,6 +71,8 @@ class Run:
     stepper: Stepper
     expert_counter: ExpertCounter | None
     directory: RunDirectory
+    first_step: int
+    saver: CheckpointSaver
 
     def batch_shape(self, phase: Phase) -> BatchShape:
         """Return what text is turned into in a phase."""
@@ -79,8 +89,8 @@ class Run:
             reads_bags=phase.reads_bags,
         )
 
-    def read(self, text: RunText, schedule: Schedule, num_workers: int) -> TextReader:
-        """Start reading the micro-batches of a schedule."""
+    def read(self, text: RunText, schedule: Schedule, num_workers: int, first_step: int = 0) -> TextReader:
+        """Start reading the micro-batches of a schedule, from one step on."""
         assert self.config.training.micro_batch_size is not None
         return TextReader(
             text,
@@ -90,7 +100,32 @@ class Run:
             global_batch_size=self.global_batch_size,
             vocab_size=self.vocab_size,
             num_workers=num_workers,
+            first_step=first_step,
         )
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint after ``step`` steps.
+
+        Collective: every rank of the world calls it.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        state = RunState(
+            iteration=step,
+            schedule=self.schedule,
+            samples_per_phase=self.schedule.samples_per_phase(step, self.global_batch_size),
+            global_batch_size=self.global_batch_size,
+            vocab_size=self.vocab_size,
+            tokenizer=str(self.tokenizer.path.resolve()),
+            tokenizer_sha256=self.tokenizer.sha256,
+            sources=[asdict(cut) for cut in self.data.cuts],
+            layout=self.ranks.layout,
+            is_permanent=step in self.schedule.ends,
+            versions=versions(),
+        )
+        samples = step * self.global_batch_size
+        self.saver.save(state, lambda: list_all(self.stepper.trainables, step, self.config.model, samples))
 
     @property
     def validation(self) -> Schedule | None:
@@ -101,50 +136,49 @@ class Run:
 
 
 def build_run(config: RunConfig) -> Run:
-    """Build everything before the first step.
+    """Build everything before the first step, and load the checkpoint to go on from.
 
     Collective: every rank of the world calls it.
 
     Raises:
         UserError: if a setting or a file cannot be used.
     """
-    training, model = config.training, config.model
-    assert model.seq_length and training.train_iters and config.logging.tst_run_dir and config.data.tokenizer_model
     device = enter_device()
     # Their kernels need CUDA: without it an installed library is of no use.
     libraries = find_libraries() if device.torch_device.type == "cuda" else Libraries(None, None)
     _check_device(config, device)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
+    assert config.logging.tst_run_dir
+    directory = RunDirectory(Path(config.logging.tst_run_dir))
+    if ranks.is_main:
+        start_log_screen()
+    main_rank_alone(directory.occupy)
+    try:
+        return _build_in(directory, config, device, ranks, libraries)
+    except BaseException:
+        directory.leave()
+        raise
+
+
+def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks: Ranks, libraries: Libraries) -> Run:
+    training, model = config.training, config.model
+    assert model.seq_length and config.data.tokenizer_model
+    start = find_start(config, ranks)
     batch_size = global_batch_size(training, ranks.dp_size)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
     vocab_size = model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise UserError(f"--vocab-size {vocab_size}: must be at least the tokenizer's {tokenizer.vocab_size}")
-    directory = RunDirectory(Path(config.logging.tst_run_dir))
+    check_identity(start, tokenizer_sha256=tokenizer.sha256, vocab_size=vocab_size, global_batch_size=batch_size)
     cache = Path(config.data.data_cache_path or directory.index_cache)
     plan = SamplePlan(tokenizer, model.seq_length, batch_size, training.seed, cache)
-    data = build_run_data(config.data, config.schedule, training.eval_iters, plan)
-    main_rank_first(lambda: directory.create(dump_config(config)) if ranks.is_main else None)
-    if ranks.is_main:
-        directory.start_logging()
-    seed_everything(training.seed)
-    chunks = build_model(config, vocab_size, ranks, libraries)
-    optimizer = build_optimizer(config.optimizer, chunks, training.bf16, config.parallel.overlap_param_gather)
-    scheduler = build_scheduler(config.optimizer, optimizer, training.train_iters, batch_size)
-    assert training.micro_batch_size
-    stepper = Stepper(
-        chunks,
-        optimizer,
-        scheduler,
-        ranks,
-        seq_length=model.seq_length,
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=batch_size,
-    )
+    data = build_run_data(config.data, start.schedule, training.eval_iters, plan, start.cuts)
+    saver = _open_directory(directory, config, start, ranks)
+    stepper = _build_stepper(config, start, vocab_size, batch_size, ranks, libraries)
     padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, ranks.tp_size)
     run = Run(
         config=config,
-        schedule=config.schedule,
+        schedule=start.schedule,
         ranks=ranks,
         device=device,
         tokenizer=tokenizer,
@@ -153,11 +187,60 @@ def build_run(config: RunConfig) -> Run:
         flops_per_step=step_flops(model, padded, batch_size),
         data=data,
         stepper=stepper,
-        expert_counter=_expert_counter(model, chunks, ranks),
+        expert_counter=_expert_counter(model, stepper.trainables.chunks, ranks),
         directory=directory,
+        first_step=start.step,
+        saver=saver,
     )
     _announce(run, libraries)
+    if start.found is not None:
+        settings = config.checkpoint
+        is_same_run = start.found.state is not None and not settings.finetune
+        load_checkpoint(
+            start.found,
+            stepper.trainables,
+            with_optimizer=is_same_run and not settings.no_load_optim,
+            with_generators=is_same_run and not settings.no_load_rng,
+        )
+        logger.info("loaded %s: %d of %d steps are done", start.found.folder, start.step, start.schedule.num_steps)
     return run
+
+
+def _open_directory(directory: RunDirectory, config: RunConfig, start: Start, ranks: Ranks) -> CheckpointSaver:
+    """Record the run's settings, begin its log file, and say where its checkpoints go."""
+    settings = config.checkpoint
+    folders = CheckpointFolders(Path(settings.save or directory.checkpoints))
+    # Its own checkpoints: the run goes on in its folder, also if it was stopped before the first of them.
+    is_own = settings.load is not None and Path(settings.load).resolve() == folders.path.resolve()
+    config_yaml = dump_config(config)
+
+    def create() -> None:
+        """Write on the main rank alone."""
+        directory.create(config_yaml, start.step if is_own and not settings.finetune else None)
+        directory.start_log_file()
+        folders.check_writable()
+
+    main_rank_alone(create)
+    return CheckpointSaver(folders, ranks, config_yaml, keep_training=settings.async_save, keep_last=settings.keep_last)
+
+
+def _build_stepper(
+    config: RunConfig, start: Start, vocab_size: int, batch_size: int, ranks: Ranks, libraries: Libraries
+) -> Stepper:
+    """Build model, optimizer and learning-rate schedule, the schedule where the first step will find it."""
+    training = config.training
+    assert config.model.seq_length and training.micro_batch_size
+    seed_everything(training.seed)
+    chunks = build_model(config, vocab_size, ranks, libraries)
+    optimizer = build_optimizer(config.optimizer, chunks, training.bf16, config.parallel.overlap_param_gather)
+    scheduler = build_scheduler(config.optimizer, optimizer, start.schedule.num_steps, batch_size)
+    scheduler.step(increment=start.step * batch_size)
+    return Stepper(
+        Trainables(chunks, optimizer, scheduler, ranks),
+        seq_length=config.model.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=batch_size,
+    )
 
 
 def _expert_counter(model: ModelSettings, chunks: list[torch.nn.Module], ranks: Ranks) -> ExpertCounter | None:
@@ -202,7 +285,7 @@ def _announce(run: Run, libraries: Libraries) -> None:
     implementation = loss_choice(run.config, libraries).implementation
     kernel = "Transformer Engine's cross-entropy" if implementation == "te" else "native cross-entropy"
     logger.info("using: %s, %d ranks, %s, %s", run.device.name, run.ranks.world_size, layers, kernel)
-    parameters = sum(parameter.numel() for chunk in run.stepper.chunks for parameter in chunk.parameters())
+    parameters = sum(parameter.numel() for chunk in run.stepper.trainables.chunks for parameter in chunk.parameters())
     logger.info("model: %s parameters on this rank, vocabulary %d", short(parameters), run.vocab_size)
     assert run.config.model.seq_length
     for index, (phase, text) in enumerate(zip(run.schedule.phases, run.data.train.phases, strict=True)):

@@ -1,5 +1,6 @@
 """One optimizer step, and one evaluation, through megatron-core's pipeline schedules."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -8,14 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_tst.checkpoint.content import Trainables
 from megatron_tst.data.batches import Batch
-from megatron_tst.platform import Ranks
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,14 @@ class StepReport:
     Attributes:
         loss: float32 scalar, the global loss sum over the global weight; the same on every rank.
         grad_norm: global gradient norm before clipping.
-        lr: learning rate that was applied.
+        lr: learning rate of the step.
+        is_applied: whether weights changed: not where loss or gradient norm is not finite.
     """
 
     loss: Tensor
     grad_norm: float
     lr: float
+    is_applied: bool
 
 
 def _connect(chunks: list[torch.nn.Module]) -> None:
@@ -61,10 +62,7 @@ class Stepper:
 
     def __init__(
         self,
-        chunks: list[torch.nn.Module],
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-        ranks: Ranks,
+        trainables: Trainables,
         *,
         seq_length: int,
         micro_batch_size: int,
@@ -73,15 +71,13 @@ class Stepper:
         """Tie model and optimizer together.
 
         Args:
-            chunks: this rank's model chunks.
-            optimizer: over them.
-            scheduler: of its learning rate.
-            ranks: this rank's place.
+            trainables: model, optimizer and learning-rate schedule.
             seq_length: positions per sequence, the same in every phase.
             micro_batch_size: sequences per micro-batch.
             global_batch_size: sequences per step over all ranks.
         """
-        self.chunks, self.optimizer, self.scheduler, self._ranks = chunks, optimizer, scheduler, ranks
+        self.trainables, self._ranks = trainables, trainables.ranks
+        chunks, ranks = trainables.chunks, trainables.ranks
         self.num_microbatches = global_batch_size // (micro_batch_size * ranks.dp_size)
         self._global_batch_size = global_batch_size
         self._schedule = partial(
@@ -98,22 +94,26 @@ class Stepper:
 
         Collective: every rank of the world calls it.
         """
-        for chunk in self.chunks:
+        optimizer = self.trainables.optimizer
+        for chunk in self.trainables.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss = self._run(batches, forward_only=False)
-        lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=self._global_batch_size)
-        return StepReport(loss=loss, grad_norm=float(grad_norm), lr=lr)
+        lr = optimizer.param_groups[0]["lr"]
+        is_applied, grad_norm = False, math.nan
+        if bool(torch.isfinite(loss)):
+            is_applied, grad_norm, _ = optimizer.step()
+        # The schedule counts steps, applied or not: the learning rate follows from the step alone.
+        self.trainables.scheduler.step(increment=self._global_batch_size)
+        return StepReport(loss=loss, grad_norm=float(grad_norm), lr=lr, is_applied=is_applied)
 
     def evaluate(self, batches: list[Batch | None]) -> Tensor:
         """Return the loss of one global batch, without gradients; the same on every rank.
 
         Collective: every rank of the world calls it.
         """
-        for chunk in self.chunks:
+        for chunk in self.trainables.chunks:
             chunk.eval()
         with torch.no_grad():
             return self._run(batches, forward_only=True)
@@ -122,7 +122,7 @@ class Stepper:
         global_weight = self._global_weight(batches)
         losses: list[Tensor] = self._schedule(
             forward_step_func=partial(self._forward, global_weight=global_weight),
-            data_iterator=[iter(batches) for _ in self.chunks],
+            data_iterator=[iter(batches) for _ in self.trainables.chunks],
             forward_only=forward_only,
         )
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=torch.cuda.current_device())

@@ -56,7 +56,7 @@ def pieces(run: Run) -> list[Piece]:
             for child in node.values() if isinstance(node, dict) else node:
                 visit(child)
 
-    for chunk in run.stepper.chunks:
+    for chunk in run.stepper.trainables.chunks:
         visit(chunk.sharded_state_dict())
     return found
 
@@ -79,7 +79,7 @@ def fill(run: Run, weights: dict[str, Tensor]) -> None:
             target = part.view(-1, *part.shape[1:]) if part.dim() == slot.dim() else part
             rows = tuple(slice(0, n) for n in slot.shape)
             target[rows].copy_(slot) if target.dim() == slot.dim() else target.copy_(slot.view(target.shape))
-    run.stepper.optimizer.reload_model_params()
+    run.stepper.trainables.optimizer.reload_model_params()
 
 
 def _slot(total: Tensor, offset: tuple[int, ...], part: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
         text.append([tuple(row) for row in rows.tolist()])
         return make_batch(rows, shape)
 
-    for chunk in run.stepper.chunks:
+    for chunk in run.stepper.trainables.chunks:
         for name, module in chunk.named_modules():
             if name.endswith("decoder"):
                 module.register_forward_hook(lambda _, __, output: shapes.append(output.shape))

@@ -16,7 +16,8 @@ ROOMS = {
     "model": {"config", "superposition", "platform"},
     "data": {"config", "superposition", "platform"},
     "telemetry": {"config", "superposition", "platform"},
-    "training": {"config", "superposition", "platform", "model", "data", "telemetry"},
+    "checkpoint": {"config", "superposition", "platform"},
+    "training": {"config", "superposition", "platform", "model", "data", "telemetry", "checkpoint"},
 }
 LIBRARIES = {"wandb": "telemetry", "tensorboard": "telemetry", "matplotlib": "telemetry", "tyro": "config"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

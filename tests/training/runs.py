@@ -58,4 +58,4 @@ def train_here(argv: list[str]):
 
 
 def parameters(run) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for chunk in run.stepper.chunks for name, p in chunk.named_parameters()}
+    return {name: p.detach().clone() for chunk in run.stepper.trainables.chunks for name, p in chunk.named_parameters()}

@@ -34,7 +34,7 @@ def reference_loss(run, made):
     total, weight = torch.zeros((), dtype=torch.float64), torch.zeros(())
     for batch in made:
         labels = batch.labels.view(2, 16, -1)
-        logits = run.stepper.chunks[0](batch.inputs, batch.position_ids, None).detach()
+        logits = run.stepper.trainables.chunks[0](batch.inputs, batch.position_ids, None).detach()
         row_loss, row_weight = multi_hot_cross_entropy(logits, labels, bag_weights("power_law", labels.shape[-1]))
         total, weight = total + row_loss.double().sum(), weight + row_weight.sum()
     return total, weight
@@ -83,7 +83,7 @@ def test_a_step_without_any_target_has_loss_zero_and_no_gradient(run):
 def test_both_phases_have_the_same_activations_and_flops(run):
     def watch(bag_size):
         shapes: list[tuple[str, torch.Size]] = []
-        decoder = run.stepper.chunks[0].module.decoder
+        decoder = run.stepper.trainables.chunks[0].module.decoder
         hooks = [
             module.register_forward_hook(
                 lambda _, __, output, name=name: shapes.extend(

@@ -1,0 +1,69 @@
+"""What may differ between a checkpoint's settings and those of the run that goes on from it."""
+
+import dataclasses
+from typing import Any
+
+from megatron_tst.config import RunConfig
+
+# Settings that a run may change from start to start: where it runs, what it writes, when it looks or stops.
+_FREE = {
+    "config", "checkpoint", "logging", "parallel", "model.tst_preset", "model.make_vocab_size_divisible_by",
+    "model.moe_token_dispatcher_type", "model.moe_grouped_gemm", "model.vocab_size", "data.data_path",
+    "data.train_data_path", "data.valid_data_path", "data.tokenizer_model", "data.num_workers", "data.data_cache_path",
+    "training.micro_batch_size", "training.global_batch_size", "training.train_iters", "training.eval_interval",
+    "training.eval_iters", "training.max_nan_steps", "training.use_cpu_initialization", "phases",
+}  # fmt: skip
+# Settings that say what is trained, on what text, in which order; the others, such as rates, are free but told.
+_BINDING = {"model", "superposition", "data", "training.seed", "training.bf16", "optimizer.use_distributed_optimizer"}
+_TUNABLE = {"model.attention_dropout", "model.hidden_dropout", "model.moe_aux_loss_coeff", "model.moe_z_loss_coeff"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A setting that differs.
+
+    Attributes:
+        name: of the setting, with its section.
+        saved: its value in the checkpoint.
+        wanted: its value now.
+    """
+
+    name: str
+    saved: Any
+    wanted: Any
+
+    @property
+    def flag(self) -> str:
+        """The setting as it is typed."""
+        return "--" + self.name.rpartition(".")[2].replace("_", "-")
+
+    @property
+    def is_binding(self) -> bool:
+        """Whether the run would be another one."""
+        return _is_in(self.name, _BINDING) and self.name not in _TUNABLE
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"{self.flag} {self.wanted}: the checkpoint was made with {self.saved}"
+
+
+def find_changes(saved: RunConfig, wanted: RunConfig) -> list[Change]:
+    """Return the settings that differ, but for those that any start may change."""
+    before, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(wanted))
+    return [
+        Change(name, before[name], now[name]) for name in now if before[name] != now[name] and not _is_in(name, _FREE)
+    ]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _is_in(name: str, names: set[str]) -> bool:
+    return name in names or name.partition(".")[0] in names

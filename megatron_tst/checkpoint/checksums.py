@@ -1,0 +1,61 @@
+"""Checksums of a checkpoint's files, in the format that ``sha256sum --check`` reads."""
+
+from pathlib import Path
+
+from megatron_tst.config import UserError
+from megatron_tst.platform import Ranks, every_rank
+from megatron_tst.platform.shard_writer import sha256
+
+CHECKSUMS = "SHA256SUMS"
+
+
+def write_checksums(folder: Path, known: dict[str, str]) -> None:
+    """Write the checksums of all files of a folder.
+
+    Args:
+        folder: of one checkpoint.
+        known: SHA-256 by file name, where it was taken already.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
+    lines = [f"{known.get(path.name) or sha256(path)}  {path.name}\n" for path in paths]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file, by name.
+
+    Raises:
+        UserError: if they are missing or malformed.
+    """
+    path = folder / CHECKSUMS
+    try:
+        pairs = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {name: digest for digest, name in pairs}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def find_damage(folder: Path, ranks: Ranks) -> str | None:
+    """Compare a checkpoint's files with their checksums, each rank a share of them.
+
+    Collective: every rank of the world calls it.
+
+    Returns:
+        What is wrong with the first file that differs, or None.
+    """
+    try:
+        damage = _damage(folder, sorted(read_checksums(folder).items())[ranks.rank :: ranks.world_size])
+    except UserError as error:
+        damage = str(error)
+    return next((found for found in every_rank(damage) if found), None)
+
+
+def _damage(folder: Path, share: list[tuple[str, str]]) -> str | None:
+    for name, digest in share:
+        path = folder / name
+        try:
+            if sha256(path) != digest:
+                return f"{path} is damaged: its bytes do not match {CHECKSUMS}"
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror or error}"
+    return None

@@ -1,0 +1,127 @@
+"""The tensors of a checkpoint: model, optimizer and generators, under the names and shapes that Megatron-LM gives them.
+
+What is listed here to be saved is listed again to be loaded, by ranks in another layout if need be.
+"""
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_tst.config import ModelSettings
+from megatron_tst.platform import Ranks
+from megatron_tst.platform.seeds import generator_states, restore_generator_states
+
+FORMAT_VERSION = 3.0  # Megatron-LM's number for the order of the query, key and value rows
+# How optimizer state is laid out: like the parameters, so that any layout can load it.
+CONTENT_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+# What torch and megatron-core keep in a parameter group that is state; all else there is settings of this run.
+_GROUP_STATE = ("params", "step")
+
+
+@dataclass(frozen=True)
+class Trainables:
+    """What training changes.
+
+    Attributes:
+        chunks: this rank's model chunks, wrapped for data parallelism.
+        optimizer: over them.
+        scheduler: of its learning rate.
+        ranks: this rank's place.
+    """
+
+    chunks: list[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    ranks: Ranks
+
+
+def list_model(trainables: Trainables) -> dict[str, Any]:
+    """Return the shards of this rank's weights: ``model``, or ``model0`` and on where the pipeline is interleaved."""
+    metadata = {**CONTENT_METADATA, "dp_cp_group": trainables.ranks.groups.dp_cp}
+    shards = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in trainables.chunks]  # type: ignore[operator]
+    return {"model": shards[0]} if len(shards) == 1 else {f"model{index}": shard for index, shard in enumerate(shards)}
+
+
+def list_optimizer(trainables: Trainables, model: dict[str, Any], is_loading: bool) -> Any:
+    """Return the shards of this rank's optimizer state.
+
+    Args:
+        trainables: what training changes.
+        model: as :func:`list_model` returns it.
+        is_loading: whether the state is about to be overwritten.
+    """
+    metadata = {**CONTENT_METADATA, "dp_cp_group": trainables.ranks.groups.dp_cp}
+    return trainables.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+
+
+def list_generators(ranks: Ranks) -> ShardedObject:
+    """Return the states of this rank's generators.
+
+    Data-parallel ranks draw from the same streams, so one of them is enough, unless they hold different experts.
+    """
+    states = [generator_states()]
+    place, sizes = (ranks.pp_rank, ranks.tp_rank), (ranks.pp_size, ranks.tp_size)
+    group = ranks.groups.dp_cp
+    if ranks.ep_size > 1:
+        return ShardedObject("rng_state", states, (*sizes, group.size()), (*place, group.rank()), replica_id=0)
+    return ShardedObject("rng_state", states, sizes, place, replica_id=group.rank())
+
+
+def list_all(trainables: Trainables, step: int, model: ModelSettings, samples: int) -> dict[str, Any]:
+    """Return all that a checkpoint holds.
+
+    Collective: every rank of the world calls it.
+
+    Args:
+        trainables: what training changes.
+        step: optimizer steps done.
+        model: its shape, for Megatron-LM's ``args``.
+        samples: sequences read, likewise.
+    """
+    shards, ranks = list_model(trainables), trainables.ranks
+    return {
+        **shards,
+        "optimizer": list_optimizer(trainables, shards, is_loading=False),
+        "opt_param_scheduler": trainables.scheduler.state_dict(),
+        "rng_state": list_generators(ranks),
+        "iteration": step,
+        "checkpoint_version": FORMAT_VERSION,
+        "args": Namespace(
+            **asdict(model),
+            tensor_model_parallel_size=ranks.tp_size,
+            pipeline_model_parallel_size=ranks.pp_size,
+            consumed_train_samples=samples,
+            consumed_valid_samples=0,
+            skipped_train_samples=0,
+        ),
+    }
+
+
+def put_model(trainables: Trainables, loaded: dict[str, Any]) -> None:
+    """Give the model the loaded weights."""
+    for index, chunk in enumerate(trainables.chunks):
+        weights = loaded["model" if len(trainables.chunks) == 1 else f"model{index}"]
+        chunk.module.load_state_dict(weights)  # type: ignore[union-attr]
+
+
+def put_optimizer(trainables: Trainables, loaded: Any) -> None:
+    """Give the optimizer the loaded state; rates, betas and decay stay those of this run."""
+    groups = trainables.optimizer.param_groups
+    settings = [{name: value for name, value in group.items() if name not in _GROUP_STATE} for group in groups]
+    trainables.optimizer.load_state_dict(loaded)
+    for group, setting in zip(trainables.optimizer.param_groups, settings, strict=True):
+        group.update(setting)
+
+
+def put_generators(loaded: list[dict[str, Any]]) -> None:
+    """Put this rank's generators back to where they were."""
+    restore_generator_states(loaded[0])

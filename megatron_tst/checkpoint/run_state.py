@@ -1,0 +1,78 @@
+"""What a checkpoint knows of its run beside tensors: ``run_state.json`` and ``config.yaml``."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tst.config import RunConfig, UserError, load_config
+from megatron_tst.superposition import Phase, Schedule
+
+RUN_STATE, CONFIG = "run_state.json", "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        iteration: optimizer steps done.
+        schedule: the phases, as they are run.
+        samples_per_phase: sequences that each phase has consumed.
+        global_batch_size: sequences per step.
+        vocab_size: tokens of the vocabulary, before padding.
+        tokenizer: path of the tokenizer file.
+        tokenizer_sha256: of that file.
+        sources: per corpus of the blend, what was dealt to the phases, as the data room describes it.
+        layout: sizes of the parallel layout that saved; generators' states fit no other.
+        is_permanent: whether retention leaves this checkpoint alone.
+        versions: of the packages that computed.
+    """
+
+    iteration: int
+    schedule: Schedule
+    samples_per_phase: tuple[int, ...]
+    global_batch_size: int
+    vocab_size: int
+    tokenizer: str
+    tokenizer_sha256: str
+    sources: list[dict[str, Any]]
+    layout: dict[str, int]
+    is_permanent: bool
+    versions: dict[str, str | None]
+
+
+def write_run_state(folder: Path, state: RunState, config_yaml: str) -> None:
+    """Write a checkpoint's ``run_state.json`` and ``config.yaml``."""
+    mapping = dataclasses.asdict(state)
+    mapping["phases"] = mapping.pop("schedule")["phases"]
+    (folder / RUN_STATE).write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+
+
+def read_run_state(folder: Path) -> RunState:
+    """Read a checkpoint's ``run_state.json``.
+
+    Raises:
+        UserError: if it is missing or malformed.
+    """
+    path = folder / RUN_STATE
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+        phases = tuple(Phase(**phase) for phase in mapping.pop("phases"))
+        samples = tuple(mapping.pop("samples_per_phase"))
+        return RunState(schedule=Schedule(phases), samples_per_phase=samples, **mapping)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def read_saved_config(folder: Path) -> RunConfig:
+    """Read the settings that a checkpoint was made with.
+
+    Raises:
+        UserError: if they are missing or are not settings.
+    """
+    return load_config(folder / CONFIG)

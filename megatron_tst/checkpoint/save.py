@@ -1,0 +1,158 @@
+"""Saving: written aside by all ranks, published by the main rank once nothing is missing."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_tst.checkpoint.checksums import write_checksums
+from megatron_tst.checkpoint.content import CONTENT_METADATA
+from megatron_tst.checkpoint.folders import CheckpointFolders, writing
+from megatron_tst.checkpoint.run_state import RunState, read_run_state, write_run_state
+from megatron_tst.config import UserError
+from megatron_tst.platform import Ranks, every_rank, main_rank_alone
+from megatron_tst.platform.shard_writer import ShardWriting, planning_for_threads
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    state: RunState
+    writing: ShardWriting
+    started_s: float
+
+
+class CheckpointSaver:
+    """Saves a run's checkpoints, one at a time.
+
+    Attributes:
+        folders: where they lie.
+    """
+
+    def __init__(
+        self, folders: CheckpointFolders, ranks: Ranks, config_yaml: str, *, keep_training: bool, keep_last: int | None
+    ) -> None:
+        """Prepare to save.
+
+        Args:
+            folders: where checkpoints lie.
+            ranks: this rank's place.
+            config_yaml: the run's settings, saved beside the tensors.
+            keep_training: whether :meth:`save` returns before all is on disk.
+            keep_last: how many checkpoints to keep besides the permanent ones; all where None.
+        """
+        self.folders, self._ranks, self._config_yaml = folders, ranks, config_yaml
+        self._keep_training, self._keep_last = keep_training, keep_last
+        self._pending: _Pending | None = None
+        # Data-parallel ranks share the writing of what they all hold.
+        self._strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1), ranks.groups.dp_cp, do_cache_distribution=True
+        )
+
+    def save(self, state: RunState, list_content: Callable[[], dict[str, Any]]) -> None:
+        """Save a checkpoint; one that is still being written is waited for.
+
+        Collective: every rank of the world calls it.
+
+        Args:
+            state: where the run stands.
+            list_content: lists this rank's shards.
+
+        Raises:
+            UserError: if it cannot be written; earlier checkpoints stay as they are.
+        """
+        self.finish()
+        started_s, step = time.perf_counter(), state.iteration
+        main_rank_alone(lambda: self.folders.begin(step))
+        with self._abandoning(step), planning_for_threads():
+            request = dist_checkpointing.save(
+                list_content(),
+                str(self.folders.partial(step)),
+                self._strategy,
+                async_sharded_save=True,
+                content_metadata=CONTENT_METADATA,
+            )
+        self._pending = _Pending(state, ShardWriting(request, self._keep_training), started_s)
+        if not self._keep_training:
+            self.finish()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._pending is not None and not self._pending.writing.is_done
+
+    @property
+    def has_unpublished(self) -> bool:
+        """Whether a checkpoint waits for :meth:`finish`; the same on every rank."""
+        return self._pending is not None
+
+    def finish(self) -> None:
+        """Publish the checkpoint that is being written, once it is.
+
+        Collective: every rank of the world calls it.
+
+        Raises:
+            UserError: if it cannot be written; earlier checkpoints stay as they are.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        with self._abandoning(pending.state.iteration):
+            digests = {name: digest for part in every_rank(pending.writing.finish()) for name, digest in part.items()}
+            main_rank_alone(lambda: self._publish(pending, digests))
+
+    def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
+        step = pending.state.iteration
+        folder = self.folders.partial(step)
+        with writing(folder):
+            write_run_state(folder, pending.state, self._config_yaml)
+            write_checksums(folder, digests)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+        self.folders.publish(step)
+        seconds = time.perf_counter() - pending.started_s
+        logger.info("saved %s: %.1f MB in %.1f s", self.folders.of(step), size / 1e6, seconds)
+        self._retire()
+
+    def _retire(self) -> None:
+        """Delete the oldest checkpoints beyond those to keep."""
+        if self._keep_last is None:
+            return
+        passing = []
+        for step in self.folders.steps():
+            # What cannot be read is not ours to delete.
+            with contextlib.suppress(UserError):
+                if not read_run_state(self.folders.of(step)).is_permanent:
+                    passing.append(step)
+        for step in passing[: -self._keep_last]:
+            self.folders.remove(step)
+
+    @contextlib.contextmanager
+    def _abandoning(self, step: int) -> Iterator[None]:
+        """Leave nothing half-written behind a failure, and say it in one line."""
+        try:
+            yield
+        except (CheckpointException, OSError, UserError) as error:
+            if self._ranks.is_main:
+                self.folders.abandon(step)
+            raise _one_line(error, self.folders.of(step)) from error
+
+
+def _one_line(error: BaseException, folder: Path) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    # Only the main rank is told which rank failed of what.
+    failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
+    reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in sorted(failures.items())]
+    # A common file fails on the main rank alone.
+    return UserError(f"--save: {folder} cannot be written: {'; '.join(reasons)}", own_rank=isinstance(error, OSError))
