@@ -4,9 +4,11 @@ from pathlib import Path
 
 from megatron_tst.config import UserError
 from megatron_tst.platform import Ranks, every_rank
+from megatron_tst.platform.safe_checkpoint import METADATA
 from megatron_tst.platform.shard_writer import sha256
 
 CHECKSUMS = "SHA256SUMS"
+_ENDINGS = (".distcp", ".pt", ".json", ".yaml")
 
 
 def write_checksums(folder: Path, known: dict[str, str]) -> None:
@@ -44,10 +46,19 @@ def find_damage(folder: Path, ranks: Ranks) -> str | None:
         What is wrong with the first file that differs, or None.
     """
     try:
-        damage = _damage(folder, sorted(read_checksums(folder).items())[ranks.rank :: ranks.world_size])
+        known = read_checksums(folder)
+        damage = _unlisted(folder, known) or _damage(folder, sorted(known.items())[ranks.rank :: ranks.world_size])
     except UserError as error:
         damage = str(error)
     return next((found for found in every_rank(damage) if found), None)
+
+
+def _unlisted(folder: Path, known: dict[str, str]) -> str | None:
+    """Name a file that the checksums, cut short themselves, say nothing of."""
+    ours = (path.name for path in folder.iterdir() if path.suffix in _ENDINGS or path.name == METADATA)
+    return next(
+        (f"{folder / CHECKSUMS} is damaged: it does not list {name}" for name in ours if name not in known), None
+    )
 
 
 def _damage(folder: Path, share: list[tuple[str, str]]) -> str | None:

@@ -117,7 +117,8 @@ def put_optimizer(trainables: Trainables, loaded: Any) -> None:
     """Give the optimizer the loaded state; rates, betas and decay stay those of this run."""
     groups = trainables.optimizer.param_groups
     settings = [{name: value for name, value in group.items() if name not in _GROUP_STATE} for group in groups]
-    trainables.optimizer.load_state_dict(loaded)
+    with torch.no_grad():
+        trainables.optimizer.load_state_dict(loaded)
     for group, setting in zip(trainables.optimizer.param_groups, settings, strict=True):
         group.update(setting)
 

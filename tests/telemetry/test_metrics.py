@@ -33,19 +33,47 @@ def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path:
 
 def test_a_run_directory_is_used_once(tmp_path: Path):
     directory = RunDirectory(tmp_path / "run")
-    directory.create("model: {}\n")
+    directory.occupy()
+    directory.create("model: {}\n", None)
     assert directory.config.read_text() == "model: {}\n"
     recorded = json.loads((tmp_path / "run" / "versions.json").read_text())
     assert recorded["megatron-core"] == versions()["megatron-core"] == "0.16.1"
     directory.metrics.write_text("")
     with pytest.raises(UserError, match="already holds a run"):
-        directory.create("")
+        directory.create("", None)
+
+
+def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path: Path):
+    directory = RunDirectory(tmp_path)
+    lines = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.30000000000000004}, {"step": 3, "loss": 0.2}]
+    directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    directory.create("", continued_at=2)
+    assert directory.metrics.read_text() == "".join(json.dumps(line) + "\n" for line in lines[:2])
+    directory.create("", continued_at=0)
+    assert directory.metrics.read_text() == ""
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path):
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    first.occupy()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="another run is in it"):
+        second.occupy()
+    first.leave()
+    second.occupy()
+
+
+def test_a_directory_in_which_nothing_came_to_be_is_removed(tmp_path: Path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.occupy()
+    directory.leave()
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unwritable_run_directory_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        RunDirectory(tmp_path / "file" / "run").create("")
+        RunDirectory(tmp_path / "file" / "run").occupy()
 
 
 def test_short_numbers():

@@ -50,9 +50,14 @@ def config_of(argv: list[str]) -> RunConfig:
     return parse_config(argv)
 
 
+def build_here(argv: list[str]):
+    """Build a run in this process, where the ranks have joined already."""
+    return build_run(parse_config(argv))
+
+
 def train_here(argv: list[str]):
     """Train in this process, where the ranks have joined already; returns the run."""
-    run = build_run(parse_config(argv))
+    run = build_here(argv)
     train(run)
     return run
 

@@ -1,0 +1,82 @@
+"""A folder that carries a step's name is whole, and the tracker names one of them."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.checkpoint.folders import CheckpointFolders
+from megatron_tst.config import UserError
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> CheckpointFolders:
+    return CheckpointFolders(tmp_path / "checkpoints")
+
+
+def save(folders: CheckpointFolders, step: int, content: str = "") -> None:
+    folders.begin(step)
+    (folders.partial(step) / "shard").write_text(content)
+    folders.publish(step)
+
+
+def test_nothing_is_there_at_first(folders):
+    assert folders.steps() == []
+    assert folders.latest() is None
+
+
+def test_what_is_being_written_is_not_a_checkpoint(folders):
+    save(folders, 5)
+    folders.begin(10)
+    (folders.partial(10) / "shard").write_text("half")
+    assert folders.steps() == [5]
+    assert folders.latest() == 5
+    folders.publish(10)
+    assert folders.steps() == [5, 10]
+    assert folders.tracker.read_text() == "10"  # as Megatron-LM reads it
+    assert (folders.path / "iter_0000010" / "shard").read_text() == "half"
+
+
+def test_the_tracker_comes_last(folders, monkeypatch):
+    """Killed before the tracker is moved: the checkpoint before is the latest, and whole."""
+    save(folders, 5)
+    monkeypatch.setattr(folders, "point_to", lambda _: None)
+    save(folders, 10)
+    assert folders.latest() == 5
+
+
+def test_remains_of_a_killed_save_are_cleared(folders):
+    folders.begin(5)
+    (folders.partial(5) / "stale").write_text("")
+    save(folders, 5)
+    assert [path.name for path in folders.of(5).iterdir()] == ["shard"]
+
+
+def test_a_checkpoint_saved_again_is_moved_aside(folders):
+    save(folders, 5, "damaged")
+    save(folders, 5, "whole")
+    assert (folders.of(5) / "shard").read_text() == "whole"
+    assert (folders.path / "iter_0000005.replaced" / "shard").read_text() == "damaged"
+    assert folders.steps() == [5]
+
+
+def test_an_abandoned_or_removed_checkpoint_leaves_nothing(folders):
+    save(folders, 5)
+    folders.begin(10)
+    folders.abandon(10)
+    folders.remove(5)
+    assert [path.name for path in folders.path.iterdir()] == [folders.tracker.name]
+
+
+def test_an_unwritable_tracker_is_named(folders):
+    save(folders, 5)
+    folders.tracker.unlink()
+    folders.tracker.mkdir()
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration.txt cannot be written: Is a directory"):
+        save(folders, 10)
+    assert folders.steps() == [5, 10]
+
+
+def test_a_place_that_takes_no_files_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--save: .*file/checkpoints cannot be written: Not a directory"):
+        CheckpointFolders(tmp_path / "file" / "checkpoints").check_writable()

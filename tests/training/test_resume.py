@@ -1,0 +1,229 @@
+"""A run that was stopped and goes on is the run that was not: bitwise, wherever it stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tst.config import UserError
+from megatron_tst.data.documents import Skipped, read_documents
+from megatron_tst.data.preprocess import write_indexed
+from megatron_tst.superposition import Phase
+from megatron_tst.telemetry import read_metrics
+from tests.training.runs import arguments, build_here, parameters, train_here
+
+# Dropout draws from the generators, accumulation takes two micro-batches; the switch is after step 4 of 8.
+RUN = "--tst-bag-size 4 --tst-steps 4 --attention-dropout 0.1 --hidden-dropout 0.1"
+
+
+@pytest.fixture(params=["", "--bf16", "--use-distributed-optimizer", "--async-save --save-interval 1"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def argv(corpus, tokenizer, tmp_path: Path):
+    def build(name: str, extra: str = "", load: str | None = None) -> list[str]:
+        load = f"--load {tmp_path / load / 'checkpoints'}" if load else ""
+        return arguments(corpus, str(tokenizer.path), tmp_path / name, f"{RUN} {extra} {load}")
+
+    return build
+
+
+def curve(run) -> list[dict]:
+    """All that was logged, but for times."""
+    lines = read_metrics(run.directory.metrics)
+    timed = ("step_time_s", "data_tokens_per_s", "positions_per_s", "tflops_per_gpu")
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def assert_same_run(run, other):
+    assert curve(run) == curve(other)
+    weights = parameters(other)
+    for name, value in parameters(run).items():
+        assert torch.equal(value, weights[name]), name
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 7], ids=["in the phase", "at the switch", "after it", "in recovery"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(here, argv, kind, stop):
+    whole = train_here(argv("whole", kind))
+    train_here(argv("stopped", f"{kind} --exit-interval {stop}"))
+    resumed = train_here(argv("stopped", kind, load="stopped"))
+    assert resumed.first_step == stop
+    assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize("forgotten", ["--no-load-optim", "--no-load-rng"])
+def test_what_is_not_loaded_is_missed(here, argv, forgotten):
+    whole = train_here(argv("whole"))
+    train_here(argv("stopped", "--exit-interval 3"))
+    resumed = train_here(argv("stopped", forgotten, load="stopped"))
+    assert curve(resumed)[:3] == curve(whole)[:3]
+    assert curve(resumed) != curve(whole)
+
+
+def test_a_run_killed_after_a_save_repeats_only_what_came_later(here, argv, tmp_path: Path):
+    """The metrics of steps that are done again are dropped, those of saved steps are kept."""
+    whole = train_here(argv("whole", "--save-interval 3"))
+    folder = tmp_path / "whole" / "checkpoints"
+    for step in (4, 6, 8):
+        (folder / f"iter_{step:07d}").rename(tmp_path / f"gone{step}")
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    before = curve(whole)
+    assert curve(train_here(argv("whole", "--save-interval 3", load="whole"))) == before
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(here, argv, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+    assert curve(train_here(argv("run", load="run"))) == curve(train_here(argv("whole")))
+
+
+def test_a_longer_run_prolongs_the_last_phase_only(here, argv, tmp_path: Path):
+    """By constant rate and given superposed steps, it is the run that was longer from the start."""
+    rate = "--lr-decay-style constant --tst-step-ratio 0 --eval-iters 0"
+    longer = train_here(argv("longer", f"{rate} --train-iters 12"))
+    train_here(argv("short", rate))
+    prolonged = train_here(argv("short", f"{rate} --train-iters 12", load="short"))
+    assert prolonged.schedule.phases == (Phase(4, 4), Phase(1, 8))
+    assert_same_run(prolonged, longer)
+    state = json.loads((tmp_path / "short" / "checkpoints" / "iter_0000012" / "run_state.json").read_text())
+    assert [phase["num_steps"] for phase in state["phases"]] == [4, 8]
+    assert state["samples_per_phase"] == [16, 32]
+
+
+def test_a_step_ratio_is_of_the_run_as_it_was_planned(here, corpus, tokenizer, tmp_path: Path):
+    ratio = "--tst-bag-size 4 --tst-step-ratio 0.5 --eval-iters 0"
+    train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", ratio))
+    longer = f"{ratio} --train-iters 12 --load {tmp_path / 'run' / 'checkpoints'}"
+    run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", longer))
+    assert run.schedule.phases == (Phase(4, 4), Phase(1, 8))
+
+
+def test_a_finished_run_has_nothing_to_do(here, argv):
+    whole = train_here(argv("run"))
+    before = curve(whole)
+    again = train_here(argv("run", load="run"))
+    assert (again.first_step, curve(again)) == (8, before)
+
+
+CHANGED = {
+    "--tst-bag-size 2": "--tst-bag-size 2: the checkpoint was made with 4",
+    "--tst-steps 3": "--tst-steps 3: the checkpoint was made with 4",
+    "--seed 7": "--seed 7: the checkpoint was made with 1234",
+    "--seq-length 8": "--seq-length 8: the checkpoint was made with 16",
+    "--split 80,20,0": "--split 80,20,0: the checkpoint was made with 90,10,0",
+    "--global-batch-size 8": "--global-batch-size 8: the checkpoint was made with 4",
+    "--tst-bag-weights power_law": "--tst-bag-weights power_law: the checkpoint was made with uniform",
+    "--eod-mask-loss": "--eod-mask-loss True: the checkpoint was made with False",
+}
+OTHER_MODEL = {
+    "--num-layers 3": "--num-layers 3: the checkpoint was made with 2; another model cannot load it",
+    "--bf16": "--bf16 True: the checkpoint was made with False; its optimizer state has another shape",
+    "--vocab-size 301": "--vocab-size 301: the checkpoint's vocabulary has 300 tokens",
+    "--train-iters 4 --tst-steps 4": "--train-iters 4: ends before the checkpoint's last phase begins",
+    "--train-iters 5": "--train-iters 5: .* has 6 steps done",
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(corpus, tokenizer, tmp_path_factory):
+    """A run stopped after step 6, made once for all refusals."""
+    return tmp_path_factory.mktemp("stopped")
+
+
+@pytest.fixture
+def changed(here, corpus, tokenizer, stopped: Path):
+    if not (stopped / "run" / "checkpoints").exists():
+        train_here(arguments(corpus, str(tokenizer.path), stopped / "run", f"{RUN} --exit-interval 6"))
+
+    def start(extra: str, name: str):
+        load = f"--load {stopped / 'run' / 'checkpoints'}"
+        return build_here(arguments(corpus, str(tokenizer.path), stopped / name, f"{RUN} {extra} {load}"))
+
+    return start
+
+
+@pytest.mark.parametrize("extra", CHANGED)
+def test_another_schedule_or_text_is_refused_by_name(changed, extra):
+    with pytest.raises(UserError, match=CHANGED[extra]):
+        changed(extra, "refused")
+    run = changed(f"{extra} --override-run-config", f"override {extra}")
+    assert run.first_step == 6
+    run.directory.leave()
+
+
+@pytest.mark.parametrize("extra", OTHER_MODEL)
+def test_what_cannot_be_loaded_is_refused_whatever_is_overridden(changed, extra):
+    with pytest.raises(UserError, match=OTHER_MODEL[extra]):
+        changed(extra, "refused")
+    if not extra.startswith("--train-iters 4"):
+        with pytest.raises(UserError, match=OTHER_MODEL[extra]):
+            changed(f"{extra} --override-run-config", "refused")
+
+
+def test_another_corpus_is_refused(here, changed, corpus, tokenizer, stopped: Path):
+    text = stopped / "other.txt"
+    text.write_text("Other words.\n" * 4000)
+    other = write_indexed(read_documents([text], "text", Skipped()), tokenizer, stopped / "other").prefix
+    with pytest.raises(UserError, match=r"other: is not the corpus"):
+        changed(f"--data-path {other}", "refused")
+
+
+def test_a_corpus_that_moved_is_the_same(here, changed, corpus, stopped: Path):
+    for ending in ("bin", "idx"):
+        (stopped / f"moved.{ending}").write_bytes(Path(f"{corpus}.{ending}").read_bytes())
+    run = changed(f"--data-path {stopped / 'moved'}", "moved run")
+    assert run.first_step == 6
+    run.directory.leave()
+
+
+def test_weights_alone_start_a_run_at_its_first_step(changed, stopped: Path):
+    """The paper's protocol: superposed weights, trained on with bag size 1; or any other run's weights."""
+    run = changed("--finetune --tst-bag-size 1 --tst-steps 0 --seed 5", "finetuned")
+    fresh = changed("--tst-bag-size 1 --tst-steps 0 --seed 5 --override-run-config", "overridden")
+    assert (run.first_step, fresh.first_step) == (0, 6)
+    assert run.schedule.phases == (Phase(1, 8),)
+    for name, value in parameters(run).items():
+        assert torch.equal(value, parameters(fresh)[name]), name
+    assert not run.stepper.trainables.optimizer.state_dict()["state"]
+    run.directory.leave()
+    fresh.directory.leave()
+
+
+def test_weights_of_no_run_of_ours_need_finetune(changed, here, argv, tmp_path: Path):
+    train_here(argv("foreign"))
+    folder = tmp_path / "foreign" / "checkpoints" / "iter_0000008"
+    for name in ("run_state.json", "config.yaml", "SHA256SUMS"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"has no run_state.json: only its weights can be used, add --finetune"):
+        build_here(argv("refused", load="foreign"))
+    run = build_here(argv("taken", "--finetune", load="foreign"))
+    assert run.first_step == 0
+    run.directory.leave()
+
+
+def test_an_older_step_can_be_asked_for(here, argv):
+    train_here(argv("run", "--save-interval 3"))
+    run = build_here(argv("again", "--ckpt-step 3", load="run"))
+    assert run.first_step == 3
+    run.directory.leave()
+    with pytest.raises(UserError, match=r"--ckpt-step 5: .* holds \[3, 4, 6, 8\]"):
+        build_here(argv("again", "--ckpt-step 5", load="run"))
+
+
+def test_a_missing_checkpoint_may_be_refused(here, argv):
+    with pytest.raises(UserError, match=r"--load .*: holds no checkpoint \(--exit-on-missing-checkpoint\)"):
+        build_here(argv("run", "--exit-on-missing-checkpoint", load="nowhere"))
+
+
+def test_the_last_ones_and_the_phases_ends_are_kept(here, argv, tmp_path: Path):
+    train_here(argv("run", "--save-interval 1 --keep-last 2 --train-iters 10"))
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*"))
+    assert kept == [f"iter_{step:07d}" for step in (4, 8, 9, 10)]
+
+
+def test_flags_that_need_a_checkpoint_say_so(here, argv):
+    with pytest.raises(UserError, match="--finetune: needs --load"):
+        build_here(argv("run", "--finetune"))
