@@ -153,6 +153,9 @@ def _one_line(error: BaseException, folder: Path) -> UserError:
         return error
     # Only the main rank is told which rank failed of what.
     failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
-    reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in sorted(failures.items())]
+    reasons = [
+        f"rank {rank}: {str(failure).removeprefix('Worker failure: ')}"
+        for rank, (failure, _) in sorted(failures.items())
+    ]
     # A common file fails on the main rank alone.
     return UserError(f"--save: {folder} cannot be written: {'; '.join(reasons)}", own_rank=isinstance(error, OSError))

@@ -104,4 +104,18 @@ def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[Any, str, s
     write_file = filesystem_async.FileSystemWriterAsync.write_preloaded_data
     write_file(transforms, number, bucket, results, pending, use_fsync=True)
     _, result = results.get()
-    return result, name, "" if isinstance(result, Exception) else sha256(Path(path))
+    if isinstance(result, Exception):
+        return _reason(Path(path), result), name, ""
+    return result, name, sha256(Path(path))
+
+
+def _reason(path: Path, error: Exception) -> OSError:
+    """Return what the disk says of a file that could not be written: torch's archive writer hides it."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror, str(path))
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(HASH_BLOCK_BYTES))
+    except OSError as refusal:
+        return OSError(refusal.errno, refusal.strerror, str(path))
+    return OSError(f"{error}: {path}")

@@ -1,0 +1,259 @@
+"""What a disk, a number or an operator may do to a run, and what the run does then."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tst.config import EXIT_RESUMABLE, DivergedError, UserError
+from megatron_tst.platform.signals import StopSignals
+from megatron_tst.telemetry import read_metrics
+from megatron_tst.training.step import Stepper
+from tests.training.runs import ROOT, arguments, build_here, parameters, train_here
+
+RUN = "--tst-bag-size 4 --tst-steps 4"
+
+
+@pytest.fixture
+def argv(corpus, tokenizer, tmp_path: Path):
+    def build(name: str, extra: str = "", load: str | None = None) -> list[str]:
+        load = f"--load {tmp_path / load / 'checkpoints'}" if load else ""
+        return arguments(corpus, str(tokenizer.path), tmp_path / name, f"{RUN} {extra} {load}")
+
+    return build
+
+
+def losses(run) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(run.directory.metrics) if "loss" in line}
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "a flipped bit in a shard": ("__0_0.distcp", flip_a_bit),
+    "a truncated shard": ("__0_1.distcp", lambda path: os.truncate(path, path.stat().st_size - 1)),
+    "a missing shard": ("__0_0.distcp", Path.unlink),
+    "a missing table of contents": (".metadata", Path.unlink),
+    "a flipped bit in the common file": ("common.pt", flip_a_bit),
+    "no checksums": ("SHA256SUMS", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_kept(here, argv, tmp_path: Path, caplog, name):
+    whole = train_here(argv("run", "--save-interval 3"))
+    file, damage = DAMAGES[name]
+    folder = tmp_path / "run" / "checkpoints" / "iter_0000008"
+    damage(folder / file)
+    before = {path.name: path.stat().st_size for path in folder.iterdir()}
+    resumed = train_here(argv("run", "--save-interval 3", load="run"))
+    assert resumed.first_step == 6
+    (warning,) = [record.message for record in caplog.records if "WARNING" in record.message]
+    assert str(folder) in warning and file in warning and "the checkpoint before it is tried" in warning
+    assert {path.name: path.stat().st_size for path in folder.with_name(f"{folder.name}.replaced").iterdir()} == before
+    assert losses(resumed) == losses(whole)
+
+
+def test_without_verification_a_flipped_bit_is_loaded(here, argv, tmp_path: Path):
+    """The control: this bit is a weight's, and nothing else would notice."""
+    train_here(argv("run"))
+    folder = tmp_path / "run" / "checkpoints" / "iter_0000008"
+    shard = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    flip_a_bit(shard)
+    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+        flip_a_bit(folder.with_name("iter_0000004") / "common.pt")
+        build_here(argv("again", load="run"))
+    run = build_here(argv("again", "--no-verify-checkpoint", load="run"))
+    assert run.first_step == 8
+    run.directory.leave()
+
+
+def test_a_tracker_that_names_nothing_is_told_and_the_newest_taken(here, argv, tmp_path: Path, caplog):
+    train_here(argv("run", "--save-interval 3"))
+    (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("")
+    run = build_here(argv("again", load="run"))
+    assert run.first_step == 8
+    assert "latest_checkpointed_iteration.txt is missing or names no step" in caplog.text
+    run.directory.leave()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stands(here, argv, small_disk: Path, caplog):
+    """One checkpoint fits, and what the second one wrote is given back."""
+    with pytest.raises(UserError, match=r"--save: .* cannot be written: .*No space left on device: .*\.distcp"):
+        train_here(argv("run", f"--save {small_disk} --save-interval 3"))
+    assert not list(small_disk.glob(".partial-*"))
+    run = build_here(argv("again", f"--load {small_disk}"))
+    assert run.first_step == 3
+    run.directory.leave()
+
+
+def test_a_read_only_place_is_found_before_the_first_step(here, argv, small_disk: Path):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match=r"--save: .* cannot be written: Read-only file system"):
+        build_here(argv("run", f"--save {small_disk / 'checkpoints'}"))
+
+
+def test_a_file_that_may_not_grow_is_named(argv, tmp_path: Path):
+    """The kernel refuses the shard's last bytes, as a quota does."""
+    program = (
+        "import resource, runpy\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "runpy.run_path('pretrain_tst.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv("run")], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"--save: .* cannot be written: .*File too large: .*\.distcp", last), last
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == []
+
+
+class Poison:
+    """Makes the loss or the gradient of given steps not finite."""
+
+    def __init__(self, monkeypatch, steps, what):
+        self.step, self.weights = 0, {}
+        train, loss = Stepper.train, Stepper._loss
+
+        def poisoned_train(stepper, batches):
+            self.step += 1
+            report = train(stepper, batches)
+            self.weights[self.step] = [p.detach().clone() for c in stepper.trainables.chunks for p in c.parameters()]
+            return report
+
+        def poisoned_loss(stepper, rows, global_weight):
+            differentiated, reported = loss(stepper, rows, global_weight)
+            if self.step not in steps:
+                return differentiated, reported
+            if what == "loss":
+                return differentiated * torch.nan, reported * torch.nan
+            return differentiated * torch.inf, reported
+
+        monkeypatch.setattr(Stepper, "train", poisoned_train)
+        monkeypatch.setattr(Stepper, "_loss", poisoned_loss)
+
+
+@pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer", "--bf16"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_not_applied_and_named(here, argv, monkeypatch, what, flags):
+    poison = Poison(monkeypatch, {6}, what)
+    run = train_here(argv("run", flags))
+    lines = read_metrics(run.directory.metrics)
+    (skipped,) = [line for line in lines if "skipped_loss" in line]
+    # The second step of the recovery phase, in sequences of a global batch of four.
+    assert (skipped["step"], skipped["phase"], skipped["bag_size"]) == (6, 1, 1)
+    assert (skipped["first_sample"], skipped["last_sample"]) == (4, 7)
+    assert "nan" in (skipped["skipped_loss"], skipped["skipped_grad_norm"])
+    assert all(torch.equal(a, b) for a, b in zip(poison.weights[5], poison.weights[6], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(poison.weights[6], poison.weights[7], strict=True))
+    assert sorted(losses(run)) == [1, 2, 3, 4, 5, 7, 8]
+    assert all(bool(torch.isfinite(value).all()) for value in parameters(run).values())
+
+
+def test_without_the_guard_the_weights_are_lost(here, argv, monkeypatch):
+    monkeypatch.setattr("megatron_tst.training.optimizer.math.isfinite", lambda _: True)
+    Poison(monkeypatch, {6}, "gradient")
+    with pytest.raises(DivergedError):
+        train_here(argv("run", "--max-nan-steps 1"))
+
+
+def test_a_run_that_stays_not_finite_stops_and_leaves_its_last_checkpoint(here, argv, monkeypatch, tmp_path: Path):
+    Poison(monkeypatch, {5, 6, 7, 8}, "loss")
+    with pytest.raises(DivergedError, match=r"--max-nan-steps 3: .* in the last 3 steps, up to step 7"):
+        train_here(argv("run", "--max-nan-steps 3 --save-interval 2"))
+    run = build_here(argv("run", load="run"))
+    assert run.first_step == 6  # saved with the weights of step 4: those of steps 5 and 6 were not applied
+    assert all(bool(torch.isfinite(value).all()) for value in parameters(run).values())
+    run.directory.leave()
+    assert DivergedError.exit_code == 3
+
+
+def start(argv) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "pretrain_tst.py", *argv], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(process: subprocess.Popen, metrics: Path, step: int) -> None:
+    """Return once a run has logged a step; fail if it ends before."""
+    while not (metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics))):
+        try:
+            process.wait(timeout=0.02)
+        except subprocess.TimeoutExpired:
+            continue
+        raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on_from_there(here, argv, tmp_path: Path, number):
+    long = "--train-iters 2000 --eval-iters 0 --num-workers 1"
+    process = start(argv("run", long))
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 6)
+    process.send_signal(number)
+    _, screen = process.communicate(timeout=120)
+    assert process.returncode == EXIT_RESUMABLE == 75, screen
+    assert f"by {number.name}; go on with --load {tmp_path / 'run' / 'checkpoints'}" in screen
+    assert "Traceback" not in screen
+    done = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    run = build_here(argv("run", long, load="run"))
+    assert run.first_step == done >= 6
+    run.directory.leave()
+
+
+def test_the_second_signal_ends_the_process_at_once():
+    program = (
+        "import os, signal, sys\n"
+        "from megatron_tst.platform.signals import StopSignals\n"
+        "with StopSignals() as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    print(signals.received, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still there')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "SIGUSR1\n")
+
+
+def test_signals_are_left_as_they_were():
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopSignals() as signals:
+        assert signal.getsignal(signal.SIGUSR1) != before
+    assert (signal.getsignal(signal.SIGUSR1), signals.received) == (before, None)
+
+
+def test_a_run_stops_when_its_time_is_up(here, argv, tmp_path: Path):
+    train_here(argv("run", "--exit-duration-in-mins 1e-9"))
+    assert (tmp_path / "run" / "checkpoints" / "iter_0000001").is_dir()
+
+
+def test_a_second_run_on_the_same_directory_is_refused(here, argv, tmp_path: Path):
+    run = build_here(argv("run"))
+    done = subprocess.run(
+        [sys.executable, "pretrain_tst.py", *argv("run", load="run")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "another run is in it" in done.stderr
+    run.directory.leave()
