@@ -4,11 +4,12 @@ What is listed here to be saved is listed again to be loaded, by ranks in anothe
 """
 
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -113,14 +114,83 @@ def put_model(trainables: Trainables, loaded: dict[str, Any]) -> None:
         chunk.module.load_state_dict(weights)  # type: ignore[union-attr]
 
 
-def put_optimizer(trainables: Trainables, loaded: Any) -> None:
-    """Give the optimizer the loaded state; rates, betas and decay stay those of this run."""
+def put_optimizer(trainables: Trainables, shards: Any, own: Any, saved: Any) -> None:
+    """Give the optimizer the loaded state; rates, betas and decay stay those of this run.
+
+    How many optimizers megatron-core chains, and so the layout of what is not sharded, depends on the parallel layout:
+    of that, the step count alone is taken from the checkpoint.
+
+    Args:
+        trainables: what training changes.
+        shards: the loaded shards, where :func:`list_optimizer` listed them.
+        own: what :func:`without_shards` left of that list.
+        saved: what the checkpoint holds of the optimizer beside shards.
+    """
     groups = trainables.optimizer.param_groups
     settings = [{name: value for name, value in group.items() if name not in _GROUP_STATE} for group in groups]
+    state = _filled(own, shards)
+    _set_step_counts(state, saved)
     with torch.no_grad():
-        trainables.optimizer.load_state_dict(loaded)
+        trainables.optimizer.load_state_dict(state)
     for group, setting in zip(trainables.optimizer.param_groups, settings, strict=True):
         group.update(setting)
+
+
+class _Shard:
+    """Stands where a shard was listed."""
+
+
+def without_shards(listed: Any) -> Any:
+    """Return a copy of a list of shards and plain values that keeps the values and the places of the shards."""
+    if isinstance(listed, ShardedBase):
+        return _Shard
+    if isinstance(listed, LocalNonpersistentObject):
+        return listed.unwrap()
+    if isinstance(listed, dict):
+        return {name: without_shards(item) for name, item in listed.items()}
+    return [without_shards(item) for item in listed] if isinstance(listed, list) else listed
+
+
+def _filled(own: Any, shards: Any) -> Any:
+    """Put loaded shards back into their places."""
+    if own is _Shard:
+        return shards
+    if isinstance(own, dict):
+        inner = shards if isinstance(shards, dict) else {}
+        return {name: _filled(item, inner.get(name)) for name, item in own.items()}
+    if isinstance(own, list):
+        inner = shards if isinstance(shards, list) else [None] * len(own)
+        return [_filled(item, shard) for item, shard in zip(own, inner, strict=True)]
+    return own
+
+
+def _set_step_counts(state: Any, saved: Any) -> None:
+    """Give an optimizer's state the step count of another's: sharded ones keep it by group, torch's Adam once."""
+    by_group, common = _find(saved, "step"), _find(saved, "common_step")
+    for part in _with_groups(state):
+        for group in part["param_groups"]:
+            if by_group is not None:
+                group["step"] = by_group
+        if "state" in part and common is not None:
+            part["state"]["common_step"] = common
+
+
+def _with_groups(state: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(state, dict):
+        if "param_groups" in state:
+            yield state
+        for item in state.values():
+            yield from _with_groups(item)
+
+
+def _find(state: Any, name: str) -> Any:
+    """Return the first value of that name in nested dicts and lists, or None."""
+    if isinstance(state, dict):
+        if name in state:
+            return state[name]
+        state = list(state.values())
+    found = (_find(item, name) for item in state) if isinstance(state, list) else ()
+    return next((value for value in found if value is not None), None)
 
 
 def put_generators(loaded: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from megatron_tst.checkpoint.content import (
     put_generators,
     put_model,
     put_optimizer,
+    without_shards,
 )
 from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.run_state import RUN_STATE, RunState, read_run_state, read_saved_config
@@ -117,7 +118,9 @@ def load_checkpoint(
     model = list_model(trainables)
     wanted: dict[str, Any] = dict(model)
     if with_optimizer:
-        wanted["optimizer"] = list_optimizer(trainables, model, is_loading=True)
+        # Under a name of its own: the checkpoint's plain values, of perhaps another layout, come back as "optimizer".
+        wanted["optimizer_shards"] = list_optimizer(trainables, model, is_loading=True)
+        own = without_shards(wanted["optimizer_shards"])
     with_generators = with_generators and found.state is not None and found.state.layout == trainables.ranks.layout
     if with_generators:
         wanted["rng_state"] = list_generators(trainables.ranks)
@@ -128,7 +131,7 @@ def load_checkpoint(
         raise UserError(f"--load {found.folder}: cannot be loaded: {_reason(error)}", own_rank=True) from error
     put_model(trainables, loaded)
     if with_optimizer:
-        put_optimizer(trainables, loaded["optimizer"])
+        put_optimizer(trainables, loaded["optimizer_shards"], own, loaded["optimizer"])
     else:
         trainables.optimizer.reload_model_params()
     if with_generators:
