@@ -169,6 +169,17 @@ def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
     return LossChoice(run.superposition.loss_weights, run.superposition.tst_objective, implementation)
 
 
+def _reduce_experts_apart(chunk: torch.nn.Module) -> None:
+    """Have the experts' gradients summed over the ranks that hold the same experts, on every layout.
+
+    megatron-core marks experts for that only if they are spread over ranks. Tensor-parallel ranks hold them whole
+    (expert tensor parallelism is 1) and route different positions through them, so they are data-parallel there too.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
 def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Libraries) -> list[torch.nn.Module]:
     """Build this rank's model chunks: one, or one per virtual pipeline stage.
 
@@ -198,6 +209,7 @@ def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Librar
             post_process=ranks.is_last_stage and stage == last,
             vp_stage=stage if virtual else None,
         )
+        _reduce_experts_apart(chunk)
         chunks.append(chunk.to(torch.cuda.current_device()))
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]

@@ -40,6 +40,7 @@ LAYOUTS = {
     "tp2-tied": (TIED, 2, "--tensor-model-parallel-size 2"),
     "dp2": (DENSE, 2, ""),
     "dp2-distributed-optimizer": (DENSE, 2, "--use-distributed-optimizer"),
+    "tp2-sp-experts": (MOE, 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "ep2": (MOE, 2, "--expert-model-parallel-size 2"),
     "tp2-dp2-distributed-optimizer": (DENSE, 4, "--tensor-model-parallel-size 2 --use-distributed-optimizer"),
     "tp2-sp-pp2-ep2": (
