@@ -62,9 +62,10 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
         try:
-            # The kernel lets go of it when the process ends, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # The kernel lets go of it when this process ends, however it ends. Unlike flock's, such a lock is not
+            # held on by loader workers that outlive a killed run for seconds.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             lock.close()
             raise UserError(f"--tst-run-dir {self.path}: another run is in it ({_LOCK})") from None
         except OSError as error:

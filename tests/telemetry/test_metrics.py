@@ -1,4 +1,7 @@
 import json
+import multiprocessing
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -53,14 +56,30 @@ def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path: Path):
     assert directory.metrics.read_text() == ""
 
 
+def occupy_elsewhere(path: Path) -> subprocess.CompletedProcess:
+    """Enter a run directory from another process."""
+    program = (
+        "import sys; from pathlib import Path; from megatron_tst.telemetry import RunDirectory; "
+        "RunDirectory(Path(sys.argv[1])).occupy()"
+    )
+    return subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
+
+
 def test_two_runs_do_not_share_a_directory(tmp_path: Path):
-    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
-    first.occupy()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="another run is in it"):
-        second.occupy()
-    first.leave()
-    second.occupy()
+    directory = RunDirectory(tmp_path)
+    directory.occupy()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "another run is in it" in occupy_elsewhere(tmp_path).stderr
+    # A worker that was forked keeps the file open, but not the lock.
+    context = multiprocessing.get_context("fork")
+    ended = context.Event()
+    worker = context.Process(target=ended.wait)
+    worker.start()
+    directory.leave()
+    done = occupy_elsewhere(tmp_path)
+    ended.set()
+    worker.join()
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_directory_in_which_nothing_came_to_be_is_removed(tmp_path: Path):
