@@ -55,6 +55,7 @@ class CheckpointSaver:
         self.folders, self._ranks, self._config_yaml = folders, ranks, config_yaml
         self._keep_training, self._keep_last = keep_training, keep_last
         self._pending: _Pending | None = None
+        self._is_validated = False
         # Data-parallel ranks share the writing of what they all hold.
         self._strategy = FullyParallelSaveStrategyWrapper(
             TorchDistSaveShardedStrategy("torch_dist", 1), ranks.groups.dp_cp, do_cache_distribution=True
@@ -80,9 +81,12 @@ class CheckpointSaver:
                 list_content(),
                 str(self.folders.partial(step)),
                 self._strategy,
+                # Who writes what is the same each time: to have it checked once is enough.
+                validate_access_integrity=not self._is_validated,
                 async_sharded_save=True,
                 content_metadata=CONTENT_METADATA,
             )
+        self._is_validated = True
         self._pending = _Pending(state, ShardWriting(request, self._keep_training), started_s)
         if not self._keep_training:
             self.finish()

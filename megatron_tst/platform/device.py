@@ -2,9 +2,18 @@
 
 import functools
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
+
+
+# What megatron-core 0.16.1 does that newer versions of torch warn of; a user can do nothing about it.
+_KNOWN_WARNINGS = (
+    r"`torch\.distributed\.\w+_tensor` is deprecated",
+    r"Please use DTensor instead and we are deprecating ShardedTensor",
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,8 @@ def enter_device() -> Device:
     With CUDA, the card is the one numbered by torchrun's ``LOCAL_RANK``. Without, megatron-core is made to run on
     the CPU (:mod:`megatron_tst.platform.cpu`) and ranks talk through gloo.
     """
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(index)

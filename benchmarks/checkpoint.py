@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Seconds, MB/s and memory of saving and loading a checkpoint, against torch.save and torch.load of the same state.
+
+    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--layers 8] [--hidden-size 512] [--json checkpoint.json]
+
+One rank, weights and Adam's moments in float32. ``blocked`` is how long training stands still: with ``--async-save``
+until the state is copied. Ours writes checksums and waits for the disk, which torch.save does not; loading compares the
+checksums unless told not to. Times are medians of ratios of neighbouring runs; memory is the peak above what is held
+before.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_tst.checkpoint.content import Trainables, list_all
+from megatron_tst.checkpoint.folders import CheckpointFolders
+from megatron_tst.checkpoint.load import find_checkpoint, load_checkpoint
+from megatron_tst.checkpoint.run_state import RunState
+from megatron_tst.checkpoint.save import CheckpointSaver
+from megatron_tst.config import CheckpointSettings, ModelSettings, OptimizerSettings, RunConfig, dump_config
+from megatron_tst.model import build_model
+from megatron_tst.platform import Libraries, ParallelSizes, enter_device, join_ranks, seed_everything
+from megatron_tst.superposition import Phase, Schedule
+from megatron_tst.training.optimizer import build_optimizer, build_scheduler
+
+VOCAB = 8192
+
+
+class Case:
+    """A model with its optimizer state, and every way to save and load it."""
+
+    def __init__(self, model: ModelSettings, folder: Path) -> None:
+        """Build the model and its optimizer's state."""
+        config = RunConfig(model=model, optimizer=OptimizerSettings(lr=1e-3))
+        ranks = join_ranks(ParallelSizes())
+        seed_everything(config.training.seed)
+        chunks = build_model(config, VOCAB, ranks, Libraries(None, None))
+        optimizer = build_optimizer(config.optimizer, chunks, bf16=False, overlap_param_gather=False)
+        self.trainables = Trainables(chunks, optimizer, build_scheduler(config.optimizer, optimizer, 1, 1), ranks)
+        optimizer.step()  # with gradients of zero: Adam's moments come to be
+        self.model, self.folder = model, folder
+        self.state = RunState(
+            iteration=1, schedule=Schedule((Phase(1, 1),)), samples_per_phase=(1,), global_batch_size=1,
+            vocab_size=VOCAB, tokenizer="", tokenizer_sha256="", sources=[], layout=ranks.layout, is_permanent=True,
+            versions={},
+        )  # fmt: skip
+        self.config_yaml = dump_config(config)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights and moments."""
+        return 12 * sum(p.numel() for chunk in self.trainables.chunks for p in chunk.parameters())
+
+    def saver(self, keep_training: bool) -> CheckpointSaver:
+        """Return a saver into an empty folder."""
+        shutil.rmtree(self.folder / "ours", ignore_errors=True)
+        folders = CheckpointFolders(self.folder / "ours")
+        ranks = self.trainables.ranks
+        return CheckpointSaver(folders, ranks, self.config_yaml, keep_training=keep_training, keep_last=None)
+
+    def save(self, keep_training: bool) -> tuple[float, float]:
+        """Save with ours; return the seconds that training stands still, and those until all is on disk."""
+        saver = self.saver(keep_training)
+        start = time.perf_counter()
+        saver.save(self.state, lambda: list_all(self.trainables, 1, self.model, 1))
+        blocked = time.perf_counter() - start
+        saver.finish()
+        return blocked, time.perf_counter() - start
+
+    def load(self, verify: bool) -> float:
+        """Load with ours; return the seconds."""
+        settings = CheckpointSettings(load=str(self.folder / "ours"), no_verify_checkpoint=not verify)
+        start = time.perf_counter()
+        found = find_checkpoint(settings, self.trainables.ranks)
+        assert found is not None
+        load_checkpoint(found, self.trainables, with_optimizer=True, with_generators=True)
+        return time.perf_counter() - start
+
+    def torch_save(self) -> float:
+        """Save with torch.save; return the seconds."""
+        chunk, optimizer = self.trainables.chunks[0], self.trainables.optimizer
+        start = time.perf_counter()
+        torch.save({"model": chunk.state_dict(), "optimizer": optimizer.state_dict()}, self.folder / "plain.pt")
+        return time.perf_counter() - start
+
+    def torch_load(self) -> float:
+        """Load with torch.load; return the seconds."""
+        start = time.perf_counter()
+        loaded = torch.load(self.folder / "plain.pt", weights_only=True)
+        self.trainables.chunks[0].load_state_dict(loaded["model"])
+        self.trainables.optimizer.load_state_dict(loaded["optimizer"])
+        return time.perf_counter() - start
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    """Return the peak bytes of resident memory during an action above those before it (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_bytes("VmRSS")
+    action()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def compare(case: Case, repeats: int) -> list[dict]:
+    """Return a row per way to save or load."""
+    ways: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
+        "save, blocked": (lambda: case.save(keep_training=False)[0], case.torch_save),
+        "async save, blocked": (lambda: case.save(keep_training=True)[0], case.torch_save),
+        "async save, until on disk": (lambda: case.save(keep_training=True)[1], case.torch_save),
+        "load, verified": (lambda: case.load(verify=True), case.torch_load),
+        "load, not verified": (lambda: case.load(verify=False), case.torch_load),
+    }
+    rows = []
+    for name, (ours, plain) in ways.items():
+        pairs = [(ours(), plain()) for _ in range(repeats + 1)][1:]
+        seconds, plain_seconds = (statistics.median(side) for side in zip(*pairs, strict=True))
+        rows.append(
+            {
+                "way": name,
+                "s": seconds,
+                "mb_per_s": case.num_bytes / 1e6 / seconds,
+                "plain_s": plain_seconds,
+                "ratio": statistics.median(a / b for a, b in pairs),
+                "peak_mib": peak_of(ours) / 2**20,
+                "plain_peak_mib": peak_of(plain) / 2**20,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder where not given")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    device = enter_device()
+    model = ModelSettings(
+        num_layers=arguments.layers, hidden_size=arguments.hidden_size, num_attention_heads=8, seq_length=64,
+        position_embedding_type="rope", normalization="RMSNorm", swiglu=True, disable_bias_linear=True,
+        untie_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        case = Case(model, Path(folder))
+        rows = compare(case, arguments.repeats)
+    print(f"{device.name}, torch {torch.__version__}, {case.num_bytes / 2**20:.0f} MiB of weights and moments")
+    print("| way | s | MB/s | torch, s | ratio | peak, MiB | torch, peak, MiB |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['way']} | {row['s']:.2f} | {row['mb_per_s']:.0f} | {row['plain_s']:.2f} | {row['ratio']:.2f} | "
+            f"{row['peak_mib']:.0f} | {row['plain_peak_mib']:.0f} |"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
