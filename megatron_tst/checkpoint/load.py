@@ -58,32 +58,33 @@ def find_checkpoint(settings: CheckpointSettings, ranks: Ranks) -> FoundCheckpoi
     if settings.load is None:
         return None
     folders = CheckpointFolders(Path(settings.load))
-    steps = main_rank_alone(lambda: _candidates(folders, settings.ckpt_step))
-    for step in steps:
-        folder = folders.of(step)
-        damage = None if settings.no_verify_checkpoint or _is_foreign(folder) else find_damage(folder, ranks)
+    # One rank looks and all believe it: a network file system may show ranks different things for a while.
+    candidates = main_rank_alone(lambda: _candidates(folders, settings.ckpt_step))
+    for folder, is_foreign in candidates:
+        damage = None if settings.no_verify_checkpoint or is_foreign else find_damage(folder, ranks)
         if damage is None:
             return main_rank_alone(lambda folder=folder: _open(folder, settings.finetune))  # type: ignore[misc]
         if ranks.is_main:
             logger.warning("WARNING: %s; it is left as it is, and the checkpoint before it is tried", damage)
-    if steps:
-        raise UserError(f"--load {settings.load}: none of its {len(steps)} checkpoints is whole")
+    if candidates:
+        raise UserError(f"--load {settings.load}: none of its {len(candidates)} checkpoints is whole")
     if settings.exit_on_missing_checkpoint:
         raise UserError(f"--load {settings.load}: holds no checkpoint (--exit-on-missing-checkpoint)")
     return None
 
 
-def _candidates(folders: CheckpointFolders, wanted: int | None) -> list[int]:
-    """Return the steps to try, best first."""
+def _candidates(folders: CheckpointFolders, wanted: int | None) -> list[tuple[Path, bool]]:
+    """Return the checkpoints to try, best first, and whether they are of no run of ours."""
     steps, latest = folders.steps(), folders.latest()
     if wanted is not None:
         if wanted not in steps:
             raise UserError(f"--ckpt-step {wanted}: {folders.path} holds {steps or 'no checkpoints'}")
-        return [wanted]
+        latest, steps = wanted, [wanted]
     if latest is None and steps:
         logger.warning("WARNING: %s is missing or names no step: the newest checkpoint is taken", folders.tracker)
     # A tracker set back by hand is obeyed.
-    return [step for step in reversed(steps) if latest is None or step <= latest]
+    wanted_folders = [folders.of(step) for step in reversed(steps) if latest is None or step <= latest]
+    return [(folder, _is_foreign(folder)) for folder in wanted_folders]
 
 
 def _is_foreign(folder: Path) -> bool:

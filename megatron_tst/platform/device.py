@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 # What megatron-core 0.16.1 does that newer versions of torch warn of; a user can do nothing about it.
 _KNOWN_WARNINGS = (
     r"`torch\.distributed\.\w+_tensor` is deprecated",
