@@ -14,8 +14,12 @@ from megatron_tst.config import EXIT_RESUMABLE, RunConfig, UserError, parse_conf
 def main(config: RunConfig) -> int:
     """Build the run and train it; return the exit code."""
     from megatron_tst.platform import leave_ranks
-    from megatron_tst.training import build_run, train
+    from megatron_tst.training import build_run, check_cluster, train
 
+    if config.parallel.preflight or config.parallel.preflight_only:
+        check_cluster(config)
+        if config.parallel.preflight_only:
+            return 0
     is_complete = train(build_run(config))
     leave_ranks()
     return 0 if is_complete else EXIT_RESUMABLE
@@ -24,6 +28,8 @@ def main(config: RunConfig) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(parse_config(sys.argv[1:])))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.own_rank:
             print(f"pretrain_tst.py: error: {error}", file=sys.stderr)

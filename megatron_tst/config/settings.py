@@ -255,6 +255,14 @@ class ParallelSettings:
     """Gather parameters during the forward pass (CUDA)."""
     distributed_timeout_minutes: int = 10
     """How long a collective waits for a missing rank."""
+    preflight: bool = False
+    """Look at every node and the network between them before the first step."""
+    preflight_only: bool = False
+    """Look, and end."""
+    preflight_timeout: float = 120.0
+    """With --preflight: seconds that a rank waits for another."""
+    preflight_min_gb_per_s: float = 0.0
+    """With --preflight: the slowest bus bandwidth of an all-reduce to start with."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import subprocess
 import warnings
 from dataclasses import dataclass
 
@@ -50,3 +51,12 @@ def enter_device() -> Device:
     # megatron-core warns where this CUDA setting is absent; there is no CUDA here to set.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return Device(CPU, "gloo", f"CPU, {torch.get_num_threads()} threads")
+
+
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver, or ``unknown``."""
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"

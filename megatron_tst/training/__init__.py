@@ -1,7 +1,8 @@
 """The loop, one step, evaluation, optimizer and schedule."""
 
 from megatron_tst.training.loop import evaluate, train
+from megatron_tst.training.preflight import check_cluster
 from megatron_tst.training.run import Run, build_run
 from megatron_tst.training.step import Stepper, StepReport
 
-__all__ = ["Run", "StepReport", "Stepper", "build_run", "evaluate", "train"]
+__all__ = ["Run", "StepReport", "Stepper", "build_run", "check_cluster", "evaluate", "train"]
