@@ -1,0 +1,80 @@
+"""Where a run stands, read from its directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from megatron_tst.config import UserError, load_config
+from megatron_tst.telemetry.metrics import read_metrics
+from megatron_tst.telemetry.run_directory import RunDirectory
+
+RECENT_LINES = 20
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands.
+
+    Attributes:
+        step: last logged step.
+        num_steps: of the whole run.
+        phase: 0-based.
+        num_phases: of the run.
+        bag_size: of the phase.
+        loss_kind: of the loss.
+        loss: of the last logged step.
+        valid_loss: of the last evaluation, or None.
+        step_time_s: median of the last lines.
+        checkpoint: step of the latest checkpoint, or None.
+    """
+
+    step: int
+    num_steps: int
+    phase: int
+    num_phases: int
+    bag_size: int
+    loss_kind: str
+    loss: float
+    valid_loss: float | None
+    step_time_s: float
+    checkpoint: int | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.num_steps
+
+    @property
+    def seconds_left(self) -> float:
+        """Time to the end at the present pace: steps of all phases cost the same."""
+        return (self.num_steps - self.step) * self.step_time_s
+
+
+def read_status(path: Path) -> RunStatus:
+    """Read where a run stands.
+
+    Raises:
+        UserError: if the folder holds no run with a logged step.
+    """
+    directory = RunDirectory(path)
+    if not directory.metrics.is_file():
+        raise UserError(f"{path}: holds no metrics.jsonl")
+    lines = read_metrics(directory.metrics)
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise UserError(f"{path}: has no logged step yet")
+    schedule = load_config(directory.config).schedule
+    last = steps[-1]
+    tracker = directory.checkpoints / "latest_checkpointed_iteration.txt"
+    return RunStatus(
+        step=last["step"],
+        num_steps=schedule.num_steps,
+        phase=last["phase"],
+        num_phases=len(schedule.phases),
+        bag_size=last["bag_size"],
+        loss_kind=last["loss_kind"],
+        loss=last["loss"],
+        valid_loss=next((line["valid_loss"] for line in reversed(lines) if "valid_loss" in line), None),
+        step_time_s=median(line["step_time_s"] for line in steps[-RECENT_LINES:]),
+        checkpoint=int(tracker.read_text(encoding="utf-8")) if tracker.is_file() else None,
+    )
