@@ -1,0 +1,179 @@
+"""A real SLURM on this machine: slurmctld, one slurmd per node and munged, private to a folder.
+
+python -m tests.launch.cluster [nodes]     brings one up until Enter is pressed, and says how to use it
+
+Nodes are daemons with host names of their own (UTS namespaces) and loopback addresses; their CPUs and GPUs are
+advertised, not real. Needs root; installs Debian's packages where they are missing.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "shellcheck")
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "shellcheck")
+FIRST_PORT = 17400
+# Give a daemon the host name $0 and the cluster's own /etc/hosts $1, then become it.
+ON_NODE = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+
+
+def why_not() -> str | None:
+    """Install what is missing; return why no SLURM can run here, or None."""
+    if os.geteuid() != 0:
+        return "a private SLURM needs root: its nodes have host names of their own"
+    if all(shutil.which(program) for program in PROGRAMS):
+        return None
+    if shutil.which("apt-get") is None:
+        return f"{', '.join(PROGRAMS)} are missing, and there is no apt-get to install them"
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(["apt-get", *command], env=environment, capture_output=True, text=True)
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    return f"apt-get did not bring {', '.join(missing)}: {done.stderr.strip()[-200:]}" if missing else None
+
+
+class Cluster:
+    """A running SLURM.
+
+    Attributes:
+        environment: to call sbatch and its kin with.
+    """
+
+    def __init__(self, folder: Path, num_nodes: int, gpus: int, cpus: int) -> None:
+        """Write the configuration and start the daemons."""
+        self.folder, self.num_nodes = folder, num_nodes
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self._daemons: list[subprocess.Popen] = []
+        for name in ("state", "spool", "munge", "log"):
+            (folder / name).mkdir(parents=True)
+        folder.chmod(0o755)
+        (folder / "munge").chmod(0o700)
+        (folder / "munge" / "key").write_bytes(os.urandom(128))
+        (folder / "munge" / "key").chmod(0o600)
+        nodes = [f"n{number}" for number in range(1, num_nodes + 1)]
+        hosts = ["127.0.0.1 localhost ctl", *(f"127.0.2.{number} {node}" for number, node in enumerate(nodes, 1))]
+        (folder / "hosts").write_text("\n".join(hosts) + "\n")
+        (folder / "slurm.conf").write_text(self._configuration(gpus, cpus))
+        (folder / "gres.conf").write_text(self._gpus(gpus))
+        self._start_munge()
+        self._start("ctl", "slurmctld", "-D")
+        for node in nodes:
+            (folder / "spool" / node).mkdir()
+            self._start(node, "slurmd", "-D", "-N", node)
+        self._wait_until_idle()
+
+    def _gpus(self, count: int) -> str:
+        """Declare GPUs; SLURM wants devices, so each is one more node with the numbers of /dev/null."""
+        for number in range(count):
+            os.mknod(self.folder / f"gpu{number}", 0o020666, os.makedev(1, 3))
+        devices = f"{self.folder}/gpu[0-{count - 1}]"
+        return f"AutoDetect=off\nNodeName=n[1-{self.num_nodes}] Name=gpu File={devices}\n" if count else ""
+
+    def _configuration(self, gpus: int, cpus: int) -> str:
+        n, folder = self.num_nodes, self.folder
+        settings = {
+            "ClusterName": "test", "SlurmctldHost": "ctl(127.0.0.1)", "SlurmctldPort": FIRST_PORT, "SlurmUser": "root",
+            "SlurmdUser": "root", "AuthType": "auth/munge", "CredType": "cred/munge",
+            # A requeued job waits for its old credential to expire.
+            "AuthInfo": f"socket={folder}/munge.socket,cred_expire=3",
+            "StateSaveLocation": f"{folder}/state", "SlurmdSpoolDir": f"{folder}/spool/%n",
+            "SlurmctldPidFile": f"{folder}/ctl.pid", "SlurmdPidFile": f"{folder}/%n.pid",
+            "SlurmctldLogFile": f"{folder}/log/ctl.log", "SlurmdLogFile": f"{folder}/log/%n.log",
+            # No cgroups, no accounting, no interconnect: what a container has.
+            "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/none",
+            "JobAcctGatherType": "jobacct_gather/none", "AccountingStorageType": "accounting_storage/none",
+            "SwitchType": "switch/none", "MpiDefault": "none", "SelectType": "select/cons_tres",
+            "SelectTypeParameters": "CR_Core", "SchedulerType": "sched/backfill",
+            "SchedulerParameters": "sched_interval=2,bf_interval=2,batch_sched_delay=0", "ReturnToService": 2,
+            "SlurmdParameters": "config_overrides", "KillWait": 5, "JobRequeue": 1, "MailProg": "/bin/true",
+        }  # fmt: skip
+        if gpus:
+            settings["GresTypes"] = "gpu"
+        lines = [f"{name}={value}" for name, value in settings.items()]
+        lines.append(
+            f"NodeName=n[1-{n}] NodeAddr=127.0.2.[1-{n}] Port=[{FIRST_PORT + 1}-{FIRST_PORT + n}] CPUs={cpus} "
+            f"RealMemory=4000 State=UNKNOWN {f'Gres=gpu:{gpus}' if gpus else ''}"
+        )
+        lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+        return "\n".join(lines) + "\n"
+
+    def _start_munge(self) -> None:
+        munge = self.folder / "munge"
+        files = {"key-file": "key", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        options = [f"--{option}={munge / name}" for option, name in files.items()]
+        socket = self.folder / "munge.socket"
+        self._spawn("munged", ["munged", "--force", "--foreground", f"--socket={socket}", "--num-threads=1", *options])
+        self._wait(socket.exists, "munged opens no socket")
+
+    def _start(self, host: str, *command: str) -> None:
+        hosts = str(self.folder / "hosts")
+        self._spawn(host, ["unshare", "--uts", "--mount", "sh", "-c", ON_NODE, host, hosts, *command])
+
+    def _spawn(self, name: str, command: list[str]) -> None:
+        with (self.folder / "log" / f"{name}.out").open("w") as screen:
+            self._daemons.append(
+                subprocess.Popen(command, env=self.environment, stdout=screen, stderr=subprocess.STDOUT)
+            )
+
+    def _wait_until_idle(self) -> None:
+        def are_idle() -> bool:
+            return self.call("sinfo", "-h", "-o", "%D %t").stdout.strip() == f"{self.num_nodes} idle"
+
+        self._wait(are_idle, "nodes do not become idle")
+
+    def _wait(self, condition, failure: str, timeout_s: float = 60.0) -> None:
+        """Wait for a condition, looking again whenever a twentieth of a second passes without a daemon's end."""
+        for _ in range(int(timeout_s * 20)):
+            if condition():
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._daemons[-1].wait(timeout=0.05)
+        logs = "\n".join(f"{log.name}: {log.read_text()[-500:]}" for log in (self.folder / "log").iterdir())
+        self.stop()
+        raise AssertionError(f"{failure} within {timeout_s:.0f} s\n{logs}")
+
+    def call(self, *command: str, **options) -> subprocess.CompletedProcess[str]:
+        """Run one of SLURM's programs."""
+        environment = {**self.environment, **options.pop("env", {})}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+
+    def stop(self) -> None:
+        """End all jobs, then all daemons."""
+        self.call("scancel", "--user=root")
+        self.call("scancel", "--signal=KILL", "--full", "--user=root")
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in self._daemons:
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+@contextlib.contextmanager
+def running_cluster(num_nodes: int, gpus: int = 0, cpus: int = 4) -> Iterator[Cluster]:
+    """Bring a cluster up and take it down again."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name:
+        cluster = Cluster(Path(name) / "cluster", num_nodes, gpus, cpus)
+        try:
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def main() -> None:
+    """Bring a cluster up for a person."""
+    if (reason := why_not()) is not None:
+        sys.exit(reason)
+    with running_cluster(int(sys.argv[1]) if len(sys.argv) > 1 else 2) as cluster:
+        print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}\n{cluster.call('sinfo', '-N', '-l').stdout}")
+        input("Enter ends it. ")
+
+
+if __name__ == "__main__":
+    main()
