@@ -33,7 +33,6 @@ export MAX_RESTARTS=${MAX_RESTARTS:-5}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # A rank that waits for a dead one ends, with the collective it waited in, instead of hanging.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
 # Overlaps tensor-parallel communication with computation on cards before Blackwell; harmless on B200.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

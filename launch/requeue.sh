@@ -12,8 +12,9 @@ esac
 
 # Ranks that were killed for another's sake report other codes than the one that ended first: what counts is progress.
 step=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0)
-read -r last starts <"$RUN_DIR/restarts" 2>/dev/null || { last=-1 starts=0; }
-[ "$step" -gt "$last" ] && starts=0
+last=-1 starts=0
+if [ -f "$RUN_DIR/restarts" ]; then read -r last starts <"$RUN_DIR/restarts"; fi
+if [ "$step" -gt "$last" ]; then starts=0; fi
 starts=$((starts + 1))
 echo "$step $starts" >"$RUN_DIR/restarts"
 if [ "$starts" -gt "$MAX_RESTARTS" ]; then

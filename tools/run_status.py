@@ -21,10 +21,11 @@ def main() -> None:
         status = read_status(run)
         valid = "" if status.valid_loss is None else f"  validation {status.valid_loss:.4f}"
         left = "complete" if status.is_complete else f"{timedelta(seconds=round(status.seconds_left))} left"
+        saved = "no checkpoint" if status.checkpoint is None else f"checkpoint {status.checkpoint}"
         print(
             f"{run}: step {status.step}/{status.num_steps}  phase {status.phase + 1}/{status.num_phases} "
-            f"s={status.bag_size}  {status.loss_kind} {status.loss:.4f}{valid}  {status.step_time_s:.3g} s/step  {left}  "
-            f"last checkpoint {'none' if status.checkpoint is None else status.checkpoint}"
+            f"s={status.bag_size}  {status.loss_kind} {status.loss:.4f}{valid}  {status.step_time_s:.3g} s/step  "
+            f"{left}  {saved}"
         )
 
 

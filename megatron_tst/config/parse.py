@@ -159,7 +159,7 @@ def _apply_flags(config: RunConfig, argv: Sequence[str]) -> RunConfig:
                 default=config,
                 args=list(argv),
                 return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
         if not stop.code:

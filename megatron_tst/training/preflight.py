@@ -165,13 +165,13 @@ def _check_network(config: RunConfig, meeting: Rendezvous, hosts: list[str]) -> 
     groups = {host: dist.new_group(ranks) for host, ranks in ranks_of.items()}
     floor = config.parallel.preflight_min_gb_per_s
     for name, group in (("within the node", groups[hosts[meeting.rank]]), ("between nodes", dist.group.WORLD)):
-        outcome = _all_reduce_speed(group, device.torch_device, timeout)
+        outcome = _all_reduce_speed(group, device.torch_device, timeout) if group.size() > 1 else float("inf")
         outcomes = dict(zip(hosts, meeting.gather(name, outcome), strict=True))
         failed = [f"{host}: {result}" for host, result in outcomes.items() if isinstance(result, str)]
         slow = [f"{host}: {speed:.1f} GB/s" for host, speed in outcomes.items() if not failed and speed < floor]
         if failed or slow:
             raise UserError(f"preflight: all-reduce {name}: {'; '.join(failed or slow)} (floor {floor:g} GB/s)")
-        if meeting.rank == 0:
+        if meeting.rank == 0 and min(outcomes.values()) < float("inf"):
             logger.info("preflight: all-reduce %s: %.1f GB/s at the slowest", name, min(outcomes.values()))
     dist.destroy_process_group()
 
@@ -191,4 +191,4 @@ def _all_reduce_speed(group: Any, device: torch.device, timeout: timedelta) -> f
     except RuntimeError as error:
         return str(error).splitlines()[0]
     # The first one sets up connections. Each byte crosses the slowest link 2 (n - 1) / n times.
-    return 2 * (size - 1) / size * buffer.nbytes / sorted(times[1:])[2] / 1e9 if size > 1 else float("inf")
+    return 2 * (size - 1) / size * buffer.nbytes / sorted(times[1:])[2] / 1e9

@@ -142,3 +142,11 @@ def test_help_lists_the_flags(capsys):
         parse_config(["--help"])
     assert stopped.value.code == 0
     assert "--tst-bag-size" in capsys.readouterr().out
+
+
+def test_a_flag_may_repeat_the_file_or_take_it_back(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("training: {bf16: true}\n")
+    file = ["--config", str(tmp_path / "run.yaml")]
+    assert parse_config([*GOOD, *file]).training.bf16
+    assert parse_config([*GOOD, *file, "--bf16"]).training.bf16
+    assert not parse_config([*GOOD, *file, "--no-bf16"]).training.bf16

@@ -79,8 +79,8 @@ class Cluster:
         settings = {
             "ClusterName": "test", "SlurmctldHost": "ctl(127.0.0.1)", "SlurmctldPort": FIRST_PORT, "SlurmUser": "root",
             "SlurmdUser": "root", "AuthType": "auth/munge", "CredType": "cred/munge",
-            # A requeued job waits for its old credential to expire.
-            "AuthInfo": f"socket={folder}/munge.socket,cred_expire=3",
+            # A requeued job waits for its old credential to expire: two minutes, unless told; five seconds at least.
+            "AuthInfo": f"socket={folder}/munge.socket,cred_expire=5",
             "StateSaveLocation": f"{folder}/state", "SlurmdSpoolDir": f"{folder}/spool/%n",
             "SlurmctldPidFile": f"{folder}/ctl.pid", "SlurmdPidFile": f"{folder}/%n.pid",
             "SlurmctldLogFile": f"{folder}/log/ctl.log", "SlurmdLogFile": f"{folder}/log/%n.log",
@@ -127,15 +127,19 @@ class Cluster:
         self._wait(are_idle, "nodes do not become idle")
 
     def _wait(self, condition, failure: str, timeout_s: float = 60.0) -> None:
-        """Wait for a condition, looking again whenever a twentieth of a second passes without a daemon's end."""
+        """Return once a condition holds; stop everything if it does not within the time."""
         for _ in range(int(timeout_s * 20)):
             if condition():
                 return
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._daemons[-1].wait(timeout=0.05)
+            self.pause()
         logs = "\n".join(f"{log.name}: {log.read_text()[-500:]}" for log in (self.folder / "log").iterdir())
         self.stop()
         raise AssertionError(f"{failure} within {timeout_s:.0f} s\n{logs}")
+
+    def pause(self) -> None:
+        """Let a twentieth of a second pass, or less if a daemon ends."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._daemons[-1].wait(timeout=0.05)
 
     def call(self, *command: str, **options) -> subprocess.CompletedProcess[str]:
         """Run one of SLURM's programs."""
@@ -143,12 +147,15 @@ class Cluster:
         return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
 
     def stop(self) -> None:
-        """End all jobs, then all daemons."""
+        """End all jobs, then all daemons; once."""
+        daemons, self._daemons = self._daemons, []
+        if not daemons:
+            return
         self.call("scancel", "--user=root")
         self.call("scancel", "--signal=KILL", "--full", "--user=root")
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(daemons):
             daemon.terminate()
-        for daemon in self._daemons:
+        for daemon in daemons:
             try:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:

@@ -1,0 +1,152 @@
+"""The job scripts under a real SLURM: two nodes that train on the CPU, and eight nodes that only look."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.telemetry import read_metrics
+from tests.launch.cluster import Cluster, running_cluster, why_not
+from tests.training.runs import ROOT
+
+pytestmark = pytest.mark.slurm
+
+SCRIPTS = sorted(path for path in (ROOT / "launch").glob("*.sh") if "#SBATCH" in path.read_text())
+# launch/moe_10b_tst.sh as it is, on nodes without GPUs: one rank each, experts over both.
+SMALL_NODES = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=30".split()
+SMALL_MODEL = (
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --kv-channels 8 "
+    "--seq-length 16 --vocab-size 300 --num-experts 4 --moe-ffn-hidden-size 24 --moe-router-topk 2 "
+    "--expert-model-parallel-size 2 --no-moe-grouped-gemm --no-overlap-grad-reduce --no-overlap-param-gather "
+    "--tst-bag-size 4 --tst-steps 20 --lr 1e-2 --lr-warmup-iters 2 --lr-wsd-decay-iters 10 --micro-batch-size 2 "
+    "--global-batch-size 4 --split 90,10,0 --eval-iters 2 --eval-interval 25 --log-interval 1 --num-workers 1 "
+    "--save-interval 10"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm():
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with running_cluster(2) as cluster:
+        yield cluster
+
+
+class Jobs:
+    """Submits launch/moe_10b_tst.sh and follows it."""
+
+    def __init__(self, cluster: Cluster, runs: Path, environment: dict[str, str]) -> None:
+        self.cluster, self.runs, self.environment = cluster, runs, environment
+
+    def submit(self, name: str, *flags: str) -> str:
+        done = self.cluster.call(
+            "sbatch", "--parsable", f"--job-name={name}", f"--output={self.runs}/{name}.log", *SMALL_NODES,
+            "launch/moe_10b_tst.sh", *SMALL_MODEL, *flags, cwd=ROOT, env=self.environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def wait(self, what, job: str, name: str) -> None:
+        """Return once a condition holds; fail with the logs if the job ends first or takes too long."""
+        for _ in range(1200):
+            if what():
+                return
+            if self.state(job) in ("FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"):
+                break
+            self.cluster.pause()
+        raise AssertionError(self.logs(name))
+
+    def state(self, job: str) -> str:
+        shown = self.cluster.call("scontrol", "show", "job", job).stdout
+        return shown.partition("JobState=")[2].split()[0] if "JobState=" in shown else "GONE"
+
+    def logs(self, name: str) -> str:
+        files = [self.runs / f"{name}.log", *sorted((self.runs / name / "logs").glob("*.log"))]
+        return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in files if file.exists())
+
+    def steps(self, name: str) -> list[dict]:
+        metrics = self.runs / name / "metrics.jsonl"
+        return [line for line in read_metrics(metrics) if "loss" in line] if metrics.exists() else []
+
+    def finish(self, name: str, job: str) -> None:
+        self.wait(lambda: "the run is complete" in self.batch_log(name), job, name)
+
+    def batch_log(self, name: str) -> str:
+        log = self.runs / f"{name}.log"
+        return log.read_text() if log.exists() else ""
+
+
+@pytest.fixture
+def jobs(cluster, corpus, tokenizer, tmp_path: Path):
+    environment = {
+        "MOE_DATA_PATH": f"0.5 {corpus} 0.5 {corpus}", "QWEN_TOKENIZER": str(tokenizer.path),
+        "RUNS_DIR": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "2",
+    }  # fmt: skip
+    return Jobs(cluster, tmp_path, environment)
+
+
+def curve(lines: list[dict]) -> list[tuple]:
+    return [(line["step"], line["bag_size"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def test_a_signalled_job_saves_requeues_resumes_and_ends_like_the_undisturbed_one(jobs):
+    calm = jobs.submit("calm", "--train-iters", "60")
+    jobs.finish("calm", calm)
+    assert jobs.state(calm) == "COMPLETED"
+    job = jobs.submit("harried", "--train-iters", "60")
+    jobs.wait(lambda: len(jobs.steps("harried")) >= 12, job, "harried")
+    assert jobs.cluster.call("scancel", "--signal=USR1", job).returncode == 0
+    jobs.finish("harried", job)
+    log = jobs.batch_log("harried")
+    assert "starting again" in log and log.count("the run is complete") == 1
+    assert jobs.cluster.call("scontrol", "show", "job", job).stdout.count("Restarts=1") == 1
+    assert [line["bag_size"] for line in jobs.steps("harried")] == [4] * 20 + [1] * 40
+    assert curve(jobs.steps("harried")) == curve(jobs.steps("calm"))
+    # One log file per node, to which the second start was appended.
+    first, second = (jobs.runs / "harried" / "logs" / f"n{node}.log" for node in (1, 2))
+    assert "preflight: 2 nodes, 2 ranks" in first.read_text()
+    assert "by SIGUSR1" in first.read_text() or "by a signal to another rank" in first.read_text()
+    assert "loaded" in first.read_text() and second.exists()
+
+
+def test_a_job_that_makes_no_progress_is_given_up(jobs):
+    """Each start dies before its first checkpoint."""
+    job = jobs.submit("doomed", "--train-iters", "60", "--distributed-timeout-minutes", "0")
+    jobs.wait(lambda: "made no progress" in jobs.batch_log("doomed"), job, "doomed")
+    assert jobs.batch_log("doomed").count("starting again") == 2
+
+
+def test_a_mistake_is_not_started_again(jobs):
+    job = jobs.submit("mistaken", "--train-iters", "60", "--split", "0,0,0")
+    jobs.wait(lambda: "not started again: exit code 2" in jobs.batch_log("mistaken"), job, "mistaken")
+    assert "--split 0,0,0" in jobs.logs("mistaken")
+
+
+def test_preflight_alone(jobs):
+    job = jobs.submit("looking", "--train-iters", "60", "--preflight-only")
+    jobs.finish("looking", job)
+    assert "preflight: all-reduce between nodes" in jobs.logs("looking")
+    assert not jobs.steps("looking")
+
+
+def test_every_script_fits_the_published_cluster(jobs):
+    """Eight nodes of eight GPUs; sbatch --test-only checks each script's demands against them."""
+    jobs.cluster.stop()
+    with running_cluster(8, gpus=8, cpus=112) as published:
+        for script in SCRIPTS:
+            done = published.call("sbatch", "--test-only", str(script.relative_to(ROOT)), cwd=ROOT)
+            assert done.returncode == 0, f"{script.name}: {done.stderr}"
+            assert "using" in done.stderr
+        too_many = published.call("sbatch", "--test-only", "--nodes=9", str(SCRIPTS[0]), cwd=ROOT)
+        assert too_many.returncode != 0
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
+def test_shellcheck_is_content(script: Path):
+    done = subprocess.run(["shellcheck", "-x", str(script.relative_to(ROOT))], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

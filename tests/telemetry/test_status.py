@@ -1,0 +1,37 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.config import RunConfig, TrainingSettings, UserError, dump_config
+from megatron_tst.telemetry.status import read_status
+
+STEP = {"phase": 0, "bag_size": 1, "loss_kind": "ce", "loss": 3.0}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(dump_config(RunConfig(training=TrainingSettings(train_iters=100))))
+    lines = [{**STEP, "step": step, "step_time_s": seconds} for step, seconds in ((10, 9.0), (20, 2.0), (30, 2.0))]
+    lines.insert(2, {"step": 20, "valid_loss": 2.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_where_a_run_stands(run: Path):
+    status = read_status(run)
+    assert (status.step, status.num_steps, status.num_phases, status.valid_loss) == (30, 100, 1, 2.5)
+    # The median pace: the first line's start-up does not count for the rest.
+    assert status.seconds_left == 70 * 2.0
+    assert (status.is_complete, status.checkpoint) == (False, None)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("25")
+    assert read_status(run).checkpoint == 25
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no metrics.jsonl"):
+        read_status(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has no logged step yet"):
+        read_status(tmp_path)
