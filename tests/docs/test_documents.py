@@ -12,7 +12,7 @@ from megatron_tst.config import UserError, config_from_mapping, parse_config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
-CONFIGS = sorted(ROOT.glob("examples/**/*.yaml"))
+CONFIGS = sorted([*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("launch/**/*.yaml")])
 NAMED = re.compile(r"[`(\s]((?:megatron_tst|examples|launch|tools|benchmarks|tests|docs)/[\w./-]*\w)")
 
 
@@ -48,15 +48,32 @@ def test_commands_in_documents_are_taken(document: Path):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.relative_to(ROOT)))
 def test_shipped_configs_build(config: Path):
-    parsed = parse_config(["--config", str(config)])
+    # What a job script adds to its configuration.
+    site = "--data-path corpus --tokenizer-model tokenizer --tst-run-dir run".split()
+    parsed = parse_config(["--config", str(config), *(site if "launch" in config.parts else ())])
     assert parsed.schedule.num_steps == parsed.training.train_iters
     broken = {**yaml.safe_load(config.read_text()), "modell": {}}
     with pytest.raises(UserError, match="modell"):
         config_from_mapping(broken, str(config))
 
 
+def test_every_variable_of_the_job_scripts_is_documented():
+    scripts = "".join(path.read_text() for path in (ROOT / "launch").glob("*.sh"))
+    variables = {name for names in re.findall(r"^ *export (.*)", scripts, re.MULTILINE)
+                 for name in re.findall(r"\b([A-Z][A-Z_]+)=", names)}  # fmt: skip
+    assert len(variables) > 12
+    documented = (ROOT / "docs/cluster.md").read_text()
+    assert [name for name in sorted(variables) if f"`{name}`" not in documented] == []
+
+
 def test_shell_scripts_parse():
-    scripts = [*ROOT.glob("examples/**/*.sh"), ROOT / "tests/run.sh", ROOT / "tools/setup_venv.sh", ROOT / ".ci/run"]
+    scripts = [
+        *ROOT.glob("examples/**/*.sh"),
+        *ROOT.glob("launch/*.sh"),
+        ROOT / "tests/run.sh",
+        ROOT / "tools/setup_venv.sh",
+        ROOT / ".ci/run",
+    ]
     for script in scripts:
         assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0, script
 
