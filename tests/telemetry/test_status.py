@@ -30,7 +30,7 @@ def test_where_a_run_stands(run: Path):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no metrics.jsonl"):
+    with pytest.raises(UserError, match=r"holds no metrics\.jsonl"):
         read_status(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has no logged step yet"):
