@@ -63,7 +63,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ),
     (
         r"wandb-.*|tensorboard-.*|one-logger.*|no-one-logger|log-(?!interval$).*|timing-.*|profile.*",
-        "metrics.jsonl in --tst-run-dir is the only sink yet",
+        "metrics.jsonl has every figure; TensorBoard and Weights & Biases get the same lines: see --tensorboard-dir, --wandb-project",
     ),
     (
         r"use-(torch-)?fsdp2?|use-megatron-fsdp|data-parallel-sharding-strategy|init-model-with-meta-device|.*-fsdp.*",

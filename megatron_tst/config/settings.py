@@ -273,6 +273,16 @@ class LoggingSettings:
     """The run directory: config.yaml, versions, metrics.jsonl, log."""
     log_interval: int = 100
     """Steps between lines of metrics."""
+    tensorboard_dir: str | None = None
+    """Write metrics for TensorBoard there too."""
+    wandb_project: str | None = None
+    """Send metrics to this project of Weights & Biases too; without a key they are kept to be sent later."""
+    wandb_exp_name: str | None = None
+    """Name of the run there; the run directory's where not given."""
+    wandb_entity: str | None = None
+    """User or team there."""
+    wandb_save_dir: str | None = None
+    """Where its files are kept; the run directory where not given."""
 
 
 @dataclass(frozen=True)

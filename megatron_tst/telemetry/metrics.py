@@ -51,10 +51,14 @@ class ValidMetrics:
     Attributes:
         step: 1-based number of updates done.
         valid_loss: next-token cross-entropy with bag size 1, nats per token, in every phase.
+        data_tokens: read for training since the start of the run.
+        positions: computed in training since the start of the run.
     """
 
     step: int
     valid_loss: float
+    data_tokens: int
+    positions: int
 
 
 @dataclass(frozen=True)

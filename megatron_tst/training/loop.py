@@ -1,6 +1,7 @@
 """The training loop: one loop over steps, whatever the phases."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from megatron_tst.telemetry import (
     StepMetrics,
     TrainingProgress,
     ValidMetrics,
+    versions,
 )
+from megatron_tst.telemetry.sinks import BackgroundSink, numbers, open_sinks
 from megatron_tst.training.run import Run
 from megatron_tst.training.step import StepReport
 from megatron_tst.training.stop import DivergenceGuard, StopConditions
@@ -128,6 +131,14 @@ class Monitor:
         self._last_step = run.first_step
         self._last_tokens = run.schedule.data_tokens(run.first_step, self._positions_per_step)
         self._last_time = time.perf_counter()
+        self._sinks = self._open_sinks() if self._main else []
+
+    def _open_sinks(self) -> list[BackgroundSink]:
+        run = self._run
+        facts = {**dataclasses.asdict(run.config), "phases_run": str(run.schedule.phases), "versions": versions()}
+        positions = run.first_step * self._positions_per_step
+        done = {"step": run.first_step, "data_tokens": self._last_tokens, "positions": positions}
+        return open_sinks(run.config.logging, run.directory, facts, done)
 
     def record(self, step: int, point: PhasePoint, report: StepReport) -> None:
         """Count a step, and log it if a line is due or it was not applied.
@@ -165,7 +176,7 @@ class Monitor:
             positions_per_s=steps * positions_per_step / seconds,
             tflops_per_gpu=steps * self._run.flops_per_step / seconds / self._run.ranks.world_size / 1e12,
         )
-        self._file.write(metrics)
+        self._write(metrics)
         self.progress.show_step(metrics)
         self._last_step, self._last_tokens, self._last_time = step, tokens, now
 
@@ -183,7 +194,7 @@ class Monitor:
             skipped_loss=f"{float(report.loss):g}",
             skipped_grad_norm=f"{report.grad_norm:g}",
         )
-        self._file.write(metrics)
+        self._write(metrics)
         self.note(
             f"WARNING: step {step} is not applied: loss {metrics.skipped_loss}, gradient norm "
             f"{metrics.skipped_grad_norm}, in phase {point.index + 1} (bag size {point.bag_size}), "
@@ -196,14 +207,15 @@ class Monitor:
             return
         counts_LE = self._run.expert_counter.take().double()
         load_LE = counts_LE / counts_LE.mean(dim=1, keepdim=True)
-        if self._file is not None:
-            self._file.write(ExpertMetrics(step, load_LE.amax(dim=1).tolist(), load_LE.amin(dim=1).tolist()))
+        if self._main:
+            self._write(ExpertMetrics(step, load_LE.amax(dim=1).tolist(), load_LE.amin(dim=1).tolist()))
 
     def record_valid(self, step: int, loss: float | None) -> None:
         """Log an evaluation."""
         if self._file is not None and loss is not None:
-            metrics = ValidMetrics(step=step, valid_loss=loss)
-            self._file.write(metrics)
+            tokens = self._run.schedule.data_tokens(step, self._positions_per_step)
+            metrics = ValidMetrics(step, loss, data_tokens=tokens, positions=step * self._positions_per_step)
+            self._write(metrics)
             self.progress.show_valid(metrics)
 
     @contextlib.contextmanager
@@ -212,6 +224,13 @@ class Monitor:
         started = time.perf_counter()
         yield
         self._last_time += time.perf_counter() - started
+
+    def _write(self, metrics: StepMetrics | ValidMetrics | ExpertMetrics | SkippedMetrics) -> None:
+        """Write a line to the file, and offer it to the sinks."""
+        assert self._file is not None
+        self._file.write(metrics)
+        for sink in self._sinks:
+            sink.offer(numbers(metrics))
 
     def note(self, line: str) -> None:
         """Log a line, on the main rank."""
@@ -224,6 +243,8 @@ class Monitor:
             self._file.sync()
 
     def close(self) -> None:
-        """Close the metrics file."""
+        """Close the metrics file and the sinks."""
         if self._file is not None:
             self._file.close()
+        for sink in self._sinks:
+            sink.close()

@@ -30,6 +30,7 @@ from megatron_tst.platform import (
 )
 from megatron_tst.superposition import Phase, Schedule, bag_weights
 from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_flops, versions
+from megatron_tst.telemetry.sinks import check_sinks
 from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
 from megatron_tst.training.start import Start, check_identity, find_start
@@ -147,6 +148,7 @@ def build_run(config: RunConfig) -> Run:
     # Their kernels need CUDA: without it an installed library is of no use.
     libraries = find_libraries() if device.torch_device.type == "cuda" else Libraries(None, None)
     _check_device(config, device)
+    check_sinks(config.logging)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
     assert config.logging.tst_run_dir
     directory = RunDirectory(Path(config.logging.tst_run_dir))

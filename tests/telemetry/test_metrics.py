@@ -19,7 +19,7 @@ def test_fields_are_the_documented_ones():
         "step phase bag_size loss_kind loss lr grad_norm data_tokens positions step_time_s data_tokens_per_s "
         "positions_per_s tflops_per_gpu"
     ).split()
-    assert [field.name for field in fields(ValidMetrics)] == ["step", "valid_loss"]
+    assert [field.name for field in fields(ValidMetrics)] == ["step", "valid_loss", "data_tokens", "positions"]
 
 
 def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path: Path):
@@ -27,7 +27,7 @@ def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path:
     file = MetricsFile(path)
     file.write(STEP)
     assert json.loads(path.read_text())["data_tokens"] == 800
-    file.write(ValidMetrics(2, 3.0))
+    file.write(ValidMetrics(2, 3.0, 800, 200))
     file.close()
     with path.open("a") as handle:
         handle.write('{"step": 3, "lo')

@@ -1,0 +1,157 @@
+"""Lines reach the real TensorBoard and the real wandb, and a service that hangs or dies stops nothing."""
+
+import json
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.config import UserError
+from megatron_tst.telemetry import ExpertMetrics, read_metrics
+from megatron_tst.telemetry.sinks import BackgroundSink, check_sinks, numbers
+from tests.training.runs import arguments, train_here
+
+pytest.importorskip("tensorboard", reason="the extra wandb brings tensorboard and wandb")
+wandb = pytest.importorskip("wandb")
+RUN = "--tst-bag-size 4 --tst-steps 4"
+
+
+class Recording:
+    def __init__(self):
+        self.lines, self.is_closed = [], False
+
+    def write(self, values):
+        self.lines.append(values)
+
+    def close(self):
+        self.is_closed = True
+
+
+def test_lines_arrive_in_order():
+    writer = Recording()
+    sink = BackgroundSink("test", lambda: writer)
+    for step in range(100):
+        sink.offer({"step": step})
+    sink.close()
+    assert [line["step"] for line in writer.lines] == list(range(100))
+    assert writer.is_closed
+
+
+def test_a_service_that_hangs_drops_lines_and_says_so_once(caplog):
+    free = threading.Event()
+    sink = BackgroundSink("test", lambda: free.wait() and Recording(), capacity=3)
+    for step in range(10):
+        sink.offer({"step": step})
+    assert caplog.text.count("test is too slow") == 1
+    sink.close(timeout_s=0.01)
+    assert "test missed 10 lines" in caplog.text
+    free.set()
+
+
+class Dying(Recording):
+    def write(self, values):
+        raise ConnectionError("the network is gone")
+
+
+def test_a_service_that_dies_is_told_and_left(caplog):
+    sink = BackgroundSink("test", Dying)
+    for step in range(10):
+        sink.offer({"step": step})
+    sink.close()
+    assert "test: the network is gone; the run goes on without it" in caplog.text
+
+
+def test_lists_become_numbers_by_layer():
+    assert numbers(ExpertMetrics(3, [1.5, 2.0], [0.5, 0.0])) == {
+        "step": 3, "expert_load_max/layer0": 1.5, "expert_load_max/layer1": 2.0,
+        "expert_load_min/layer0": 0.5, "expert_load_min/layer1": 0.0,
+    }  # fmt: skip
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    from megatron_tst.config import LoggingSettings
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    check_sinks(LoggingSettings())
+    with pytest.raises(UserError, match="--wandb-project p: needs the package wandb"):
+        check_sinks(LoggingSettings(wandb_project="p"))
+
+
+@pytest.fixture
+def here(rank, monkeypatch):
+    monkeypatch.setattr("megatron_tst.training.run.join_ranks", lambda *_: rank)
+    return rank
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_reads_the_run_over_a_restart(here, corpus, tokenizer, tmp_path: Path):
+    extra = f"{RUN} --tensorboard-dir {tmp_path / 'events'}"
+    train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{extra} --exit-interval 5"))
+    load = f"--load {tmp_path / 'run' / 'checkpoints'}"
+    run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{extra} {load}"))
+    shown, lines = scalars(tmp_path / "events"), read_metrics(run.directory.metrics)
+    for name in ("loss", "lr", "grad_norm", "bag_size"):
+        assert shown[name] == {line["step"]: pytest.approx(line[name], rel=1e-6) for line in lines if name in line}
+    assert scalars(tmp_path / "events" / "by_data_tokens")["loss"] == {
+        line["data_tokens"]: pytest.approx(line["loss"], rel=1e-6) for line in lines if "loss" in line
+    }
+    by_positions = scalars(tmp_path / "events" / "by_positions")["valid_loss"]
+    assert set(by_positions) == {line["positions"] for line in lines if "valid_loss" in line}
+
+
+def records(file: Path) -> list[bytes]:
+    """The records of wandb's file: LevelDB's log format, blocks of 32 KiB after a header of seven bytes."""
+    data, found, place = file.read_bytes(), [], 7
+    while place + 7 <= len(data):
+        if (1 << 15) - place % (1 << 15) < 7:
+            place += (1 << 15) - place % (1 << 15)
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        part = data[place + 7 : place + 7 + length]
+        # Whole, or the first, a middle or the last part of a record.
+        found = [*found, part] if kind in (1, 2) else [*found[:-1], found[-1] + part]
+        place += 7 + length
+    return found
+
+
+def history(folder: Path) -> list[dict]:
+    """The lines that an offline run keeps for later."""
+    from wandb.proto import wandb_internal_pb2
+
+    lines = []
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        for data in records(file):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                lines.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+    return lines
+
+
+def test_wandb_keeps_the_run_offline_without_a_key(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    extra = f"{RUN} --wandb-project tst"
+    train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{extra} --exit-interval 5"))
+    identity = (tmp_path / "run" / "wandb_run_id").read_text()
+    load = f"--load {tmp_path / 'run' / 'checkpoints'}"
+    run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{extra} {load}"))
+    assert (tmp_path / "run" / "wandb_run_id").read_text() == identity
+    assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}"))) >= 1
+    lines = read_metrics(run.directory.metrics)
+    kept = history(tmp_path / "run")
+    assert {line["step"]: line["loss"] for line in kept if "loss" in line} == {
+        line["step"]: line["loss"] for line in lines if "loss" in line
+    }
+    assert [line["valid_loss"] for line in kept if "valid_loss" in line] == [
+        line["valid_loss"] for line in lines if "valid_loss" in line
+    ]
