@@ -26,7 +26,9 @@ fi
 # A job that makes no progress over this many starts is not started again.
 export MAX_RESTARTS=${MAX_RESTARTS:-5}
 
-# Weights & Biases: its own variables (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE) reach the ranks as they are.
+# Weights & Biases: where WANDB_PROJECT is set, metrics go there. Its other variables (WANDB_API_KEY, WANDB_MODE) reach the
+# ranks as they are; a requeued job goes on under the run's identity, which is kept in the run directory.
+export WANDB_PROJECT=${WANDB_PROJECT:-}
 
 # Fabric: NCCL finds InfiniBand and RoCE by itself; set here what the site's network needs, such as
 #   export NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5

@@ -4,4 +4,5 @@
 #   srun launch/rank.sh --config FILE [flags of pretrain_tst.py]
 set -euo pipefail
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-exec "$PYTHON" pretrain_tst.py --tst-run-dir "$RUN_DIR" --load "$RUN_DIR/checkpoints" --preflight "$@"
+exec "$PYTHON" pretrain_tst.py --tst-run-dir "$RUN_DIR" --load "$RUN_DIR/checkpoints" --preflight \
+  ${WANDB_PROJECT:+--wandb-project "$WANDB_PROJECT"} "$@"
