@@ -17,7 +17,7 @@ from megatron_tst.platform import ParallelSizes, find_libraries, join_ranks, lea
 from megatron_tst.platform.safe_checkpoint import safe_loading
 from megatron_tst.platform.shard_writer import ShardWriting, planning_for_threads
 
-ITERATION, VOCAB = 12, 53
+ITERATION, VOCAB = 12, 301
 
 # Sizes that differ wherever they may: no transposition or mix-up of two of them fits.
 LLAMA: dict[str, Any] = {
@@ -37,7 +37,7 @@ LLAMA: dict[str, Any] = {
     "disable_bias_linear": True,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
-    "make_vocab_size_divisible_by": 8,
+    "make_vocab_size_divisible_by": 16,
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,

@@ -71,10 +71,8 @@ def write_shards(
         with (folder / name).open("wb") as file:
             file.write(_header(shard))
             for weight in shard:
-                tensor = next(coming)
-                assert (tuple(tensor.shape), tensor.dtype) == (weight.size, weight.dtype), weight.name
-                # numpy has no bfloat16, but bytes are bytes.
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                # No name keeps a weight while the next is read.
+                file.write(_content(weight, next(coming)))
                 on_progress(weight.num_bytes)
     if len(shards) > 1:
         where = {weight.name: name for name, shard in zip(names, shards, strict=True) for weight in shard}
@@ -93,6 +91,12 @@ def _shards(weights: Sequence[Weight], max_shard_bytes: int) -> list[list[Weight
         shards[-1].append(weight)
         filled += weight.num_bytes
     return shards
+
+
+def _content(weight: Weight, tensor: Tensor) -> memoryview:
+    assert (tuple(tensor.shape), tensor.dtype) == (weight.size, weight.dtype), weight.name
+    # numpy has no bfloat16, but bytes are bytes.
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(shard: Sequence[Weight]) -> bytes:

@@ -1,5 +1,6 @@
 """From a checkpoint to a Hugging Face folder."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from megatron_tst.checkpoint.conversion.saved_runs import SavedRun
 from megatron_tst.checkpoint.conversion.settings import architecture_of, config_json, shape_of
 from megatron_tst.checkpoint.conversion.tables import EMBEDDING, Row, Shape, pieces
 from megatron_tst.checkpoint.conversion.tokenizer_files import complete_tokenizer, copy_tokenizer
-from megatron_tst.checkpoint.conversion.torch_dist import StackedWeights
+from megatron_tst.checkpoint.conversion.torch_dist import Index, StackedWeights
 from megatron_tst.config import UserError
 
 # Tensors of a checkpoint that are not the model's.
@@ -89,7 +90,10 @@ class Export:
             copy_tokenizer(tokenizer, folder)
             complete_tokenizer(folder, end_of_document.id, end_of_document.text)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            write_shards(folder, self.weights, self._tensors(), max_shard_bytes, on_progress)
+            tensors = itertools.chain.from_iterable(
+                self._convert(row, index) for row, index in pieces(self._rows, self._shape)
+            )
+            write_shards(folder, self.weights, tensors, max_shard_bytes, on_progress)
 
     def _check(self, folder: Path) -> Shape:
         stored = {key: entry for key, entry in self._stored.entries.items() if not _OPTIMIZER.match(key)}
@@ -107,13 +111,12 @@ class Export:
             raise UserError(f"{folder}: {EMBEDDING}: has {shape.padded_vocab_size} of {shape.vocab_size} tokens")
         return shape
 
-    def _coming(self, row: Row, index: tuple[int, ...]) -> Iterator[Weight]:
+    def _coming(self, row: Row, index: Index) -> Iterator[Weight]:
         dtype = self._dtype or self._stored.entries[row.megatron].properties.dtype
         for name, size in zip(row.names(index), row.hugging_face_sizes(self._shape), strict=True):
             yield Weight(name, size, dtype)
 
-    def _tensors(self) -> Iterator[Tensor]:
-        for row, index in pieces(self._rows, self._shape):
-            weight = self._stored.read(row.megatron, index)
-            for part in row.transformation.split(weight, self._shape):
-                yield part.to(self._dtype or part.dtype)
+    def _convert(self, row: Row, index: Index) -> Iterator[Tensor]:
+        weight = self._stored.read(row.megatron, index)
+        for part in row.transformation.split(weight, self._shape):
+            yield part.to(self._dtype or part.dtype)

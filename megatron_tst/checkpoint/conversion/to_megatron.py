@@ -62,11 +62,23 @@ class Import:
         self._slices = [self._slice(row, index) for row, index in pieces(self._rows, self._shape)]
         self.num_bytes = sum(math.prod(piece.size) * piece.dtype.itemsize for piece in self._slices)
 
-    def write(self, target: Path, force: bool = False, on_progress: Callable[[int], object] = lambda _: None) -> None:
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+        return self._shape.vocab_size
+
+    def write(
+        self,
+        target: Path,
+        tokenizer: Path,
+        force: bool = False,
+        on_progress: Callable[[int], object] = lambda _: None,
+    ) -> None:
         """Write the folder of checkpoints, with the tokenizer in it; it appears whole or not at all.
 
         Args:
             target: the folder.
+            tokenizer: a folder with ``tokenizer.json``, or that file.
             force: whether an earlier import may be replaced.
             on_progress: called with the bytes of each weight written.
 
@@ -77,15 +89,15 @@ class Import:
         with whole_folder(target, self.num_bytes, force, mark=first) as folder:
             for name in (first, "tokenizer"):
                 (folder / name).mkdir()
-            copy_tokenizer(self._source, folder / "tokenizer")
+            copy_tokenizer(tokenizer, folder / "tokenizer")
             write_stacked(folder / first, self._slices, self._empty_states(), on_progress)
-            tokenizer = str((target / "tokenizer").resolve())
+            home = str((target / "tokenizer").resolve())
             config = RunConfig(
                 model=self.model,
-                data=DataSettings(tokenizer_model=tokenizer),
+                data=DataSettings(tokenizer_model=home),
                 training=TrainingSettings(bf16=self._slices[0].dtype == torch.bfloat16),
             )
-            write_run_files(folder, config, self._shape.vocab_size, tokenizer)
+            write_run_files(folder, config, self.vocab_size, home)
 
     def _check(self, architecture: str) -> None:
         given = {name: weight for name, weight in self._given.weights.items() if not _DERIVED.fullmatch(name)}
