@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import pickle
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
@@ -62,8 +64,6 @@ def build(model: dict[str, Any], parallel: ParallelSettings | None = None, bf16:
     settings = ModelSettings(**model)
     config = transformer_config(settings, TrainingSettings(bf16=bf16), parallel, find_libraries())
     virtual = config.virtual_pipeline_model_parallel_size
-    from megatron.core import parallel_state
-
     def stage(number: int) -> TSTGPTModel:
         return build_gpt(
             config, settings, VOCAB, LossChoice(), use_transformer_engine=False,
@@ -131,6 +131,14 @@ def save(chunks: list[TSTGPTModel], folder: Path) -> None:
             {**state, "optimizer": moment, "iteration": ITERATION}, folder, async_sharded_save=True
         )
     ShardWriting(request, keep_training=False).finish()
+
+
+def change_contents(folder: Path, edit: Callable[[Any], object]) -> None:
+    """Edit a checkpoint's table of contents."""
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    edit(metadata)
+    path.write_bytes(pickle.dumps(metadata))
 
 
 def save_here(checkpoints: Path, name: str, tokenizer: str, bf16: bool = False) -> TSTGPTModel:

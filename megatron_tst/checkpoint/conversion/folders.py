@@ -32,6 +32,7 @@ def whole_folder(target: Path, needed_bytes: int, force: bool, mark: str) -> Ite
         aside.mkdir()
         yield aside
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)

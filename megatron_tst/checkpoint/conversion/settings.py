@@ -7,7 +7,7 @@ from megatron_tst.checkpoint.conversion.llama import LLAMA
 from megatron_tst.checkpoint.conversion.qwen3 import QWEN3
 from megatron_tst.checkpoint.conversion.qwen3_moe import QWEN3_MOE
 from megatron_tst.checkpoint.conversion.tables import Architecture, Shape
-from megatron_tst.config import ModelSettings, UserError
+from megatron_tst.config import ModelSettings, UserError, config_from_mapping
 
 ARCHITECTURES = (LLAMA, QWEN3, QWEN3_MOE)
 
@@ -143,16 +143,16 @@ def read_config_json(config: Mapping[str, Any], source: str) -> tuple[Architectu
     missing = [key for key in keys.values() if given.get(key) is None]
     if missing:
         raise UserError(f"{source}: {missing[0]}: is missing")
-    model = ModelSettings(
+    model = {
         **EXPRESSIBLE,
         **{setting: given[key] for setting, key in keys.items()},
-        group_query_attention=given["num_key_value_heads"] != given["num_attention_heads"],
-        qk_layernorm=architecture.qk_layernorm,
-        rotary_base=_rotary_base(config, source),
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-        hidden_dropout=0.0,
-    )
-    return architecture, model
+        "group_query_attention": given["num_key_value_heads"] != given["num_attention_heads"],
+        "qk_layernorm": architecture.qk_layernorm,
+        "rotary_base": _rotary_base(config, source),
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "hidden_dropout": 0.0,
+    }
+    return architecture, config_from_mapping({"model": model}, source).model
 
 
 def _implied(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Import:
             contents = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"--load {source}: is not a Hugging Face folder: config.json: {error}") from error
+        if not isinstance(contents, dict):
+            raise UserError(f"--load {source}: is not a Hugging Face folder: config.json holds no object")
         architecture, self.model = read_config_json(contents, str(path))
         assert self.model.vocab_size
         multiple = self.model.make_vocab_size_divisible_by

@@ -24,7 +24,10 @@ def our_logits(model, tokens_BL):
 
 @torch.no_grad()
 def their_logits(folder, tokens_BL):
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    # The type in config.json, which transformers 5 takes unasked.
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype="auto", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     return model.eval()(tokens_BL).logits
 
