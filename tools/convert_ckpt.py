@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_tst.checkpoint.conversion.saved_runs import SavedRun, find_saved_run
 from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.checkpoint.conversion.to_megatron import Import
-from megatron_tst.config import EXIT_CODE, UserError
+from megatron_tst.config import UserError
 from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _to_hugging_face(arguments: argparse.Namespace) -> tuple[SavedRun, Tokenizer, Path]:
     saved = find_saved_run(arguments.load, arguments.iteration)
-    tokenizer = _tokenizer(arguments.tokenizer or Path(saved.tokenizer), saved.vocab_size)
+    tokenizer = _tokenizer(arguments.tokenizer or saved.tokenizer, saved.vocab_size)
     end = EndOfDocument(tokenizer.eod, tokenizer.decode([tokenizer.eod]))
     export = Export(saved, DTYPES.get(arguments.dtype))
     max_shard_bytes = _bytes(arguments.max_shard_size)
@@ -120,7 +120,14 @@ def _verify(saved: SavedRun, hugging_face: Path, tokens: list[int]) -> None:
     from megatron_tst.checkpoint.conversion.verify import compare_logits, load_weights
     from megatron_tst.config import ParallelSettings, TrainingSettings
     from megatron_tst.model import LossChoice, build_gpt, transformer_config
-    from megatron_tst.platform import ParallelSizes, enter_device, find_libraries, join_ranks, leave_ranks, seed_everything
+    from megatron_tst.platform import (
+        ParallelSizes,
+        enter_device,
+        find_libraries,
+        join_ranks,
+        leave_ranks,
+        seed_everything,
+    )
 
     model, libraries = saved.config.model, find_libraries()
     join_ranks(ParallelSizes())
@@ -142,7 +149,7 @@ if __name__ == "__main__":
         main(parse_arguments())
     except UserError as error:
         print(f"convert_ckpt.py: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("convert_ckpt.py: interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)

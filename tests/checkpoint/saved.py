@@ -1,7 +1,6 @@
 """Checkpoints of small models in the layout of a run, saved by megatron-core under any parallel layout."""
 
 import dataclasses
-import json
 import pickle
 import zlib
 from collections.abc import Callable
@@ -13,11 +12,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from megatron_tst.checkpoint.folders import CheckpointFolders
+from megatron_tst.checkpoint.run_state import RunState
+from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings, dump_config
 from megatron_tst.model import LossChoice, TSTGPTModel, build_gpt, transformer_config
-from megatron_tst.platform import ParallelSizes, find_libraries, join_ranks, leave_ranks, seed_everything
+from megatron_tst.platform import ParallelSizes, Ranks, find_libraries, join_ranks, leave_ranks, seed_everything
 from megatron_tst.platform.safe_checkpoint import safe_loading
-from megatron_tst.platform.shard_writer import ShardWriting, planning_for_threads
+from megatron_tst.superposition import Phase, Schedule
 
 ITERATION, VOCAB = 12, 301
 
@@ -64,6 +66,7 @@ def build(model: dict[str, Any], parallel: ParallelSettings | None = None, bf16:
     settings = ModelSettings(**model)
     config = transformer_config(settings, TrainingSettings(bf16=bf16), parallel, find_libraries())
     virtual = config.virtual_pipeline_model_parallel_size
+
     def stage(number: int) -> TSTGPTModel:
         return build_gpt(
             config, settings, VOCAB, LossChoice(), use_transformer_engine=False,
@@ -107,30 +110,23 @@ def _whole(key: str, size: tuple[int, ...]) -> Tensor:
         real = torch.randn(VOCAB, size[1], generator=draw) * 0.2
         return torch.cat((real, torch.full((size[0] - VOCAB, size[1]), torch.nan)))
     # Large enough for every part of a layer to show in the logits.
-    return torch.randn(size, generator=draw) * 0.2 + (1.0 if key.endswith("norm.weight") or "layer_norm" in key else 0.0)
+    around = 1.0 if "norm" in key else 0.0
+    return around + 0.2 * torch.randn(size, generator=draw)
 
 
-def write_beside(checkpoints: Path, run: RunConfig, tokenizer: str) -> Path:
-    """Make a run's folder of checkpoints of one whose tensors are to come; returns that one's folder."""
-    folder = checkpoints / f"iter_{ITERATION:07}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
-    (folder / "config.yaml").write_text(dump_config(run))
-    state = {"iteration": ITERATION, "vocab_size": VOCAB, "tokenizer": tokenizer}
-    (folder / "run_state.json").write_text(json.dumps(state))
-    return folder
-
-
-def save(chunks: list[TSTGPTModel], folder: Path) -> None:
+def save(chunks: list[TSTGPTModel], checkpoints: Path, run: RunConfig, tokenizer: str, ranks: Ranks) -> None:
     """Save the model's tensors and, as an optimizer would, one that is not the model's."""
-    state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
     moment = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.output_layer.weight", torch.zeros(3))
-    moment.replica_id = torch.distributed.get_rank()
-    with planning_for_threads():
-        request = dist_checkpointing.save(
-            {**state, "optimizer": moment, "iteration": ITERATION}, folder, async_sharded_save=True
-        )
-    ShardWriting(request, keep_training=False).finish()
+    moment.replica_id = ranks.rank
+    content = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    state = RunState(
+        iteration=ITERATION, schedule=Schedule((Phase(1, ITERATION),)), samples_per_phase=(ITERATION,),
+        global_batch_size=1, vocab_size=VOCAB, tokenizer=tokenizer, tokenizer_sha256="", sources=[],
+        layout=ranks.layout, is_permanent=False, versions={},
+    )  # fmt: skip
+    folders = CheckpointFolders(checkpoints)
+    saver = CheckpointSaver(folders, ranks, dump_config(run), keep_training=False, keep_last=None)
+    saver.save(state, lambda: {**content, "optimizer": moment, "iteration": ITERATION})
 
 
 def change_contents(folder: Path, edit: Callable[[Any], object]) -> None:
@@ -141,13 +137,12 @@ def change_contents(folder: Path, edit: Callable[[Any], object]) -> None:
     path.write_bytes(pickle.dumps(metadata))
 
 
-def save_here(checkpoints: Path, name: str, tokenizer: str, bf16: bool = False) -> TSTGPTModel:
+def save_here(checkpoints: Path, name: str, tokenizer: str, ranks: Ranks, bf16: bool = False) -> TSTGPTModel:
     """Save a model of one rank, in a process that has joined; returns it."""
     seed_everything(1)
-    model = MODELS[name]
-    run = RunConfig(model=ModelSettings(**model), training=TrainingSettings(bf16=bf16))
-    (chunk,) = build(model, bf16=bf16)
-    save([chunk], write_beside(checkpoints, run, tokenizer))
+    (chunk,) = build(MODELS[name], bf16=bf16)
+    run = RunConfig(model=ModelSettings(**MODELS[name]), training=TrainingSettings(bf16=bf16))
+    save([chunk], checkpoints, run, tokenizer, ranks)
     return chunk.eval()
 
 
@@ -160,12 +155,8 @@ def save_layout(checkpoints: Path, name: str, tokenizer: str, parallel: Parallel
         ParallelSizes(**{s: getattr(parallel, s) for s in sizes}, virtual_pipeline_model_parallel_size=stages)
     )
     seed_everything(1)
-    chunks = build(MODELS[name], parallel)
     run = RunConfig(model=ModelSettings(**MODELS[name]), parallel=parallel)
-    if ranks.is_main:
-        write_beside(checkpoints, run, tokenizer)
-    torch.distributed.barrier()
-    save(chunks, checkpoints / f"iter_{ITERATION:07}")
+    save(build(MODELS[name], parallel), checkpoints, run, tokenizer, ranks)
     leave_ranks()
 
 

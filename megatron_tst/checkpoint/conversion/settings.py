@@ -172,7 +172,7 @@ def _rotary_base(config: Mapping[str, Any], source: str) -> int:
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if kind != "default" or share != 1.0:
-        raise UserError(f"{source}: rope of type {kind!r} over {share} of a head: only 'default' over all can be converted")
+        raise UserError(f"{source}: rope of type {kind!r} over {share} of a head: only 'default' over all is known")
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     if base != int(base):
         raise UserError(f"{source}: rope_theta {base}: --rotary-base is a whole number")

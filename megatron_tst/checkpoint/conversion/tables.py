@@ -79,7 +79,7 @@ def _split_query_key_value(weight: Tensor, shape: Shape) -> Sequence[Tensor]:
     """``[G (Q + 2) E, D]`` to ``[G Q E, D]``, ``[G E, D]``, ``[G E, D]``."""
     per_group = shape.heads // shape.groups
     grouped = weight.view(shape.groups, per_group + 2, shape.head_width, shape.hidden)
-    return [heads.flatten(0, 2) for heads in grouped.split((per_group, 1, 1), dim=1)]
+    return [heads.flatten(0, 2) for heads in torch.split(grouped, [per_group, 1, 1], dim=1)]
 
 
 def _join_query_key_value(weights: Sequence[Tensor], shape: Shape) -> Tensor:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tst.checkpoint.conversion.folders import whole_folder
 from megatron_tst.checkpoint.conversion.safetensors_files import Weight, write_shards
 from megatron_tst.checkpoint.conversion.saved_runs import SavedRun
 from megatron_tst.checkpoint.conversion.settings import architecture_of, config_json, shape_of
 from megatron_tst.checkpoint.conversion.tables import EMBEDDING, Row, Shape, pieces
 from megatron_tst.checkpoint.conversion.tokenizer_files import complete_tokenizer, copy_tokenizer
 from megatron_tst.checkpoint.conversion.torch_dist import Index, StackedWeights
+from megatron_tst.checkpoint.conversion.whole_folder import whole_folder
 from megatron_tst.config import UserError
 
 # Tensors of a checkpoint that are not the model's.

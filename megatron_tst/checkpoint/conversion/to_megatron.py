@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tst.checkpoint.conversion.folders import whole_folder
 from megatron_tst.checkpoint.conversion.safetensors_files import SafetensorsFolder
-from megatron_tst.checkpoint.conversion.saved_runs import iteration_folder, write_run_files
+from megatron_tst.checkpoint.conversion.saved_runs import complete_weights
 from megatron_tst.checkpoint.conversion.settings import read_config_json, shape_of
 from megatron_tst.checkpoint.conversion.tables import Row, pieces
 from megatron_tst.checkpoint.conversion.tokenizer_files import copy_tokenizer
 from megatron_tst.checkpoint.conversion.torch_dist import Index, Slice, write_stacked
+from megatron_tst.checkpoint.conversion.whole_folder import whole_folder
+from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.config import DataSettings, RunConfig, TrainingSettings, UserError
 
 # Buffers that old versions of transformers saved with the weights; they follow from rope_theta.
@@ -87,19 +88,18 @@ class Import:
         Raises:
             UserError: if a weight cannot be read or the folder cannot be written.
         """
-        first = iteration_folder(0)
+        first = CheckpointFolders(target).of(0).name
         with whole_folder(target, self.num_bytes, force, mark=first) as folder:
             for name in (first, "tokenizer"):
                 (folder / name).mkdir()
             copy_tokenizer(tokenizer, folder / "tokenizer")
             write_stacked(folder / first, self._slices, self._empty_states(), on_progress)
-            home = str((target / "tokenizer").resolve())
             config = RunConfig(
                 model=self.model,
-                data=DataSettings(tokenizer_model=home),
+                data=DataSettings(tokenizer_model=str((target / "tokenizer").resolve())),
                 training=TrainingSettings(bf16=self._slices[0].dtype == torch.bfloat16),
             )
-            write_run_files(folder, config, self.vocab_size, home)
+            complete_weights(folder, config)
 
     def _check(self, architecture: str) -> None:
         given = {name: weight for name, weight in self._given.weights.items() if not _DERIVED.fullmatch(name)}

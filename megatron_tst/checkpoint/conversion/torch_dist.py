@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -38,7 +38,7 @@ from megatron_tst.platform.safe_checkpoint import read_metadata
 Index = tuple[int, ...]
 
 
-class _Target(LoadPlanner):  # type: ignore[misc]
+class _Target(LoadPlanner):
     """Lets the reader put pieces into one tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -159,7 +159,7 @@ class Slice:
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size((*(1 for _ in self.index), *self.size)))
 
 
-class _Source(SavePlanner):  # type: ignore[misc]
+class _Source(SavePlanner):
     """Hands entries to the writer one by one."""
 
     def __init__(self, slices: dict[MetadataIndex, Slice], on_progress: Callable[[int], object]) -> None:

@@ -53,7 +53,7 @@ def saved(one_rank, tokenizer, tmp_path_factory) -> Callable[..., Saved]:
     def get(name: str, bf16: bool = False) -> Saved:
         if (name, bf16) not in known:
             checkpoints = tmp_path_factory.mktemp("saved") / "checkpoints"
-            model = save_here(checkpoints, name, str(tokenizer.path), bf16)
+            model = save_here(checkpoints, name, str(tokenizer.path), one_rank, bf16)
             known[name, bf16] = Saved(checkpoints, model, tokenizer)
         return known[name, bf16]
 

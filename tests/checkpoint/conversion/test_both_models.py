@@ -1,4 +1,4 @@
-"""Our model and transformers' one compute the same from the same checkpoint, and the way back gives the same weights."""
+"""Our model and transformers' one compute the same from one checkpoint; the way back gives the same weights."""
 
 import dataclasses
 

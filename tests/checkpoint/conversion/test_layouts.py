@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_tst.checkpoint.conversion.saved_runs import find_saved_run
 from megatron_tst.config import ParallelSettings
 from tests.checkpoint.conversion.conftest import export
 from tests.checkpoint.saved import save, save_layout
@@ -43,17 +44,15 @@ def test_a_layout_exports_as_one_rank_does(saved, layout, tmp_path):
     assert ranks == contents(run.export(tmp_path / "alone", max_shard_bytes=50_000))
 
 
-def test_one_changed_weight_changes_the_bytes(saved, tmp_path):
+def test_one_changed_weight_changes_the_bytes(saved, rank, tmp_path):
     run = saved("qwen3-moe")
-    other = run.copy(tmp_path / "checkpoints")
     weight = run.model.decoder.layers[3].mlp.experts.local_experts[2].linear_fc2.weight
+    config = find_saved_run(run.checkpoints, None).config
     kept = weight.detach().clone()
     with torch.no_grad():
         weight[5, 7] += 1
-        folder = next(other.checkpoints.glob("iter_*"))
-        for path in [*folder.glob("*.distcp"), folder / ".metadata"]:
-            path.unlink()
-        save([run.model], folder)
+        save([run.model], tmp_path / "checkpoints", config, str(run.tokenizer.path), rank)
         weight.copy_(kept)
-    changed, whole = contents(other.export(tmp_path / "hf")), contents(run.export(tmp_path / "alone"))
+    changed = contents(export(tmp_path / "checkpoints", tmp_path / "hf", run.tokenizer))
+    whole = contents(run.export(tmp_path / "alone"))
     assert [name for name in whole if changed[name] != whole[name]] == ["model.safetensors"]

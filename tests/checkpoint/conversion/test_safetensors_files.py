@@ -71,10 +71,10 @@ def test_damaged_folders_are_refused_by_name(tmp_path):
     shard = tmp_path / "model-00002-of-00003.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="model-00002-of-00003.safetensors: cannot be read as safetensors"):
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors: cannot be read as safetensors"):
         SafetensorsFolder(tmp_path)
     shard.unlink()
-    with pytest.raises(UserError, match="model-00002-of-00003.safetensors: is missing"):
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors: is missing"):
         SafetensorsFolder(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')

@@ -137,9 +137,7 @@ def test_unknown_and_missing_weights_are_named(saved, tmp_path, edit, message):
 def test_an_optimizers_tensors_are_passed_over(saved, tmp_path):
     run = saved("llama").copy(tmp_path / "checkpoints")
     chained = "chained_1.optimizer.state.exp_avg.decoder.final_layernorm.weight"
-    change_contents(
-        folder_of(run), lambda m: m.state_dict_metadata.update({chained: m.state_dict_metadata[NORM]})
-    )
+    change_contents(folder_of(run), lambda m: m.state_dict_metadata.update({chained: m.state_dict_metadata[NORM]}))
     held = StackedWeights(folder_of(run)).entries
     assert {chained, "optimizer.state.exp_avg.output_layer.weight"} <= held.keys()
     exported, whole = (SafetensorsFolder(r.export(tmp_path / str(n))) for n, r in enumerate((run, saved("llama"))))
@@ -157,11 +155,13 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(saved, tmp_path):
 def test_missing_files_are_named(saved, tmp_path, name):
     run = saved("llama").copy(tmp_path / "checkpoints")
     (folder_of(run) / name).unlink()
-    assert_refused(run, tmp_path, f"{name}.* is missing")
+    assert_refused(run, tmp_path, f"{name}.*(is missing|No such file)")
 
 
-@pytest.mark.parametrize(("name", "content"), [("run_state.json", "{}"), ("run_state.json", "{"), ("config.yaml", ": :")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("run_state.json", "{}"), ("run_state.json", "{"), ("config.yaml", ": :")]
+)
 def test_damaged_files_are_named(saved, tmp_path, name, content):
     run = saved("llama").copy(tmp_path / "checkpoints")
     (folder_of(run) / name).write_text(content)
-    assert_refused(run, tmp_path, "config.yaml or run_state.json cannot be read")
+    assert_refused(run, tmp_path, f"{name}.*(cannot be read|is not YAML|must hold sections)")

@@ -92,10 +92,10 @@ def test_damage_is_named(tmp_path):
     shard = folder / "__0_0.distcp"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="__0_0.distcp: is cut short"):
+    with pytest.raises(UserError, match=r"__0_0\.distcp: is cut short"):
         StackedWeights(folder)
     shard.unlink()
-    with pytest.raises(UserError, match="__0_0.distcp: is missing"):
+    with pytest.raises(UserError, match=r"__0_0\.distcp: is missing"):
         StackedWeights(folder)
     shard.write_bytes(bytes(len(whole)))
     with pytest.raises(UserError, match=r"experts\[0, 0\]: cannot be read"):

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tst.checkpoint.folders import writing
 from megatron_tst.config import UserError
 
 
@@ -24,22 +25,25 @@ def whole_folder(target: Path, needed_bytes: int, force: bool, mark: str) -> Ite
     _check_replaceable(target, force, mark)
     aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < needed_bytes:
-            raise UserError(f"--save {target}: needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-        aside.mkdir()
-        yield aside
-        if target.exists():
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _check_space(target, needed_bytes)
+            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+            aside.mkdir()
+            yield aside
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                target.rename(old)
+            aside.rename(target)
             shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"--save {target}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_space(target: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < needed_bytes:
+        raise UserError(f"--save {target}: needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
 
 
 def _check_replaceable(target: Path, force: bool, mark: str) -> None:
