@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     """Convert, then compare if asked to."""
     convert = _to_hugging_face if arguments.direction == "megatron-to-hf" else _to_megatron
-    text = arguments.verify_text.read_text(encoding="utf-8") if arguments.verify_text else SENTENCE
+    text = _text(arguments.verify_text)
     saved, tokenizer, hugging_face = convert(arguments)
     print(f"wrote {arguments.save}", flush=True)
     if arguments.verify or arguments.verify_text:
@@ -84,6 +84,13 @@ def _to_megatron(arguments: argparse.Namespace) -> tuple[SavedRun, Tokenizer, Pa
         lambda advance: weights.write(arguments.save, tokenizer.path, arguments.force, on_progress=advance),
     )
     return find_saved_run(arguments.save, None), tokenizer, arguments.load
+
+
+def _text(path: Path | None) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path else SENTENCE
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--verify-text {path}: cannot be read: {error}") from error
 
 
 def _tokenizer(path: Path, vocab_size: int) -> Tokenizer:

@@ -75,7 +75,7 @@ class Export:
 
         Args:
             target: the folder.
-            tokenizer: a folder with ``tokenizer.json``, or that file.
+            tokenizer: the ``tokenizer.json`` to bring along.
             end_of_document: the token that ends a text.
             max_shard_bytes: most bytes of weights in a file.
             force: whether an earlier export may be replaced.

@@ -81,7 +81,7 @@ class Import:
 
         Args:
             target: the folder.
-            tokenizer: a folder with ``tokenizer.json``, or that file.
+            tokenizer: the ``tokenizer.json`` to bring along.
             force: whether an earlier import may be replaced.
             on_progress: called with the bytes of each weight written.
 

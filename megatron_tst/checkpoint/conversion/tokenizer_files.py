@@ -4,10 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from megatron_tst.config import UserError
-
-FILES = (
-    "tokenizer.json",
+TOKENIZER = "tokenizer.json"
+_COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -19,22 +17,18 @@ FILES = (
 )
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer, and a generation config that lies beside it.
+def copy_tokenizer(tokenizer: Path, target: Path) -> None:
+    """Copy a tokenizer, and what lies beside it for the same purpose.
 
     Args:
-        source: a folder with ``tokenizer.json``, or that file.
+        tokenizer: the ``tokenizer.json``.
         target: an existing folder.
-
-    Raises:
-        UserError: if there is no ``tokenizer.json``.
     """
-    folder = source if source.is_dir() else source.parent
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer {source}: holds no tokenizer.json")
-    for name in FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+    shutil.copyfile(tokenizer, target / TOKENIZER)
+    for name in _COMPANIONS:
+        companion = tokenizer.with_name(name)
+        if companion.is_file():
+            shutil.copyfile(companion, target / name)
 
 
 def complete_tokenizer(folder: Path, end_of_document: int, end_text: str) -> None:

@@ -56,7 +56,7 @@ def test_the_tokenizers_own_settings_are_kept(saved, tmp_path):
         (source / name).write_text(content)
     (source / "weights.bin").write_text("not a tokenizer's")
     end = EndOfDocument(run.tokenizer.eod, "<|endoftext|>")
-    Export(find_saved_run(run.checkpoints, None)).write(tmp_path / "hf", source, end, 10**9)
+    Export(find_saved_run(run.checkpoints, None)).write(tmp_path / "hf", source / "tokenizer.json", end, 10**9)
     assert {name: (tmp_path / "hf" / name).read_text() for name in kept} == kept
     assert not (tmp_path / "hf" / "weights.bin").exists()
 
