@@ -9,6 +9,7 @@ what pretrain_tst.py --load weights/ --finetune starts from.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -27,6 +28,11 @@ from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SENTENCE = "The model reads bags of tokens first, and single tokens after that."
+
+
+# torch's switch for huge pages, read when it first needs much memory: weights live for a moment here, and without it
+# half of the time goes into mapping their pages.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def parse_arguments() -> argparse.Namespace:

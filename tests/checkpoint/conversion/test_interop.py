@@ -1,4 +1,4 @@
-"""What stock Megatron-LM (core_v0.16.1) reads of weights: keys, shapes and common fields, as its own checkpoints have."""
+"""What stock Megatron-LM (core_v0.16.1) reads of weights: keys, shapes and common fields, as in its own checkpoints."""
 
 import json
 
