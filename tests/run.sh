@@ -3,7 +3,7 @@
 #   bash tests/run.sh -m "not distributed" -k loss
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash tools/setup_venv.sh plot,wandb,tensorboard,dev,test
+bash tools/setup_venv.sh plot,hf,wandb,tensorboard,dev,test
 # Two spinning OpenMP threads per process can be far slower than one; tests run several processes.
 export OMP_NUM_THREADS=1
 .venv/bin/ruff check .

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a comparison: sets up .venv, prepares real text, trains a baseline and a TST run, compares them.
+# From nothing to a comparison: sets up .venv, prepares real text, trains a baseline and a TST run, compares them, and
+# exports the TST model to Hugging Face's format.
 #   bash examples/quickstart/run.sh                   equal steps, same seed and model; runs/quickstart/loss_curves.png
 #   bash examples/quickstart/run.sh --seed 2          another seed
 #   bash examples/quickstart/run.sh --equal-loss      then shorter TST runs, until one ends above the baseline's loss
@@ -11,7 +12,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --seed) seed=${2:?--seed needs a number}; shift 2 ;;
     --equal-loss) equal_loss=yes; shift ;;
-    *) sed -n '2,6p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,7p' "$0" >&2; exit 2 ;;
   esac
 done
 steps=${STEPS:-2500}
@@ -20,7 +21,7 @@ data=${DATA:-data/quickstart}
 # The two runs share a machine: one thread each leaves no OpenMP threads spinning for a core that the other holds.
 export OMP_NUM_THREADS=1
 
-bash tools/setup_venv.sh
+bash tools/setup_venv.sh plot,hf
 python=.venv/bin/python
 
 if [ ! -f "$data/stdlib_text_document.idx" ]; then
@@ -66,3 +67,8 @@ if [ "$equal_loss" = yes ]; then
     echo "TST needs more than 95 % of the baseline's steps here: no speed-up at equal loss."
   fi
 fi
+
+echo "== exporting the TST model to $runs/hf"
+$python tools/convert_ckpt.py --load "$runs/tst/checkpoints" --save "$runs/hf" --force --verify
+echo "== transformers continues 'def test_': $runs/hf"
+$python examples/evaluate/generate.py "$runs/hf" "def test_" --tokens 24 --temperature 0.7

@@ -41,5 +41,8 @@ def block_spec(
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    if config.num_moe_experts is not None:
+        # No expert can hold the norm, so Transformer Engine's spec leaves it under its own key.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

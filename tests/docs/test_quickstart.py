@@ -25,6 +25,9 @@ def test_the_quickstart_runs(tmp_path: Path):
     assert all(f"{loss:.4f}" in done.stdout for loss in final)
     assert (runs / "loss_curves.png").stat().st_size > 10_000
     assert "speed-up" in done.stdout
+    assert (runs / "hf" / "model.safetensors").exists()
+    assert "same most likely token at" in done.stdout
+    assert done.stdout.rstrip().rpartition("/hf\n")[2].startswith("def test_")
     assert "Warning" not in done.stdout + done.stderr
 
 

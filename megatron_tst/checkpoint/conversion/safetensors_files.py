@@ -1,0 +1,181 @@
+"""safetensors shards, written one weight at a time and read one weight at a time.
+
+A file is the header's length (8 bytes, little endian), the header (JSON: name to dtype, shape and place), and the
+weights' bytes. The library writes a file from a dictionary of all its weights; here a weight is dropped once written.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tst.config import UserError
+
+INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight to come.
+
+    Attributes:
+        name: in the file.
+        size: its shape.
+        dtype: its type, a floating-point one.
+    """
+
+    name: str
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return prod(self.size) * self.dtype.itemsize
+
+
+def write_shards(
+    folder: Path,
+    weights: Sequence[Weight],
+    tensors: Iterable[Tensor],
+    max_shard_bytes: int,
+    on_progress: Callable[[int], object],
+) -> None:
+    """Write weights into as few files as their order allows, with an index where they are more than one.
+
+    Args:
+        folder: where; it exists.
+        weights: what comes, in order.
+        tensors: the weights themselves, in the same order; each is dropped once written.
+        max_shard_bytes: most bytes of weights in a file; a larger weight has a file to itself.
+        on_progress: called with the bytes of each weight.
+    """
+    shards = _shards(weights, max_shard_bytes)
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    coming = iter(tensors)
+    for name, shard in zip(names if len(shards) > 1 else [ONE_FILE], shards, strict=True):
+        with (folder / name).open("wb") as file:
+            file.write(_header(shard))
+            for weight in shard:
+                # No name keeps a weight while the next is read.
+                file.write(_content(weight, next(coming)))
+                on_progress(weight.num_bytes)
+    if len(shards) > 1:
+        where = {weight.name: name for name, shard in zip(names, shards, strict=True) for weight in shard}
+        total = sum(weight.num_bytes for weight in weights)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(weights: Sequence[Weight], max_shard_bytes: int) -> list[list[Weight]]:
+    shards: list[list[Weight]] = [[]]
+    filled = 0
+    for weight in weights:
+        if shards[-1] and filled + weight.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(weight)
+        filled += weight.num_bytes
+    return shards
+
+
+def _content(weight: Weight, tensor: Tensor) -> memoryview:
+    assert (tuple(tensor.shape), tensor.dtype) == (weight.size, weight.dtype), weight.name
+    # numpy has no bfloat16, but bytes are bytes.
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header(shard: Sequence[Weight]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for weight in shard:
+        end = start + weight.num_bytes
+        entries[weight.name] = {
+            "dtype": _CODES[weight.dtype],
+            "shape": list(weight.size),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # weights start at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
+
+
+class SafetensorsFolder:
+    """The weights of a Hugging Face folder, read by name.
+
+    Attributes:
+        weights: name to shape and type.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of all files.
+
+        Args:
+            folder: with ``model.safetensors``, or shards and their index.
+
+        Raises:
+            UserError: if a file is missing or is not what it should be, or the safetensors package is not installed.
+        """
+        self._files: dict[str, Path] = {}
+        self.weights: dict[str, Weight] = {}
+        for path in _files(folder):
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118 - the library's object is no mapping
+                    found = file.get_slice(name)
+                    code = found.get_dtype()
+                    if code not in DTYPES:
+                        raise UserError(f"{path}: {name}: type {code} cannot be converted, only {', '.join(DTYPES)}")
+                    self.weights[name] = Weight(name, tuple(found.get_shape()), DTYPES[code])
+                    self._files[name] = path
+
+    def read(self, name: str) -> Tensor:
+        """Read one weight."""
+        with _open(self._files[name]) as file:
+            tensor = file.get_tensor(name)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        path = folder / ONE_FILE
+        if not path.is_file():
+            raise UserError(f"{folder}: is not a Hugging Face folder with safetensors: {ONE_FILE} is missing")
+        yield path
+        return
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: cannot be read as an index of weights: {error!r}") from error
+    for name in names:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise UserError(f"{path}: is missing, but {index.name} names it")
+        yield path
+
+
+def _open(path: Path) -> Any:
+    try:
+        import safetensors
+    except ImportError:
+        raise UserError("reading Hugging Face weights needs the package safetensors: pip install safetensors") from None
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except Exception as error:  # the library raises its own class for a malformed header, OSError for a missing file
+        raise UserError(f"{path}: cannot be read as safetensors: {error}") from error

@@ -1,0 +1,83 @@
+"""What a conversion needs to know of a checkpoint beside its tensors."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_tst.checkpoint.checksums import write_checksums
+from megatron_tst.checkpoint.content import FORMAT_VERSION
+from megatron_tst.checkpoint.folders import TRACKER, CheckpointFolders
+from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE, read_run_state, read_saved_config
+from megatron_tst.config import RunConfig, UserError, dump_config
+
+# What dist_checkpointing asks before it reads.
+_FORMATS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """One checkpoint.
+
+    Attributes:
+        folder: ``iter_0000123``.
+        config: the settings it was made with.
+        vocab_size: tokens of its vocabulary, without padding.
+        tokenizer: its tokenizer's file or folder.
+    """
+
+    folder: Path
+    config: RunConfig
+    vocab_size: int
+    tokenizer: Path
+
+
+def find_saved_run(checkpoints: Path, iteration: int | None) -> SavedRun:
+    """Find a checkpoint, of a run or of imported weights.
+
+    Args:
+        checkpoints: the folder of checkpoints.
+        iteration: which; the one that the tracker names where not given.
+
+    Raises:
+        UserError: if there is none, or its settings cannot be read.
+    """
+    folders = CheckpointFolders(checkpoints)
+    wanted, steps = folders.latest() if iteration is None else iteration, folders.steps()
+    if wanted is None:
+        raise UserError(f"--load {checkpoints}: is not a folder of checkpoints: {TRACKER} is missing or names no step")
+    if wanted not in steps:
+        raise UserError(f"--iteration {wanted}: {checkpoints} holds {steps or 'no checkpoints'}")
+    folder = folders.of(wanted)
+    config = read_saved_config(folder)
+    if (folder / RUN_STATE).exists():
+        state = read_run_state(folder)
+        return SavedRun(folder, config, state.vocab_size, Path(state.tokenizer))
+    vocab_size, tokenizer = config.model.vocab_size, config.data.tokenizer_model
+    if vocab_size is None or tokenizer is None:
+        raise UserError(f"{folder / RUN_STATE} is missing")
+    return SavedRun(folder, config, vocab_size, Path(tokenizer))
+
+
+def complete_weights(checkpoints: Path, config: RunConfig) -> None:
+    """Make a checkpoint of weights alone out of its tensors: write what stands beside them.
+
+    Without a run's state it is a checkpoint to start from (``--finetune``), not one to resume.
+
+    Args:
+        checkpoints: the folder of checkpoints, with the tensors in that of step 0.
+        config: settings of the model, its vocabulary and tokenizer included.
+    """
+    folders = CheckpointFolders(checkpoints)
+    folder = folders.of(0)
+    torch.save({"checkpoint_version": FORMAT_VERSION, "iteration": 0}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(_FORMATS), encoding="utf-8")
+    (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    write_checksums(folder, known={})
+    folders.point_to(0)

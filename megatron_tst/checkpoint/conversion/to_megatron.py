@@ -1,0 +1,145 @@
+"""From a Hugging Face folder to a checkpoint of weights, from which a run can start."""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_tst.checkpoint.conversion.safetensors_files import SafetensorsFolder
+from megatron_tst.checkpoint.conversion.saved_runs import complete_weights
+from megatron_tst.checkpoint.conversion.settings import read_config_json, shape_of
+from megatron_tst.checkpoint.conversion.tables import Row, pieces
+from megatron_tst.checkpoint.conversion.tokenizer_files import copy_tokenizer
+from megatron_tst.checkpoint.conversion.torch_dist import Index, Slice, write_stacked
+from megatron_tst.checkpoint.conversion.whole_folder import whole_folder
+from megatron_tst.checkpoint.folders import CheckpointFolders
+from megatron_tst.config import DataSettings, RunConfig, TrainingSettings, UserError
+
+# Buffers that old versions of transformers saved with the weights; they follow from rope_theta.
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+_LINEAR = re.compile(r"\.linear_\w+$")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Import:
+    """A Hugging Face folder, checked against its config.json and ready to be written.
+
+    Attributes:
+        model: the settings of its model.
+        num_bytes: of all weights.
+    """
+
+    def __init__(self, source: Path, dtype: torch.dtype | None = None) -> None:
+        """Compare the weights with the table of their architecture.
+
+        Args:
+            source: the Hugging Face folder.
+            dtype: of the weights to write; each keeps its own where not given.
+
+        Raises:
+            UserError: if config.json cannot be converted, or a weight is missing, not in the table, or of another size.
+        """
+        path = source / "config.json"
+        try:
+            contents = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--load {source}: is not a Hugging Face folder: config.json: {error}") from error
+        if not isinstance(contents, dict):
+            raise UserError(f"--load {source}: is not a Hugging Face folder: config.json holds no object")
+        architecture, self.model = read_config_json(contents, str(path))
+        assert self.model.vocab_size
+        multiple = self.model.make_vocab_size_divisible_by
+        self._shape = shape_of(
+            self.model, self.model.vocab_size, math.ceil(self.model.vocab_size / multiple) * multiple
+        )
+        self._tied = not self.model.untie_embeddings_and_output_weights
+        self._rows = architecture.rows_of(self._tied)
+        self._source, self._dtype = source, dtype
+        self._given = SafetensorsFolder(source)
+        self._check(architecture.name)
+        self._slices = [self._slice(row, index) for row, index in pieces(self._rows, self._shape)]
+        self.num_bytes = sum(math.prod(piece.size) * piece.dtype.itemsize for piece in self._slices)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+        return self._shape.vocab_size
+
+    def write(
+        self,
+        target: Path,
+        tokenizer: Path,
+        force: bool = False,
+        on_progress: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        """Write the folder of checkpoints, with the tokenizer in it; it appears whole or not at all.
+
+        Args:
+            target: the folder.
+            tokenizer: the ``tokenizer.json`` to bring along.
+            force: whether an earlier import may be replaced.
+            on_progress: called with the bytes of each weight written.
+
+        Raises:
+            UserError: if a weight cannot be read or the folder cannot be written.
+        """
+        first = CheckpointFolders(target).of(0).name
+        with whole_folder(target, self.num_bytes, force, mark=first) as folder:
+            for name in (first, "tokenizer"):
+                (folder / name).mkdir()
+            copy_tokenizer(tokenizer, folder / "tokenizer")
+            write_stacked(folder / first, self._slices, self._empty_states(), on_progress)
+            config = RunConfig(
+                model=self.model,
+                data=DataSettings(tokenizer_model=str((target / "tokenizer").resolve())),
+                training=TrainingSettings(bf16=self._slices[0].dtype == torch.bfloat16),
+            )
+            complete_weights(folder, config)
+
+    def _check(self, architecture: str) -> None:
+        given = {name: weight for name, weight in self._given.weights.items() if not _DERIVED.fullmatch(name)}
+        if self._tied and _HEAD in given:
+            del given[_HEAD]
+            if not torch.equal(self._given.read(_HEAD), self._given.read(_EMBEDDING)):
+                raise UserError(f"{self._source}: {_HEAD}: differs from {_EMBEDDING}, but config.json ties them")
+        table = {
+            name: size
+            for row, index in pieces(self._rows, self._shape)
+            for name, size in zip(row.names(index), row.hugging_face_sizes(self._shape), strict=True)
+        }
+        for name in sorted(given.keys() ^ table.keys()):
+            where = "is not in the table of its architecture" if name in given else "is missing"
+            raise UserError(f"{self._source}: {name}: {where}, {architecture}")
+        for name, size in table.items():
+            if given[name].size != size:
+                found = list(given[name].size)
+                raise UserError(f"{self._source}: {name}: is {found}, but config.json makes it {list(size)}")
+
+    def _slice(self, row: Row, index: Index) -> Slice:
+        stacked = row.stacked(self._shape)
+        # A stacked tensor has one type: that of its first weight.
+        first = row.names(tuple(0 for _ in stacked))[0]
+        dtype = self._dtype or self._given.weights[first].dtype
+
+        def load() -> Tensor:
+            parts = [self._given.read(name) for name in row.names(index)]
+            return row.transformation.join(parts, self._shape).to(dtype)
+
+        return Slice(row.megatron, stacked, index, row.megatron_size(self._shape), dtype, load)
+
+    def _empty_states(self) -> Iterator[str]:
+        """Keys of what modules keep besides weights, which a load asks for: nothing, without FP8."""
+        for row in self._rows:
+            module = row.megatron.removesuffix(".weight")
+            lengths = row.stacked(self._shape)
+            # Transformer Engine's attention has no weight, but it has such an entry.
+            attention = module.replace("linear_proj", "core_attention")
+            for owner in sorted({module, attention}) if _LINEAR.search(module) else ():
+                for index in itertools.product(*map(range, lengths)):
+                    places = (".".join(map(str, numbers)) for numbers in (index, lengths))
+                    yield f"{owner}._extra_state/shard_{'_'.join(places)}"

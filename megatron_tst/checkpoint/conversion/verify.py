@@ -1,0 +1,74 @@
+"""Both sides of a conversion on the same text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_tst.config import UserError
+from megatron_tst.platform.safe_checkpoint import safe_loading
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models' logits are apart.
+
+    Attributes:
+        positions: of the text that was read.
+        largest: absolute difference of two logits.
+        largest_logit: absolute value of a logit, for scale.
+        same_choice: positions at which both models' most likely next token is the same.
+    """
+
+    positions: int
+    largest: float
+    largest_logit: float
+    same_choice: int
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Load a checkpoint's weights by megatron-core's own reader, which knows nothing of the conversion.
+
+    Args:
+        model: a GPTModel of this one rank, without wrappers; it keeps its type.
+        folder: of the checkpoint, ``iter_0000123``.
+    """
+    with safe_loading():
+        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
+    model.load_state_dict(loaded["model"])
+
+
+@torch.no_grad()
+def compare_logits(model: torch.nn.Module, hugging_face: Path, tokens: list[int]) -> Difference:
+    """Run our model and transformers' one in float32 on the same tokens.
+
+    Args:
+        model: a float32 GPTModel with its weights loaded.
+        hugging_face: the converted folder.
+        tokens: ids of the text.
+
+    Raises:
+        UserError: if transformers is not installed.
+    """
+    theirs = _load_hugging_face(hugging_face)
+    tokens_BL = torch.tensor([tokens], device=next(model.parameters()).device)
+    places_BL = torch.arange(len(tokens), device=tokens_BL.device).unsqueeze(0)
+    their_logits_LV = theirs(tokens_BL.cpu()).logits[0]
+    our_logits_LV = model.eval()(tokens_BL, places_BL, None)[0, :, : their_logits_LV.shape[1]].cpu()
+    return Difference(
+        positions=len(tokens),
+        largest=float((our_logits_LV - their_logits_LV).abs().max()),
+        largest_logit=float(our_logits_LV.abs().max()),
+        same_choice=int((our_logits_LV.argmax(-1) == their_logits_LV.argmax(-1)).sum()),
+    )
+
+
+def _load_hugging_face(folder: Path) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--verify: needs the package transformers: pip install transformers") from None
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()

@@ -1,0 +1,77 @@
+"""A folder appears whole or not at all."""
+
+import shutil
+
+import pytest
+
+from megatron_tst.checkpoint.conversion.whole_folder import whole_folder
+from megatron_tst.config import UserError
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def fill(target, text, force=False, fail=None, needed_bytes=0):
+    with whole_folder(target, needed_bytes, force, mark="config.json") as folder:
+        (folder / "config.json").write_text(text)
+        assert not (target / "config.json").exists() or (target / "config.json").read_text() != text
+        if fail:
+            raise fail
+
+
+def test_it_appears_with_its_parents_and_nothing_else(tmp_path):
+    fill(tmp_path / "a" / "b", "new")
+    assert files(tmp_path) == {"a/b/config.json": "new"}
+    (tmp_path / "empty").mkdir()
+    fill(tmp_path / "empty", "new")
+    assert files(tmp_path / "empty") == {"config.json": "new"}
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), UserError("damaged"), RuntimeError()])
+def test_an_interruption_leaves_what_was_there(tmp_path, failure):
+    with pytest.raises(type(failure)):
+        fill(tmp_path / "b", "new", fail=failure)
+    assert not any(tmp_path.iterdir())
+    fill(tmp_path / "b", "old")
+    with pytest.raises(type(failure)):
+        fill(tmp_path / "b", "new", force=True, fail=failure)
+    assert files(tmp_path) == {"b/config.json": "old"}
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    (tmp_path / ".b.partial" / "deep").mkdir(parents=True)
+    (tmp_path / ".b.partial" / "model.safetensors").write_text("half")
+    fill(tmp_path / "b", "new")
+    assert files(tmp_path) == {"b/config.json": "new"}
+
+
+def test_only_an_earlier_conversion_is_replaced_and_only_by_force(tmp_path):
+    fill(tmp_path / "b", "old")
+    with pytest.raises(UserError, match="is not empty; --force replaces it"):
+        fill(tmp_path / "b", "new")
+    fill(tmp_path / "b", "new", force=True)
+    assert files(tmp_path) == {"b/config.json": "new"}
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match=r"holds no config\.json, so it is something else"):
+        fill(tmp_path / "home", "new", force=True)
+    with pytest.raises(UserError, match="exists and is not a folder"):
+        fill(tmp_path / "home" / "thesis.tex", "new", force=True)
+    assert files(tmp_path / "home") == {"thesis.tex": "years"}
+
+
+def test_no_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**9))
+    fill(tmp_path / "b", "new", needed_bytes=10**9)
+    with pytest.raises(UserError, match=r"c: needs 1\.50 GB, but 1\.00 GB are free"):
+        fill(tmp_path / "c", "new", needed_bytes=1_500_000_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path):
+    full = OSError(28, "No space left on device")
+    with pytest.raises(UserError, match=r"--save: .*c cannot be written: No space left on device"):
+        fill(tmp_path / "c", "new", fail=full)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""Convert a checkpoint to a Hugging Face folder, or back.
+
+python tools/convert_ckpt.py --load RUN/checkpoints --save hf/
+python tools/convert_ckpt.py --direction hf-to-megatron --load hf/ --save weights/
+
+The first writes what AutoModelForCausalLM.from_pretrained opens, from a run of any parallel layout; the second writes
+what pretrain_tst.py --load weights/ --finetune starts from.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_tst.checkpoint.conversion.saved_runs import SavedRun, find_saved_run
+from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
+from megatron_tst.checkpoint.conversion.to_megatron import Import
+from megatron_tst.config import UserError
+from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+SENTENCE = "The model reads bags of tokens first, and single tokens after that."
+
+
+# torch's switch for huge pages, read when it first needs much memory: weights live for a moment here, and without it
+# half of the time goes into mapping their pages.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--load", type=Path, required=True, help="RUN/checkpoints, or a Hugging Face folder")
+    parser.add_argument("--save", type=Path, required=True, help="folder to write; it appears whole or not at all")
+    parser.add_argument("--direction", choices=("megatron-to-hf", "hf-to-megatron"), default="megatron-to-hf")
+    parser.add_argument("--iteration", type=int, help="which checkpoint; the latest where not given")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; as they are where not given")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="with tokenizer.json; the run's where not given")
+    parser.add_argument("--max-shard-size", default="5GB", help="most weights in a file of a Hugging Face folder")
+    parser.add_argument("--force", action="store_true", help="replace an earlier conversion, once the new one is whole")
+    parser.add_argument("--verify", action="store_true", help="compare the logits of both sides; loads both models")
+    parser.add_argument("--verify-text", type=Path, metavar="FILE", help="text to compare on, instead of a sentence")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Convert, then compare if asked to."""
+    convert = _to_hugging_face if arguments.direction == "megatron-to-hf" else _to_megatron
+    text = _text(arguments.verify_text)
+    saved, tokenizer, hugging_face = convert(arguments)
+    print(f"wrote {arguments.save}", flush=True)
+    if arguments.verify or arguments.verify_text:
+        _verify(saved, hugging_face, tokenizer.encode_batch([text])[0])
+
+
+def _to_hugging_face(arguments: argparse.Namespace) -> tuple[SavedRun, Tokenizer, Path]:
+    saved = find_saved_run(arguments.load, arguments.iteration)
+    tokenizer = _tokenizer(arguments.tokenizer or saved.tokenizer, saved.vocab_size)
+    end = EndOfDocument(tokenizer.eod, tokenizer.decode([tokenizer.eod]))
+    export = Export(saved, DTYPES.get(arguments.dtype))
+    max_shard_bytes = _bytes(arguments.max_shard_size)
+    _show_progress(
+        f"{saved.folder.name} to Hugging Face",
+        export.num_bytes,
+        lambda advance: export.write(
+            arguments.save, tokenizer.path, end, max_shard_bytes, arguments.force, on_progress=advance
+        ),
+    )
+    return saved, tokenizer, arguments.save
+
+
+def _to_megatron(arguments: argparse.Namespace) -> tuple[SavedRun, Tokenizer, Path]:
+    if arguments.iteration is not None:
+        raise UserError(f"--iteration {arguments.iteration}: a Hugging Face folder has no iterations")
+    weights = Import(arguments.load, DTYPES.get(arguments.dtype))
+    tokenizer = _tokenizer(arguments.tokenizer or arguments.load, weights.vocab_size)
+    _show_progress(
+        "Hugging Face to checkpoint",
+        weights.num_bytes,
+        lambda advance: weights.write(arguments.save, tokenizer.path, arguments.force, on_progress=advance),
+    )
+    return find_saved_run(arguments.save, None), tokenizer, arguments.load
+
+
+def _text(path: Path | None) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path else SENTENCE
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--verify-text {path}: cannot be read: {error}") from error
+
+
+def _tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    if not path.exists():
+        raise UserError(f"--tokenizer {path}: does not exist; name the folder of the model's tokenizer.json")
+    tokenizer = load_tokenizer(str(path))
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"--tokenizer {path}: has {tokenizer.vocab_size} tokens, but the model knows {vocab_size}")
+    return tokenizer
+
+
+def _bytes(size: str) -> int:
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", size.strip().upper())
+    if not parts or parts[2] not in UNITS or not float(parts[1]):
+        raise UserError(f"--max-shard-size {size}: must be a number of bytes such as 5GB or 500MB")
+    return int(float(parts[1]) * UNITS[parts[2]])
+
+
+def _show_progress(what: str, num_bytes: int, write: Callable[[Callable[[int], object]], None]) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=num_bytes)
+        write(lambda written: progress.advance(task, written))
+
+
+def _verify(saved: SavedRun, hugging_face: Path, tokens: list[int]) -> None:
+    from megatron_tst.checkpoint.conversion.verify import compare_logits, load_weights
+    from megatron_tst.config import ParallelSettings, TrainingSettings
+    from megatron_tst.model import LossChoice, build_gpt, transformer_config
+    from megatron_tst.platform import (
+        ParallelSizes,
+        enter_device,
+        find_libraries,
+        join_ranks,
+        leave_ranks,
+        seed_everything,
+    )
+
+    model, libraries = saved.config.model, find_libraries()
+    join_ranks(ParallelSizes())
+    seed_everything(saved.config.training.seed)
+    config = transformer_config(model, TrainingSettings(), ParallelSettings(), libraries)
+    has_te = libraries.transformer_engine is not None
+    gpt = build_gpt(config, model, saved.vocab_size, LossChoice(), use_transformer_engine=has_te)
+    load_weights(gpt.to(enter_device().torch_device), saved.folder)
+    found = compare_logits(gpt, hugging_face, tokens[: model.max_position_embeddings or model.seq_length])
+    leave_ranks()
+    print(
+        f"largest logit difference {found.largest:.2g} (largest logit {found.largest_logit:.3g}), "
+        f"same most likely token at {found.same_choice} of {found.positions} positions"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except UserError as error:
+        print(f"convert_ckpt.py: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("convert_ckpt.py: interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
