@@ -71,7 +71,7 @@ def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
     def step() -> None:
         number = next(numbers)
         report = run.stepper.train(read_step(run, reader, schedule.phases[0]))
-        monitor.record(number, schedule.phase_at(number - 1), report)
+        monitor.record(number, schedule.phase_at(number - 1), report, data_s=0.0)
 
     return step
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tst.checkpoint.checksums import find_damage
@@ -24,7 +25,7 @@ from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.run_state import RUN_STATE, RunState, read_run_state, read_saved_config
 from megatron_tst.config import CheckpointSettings, RunConfig, UserError
 from megatron_tst.platform import Ranks, main_rank_alone
-from megatron_tst.platform.safe_checkpoint import METADATA, safe_loading
+from megatron_tst.platform.safe_checkpoint import METADATA, read_metadata, safe_loading
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ def load_checkpoint(
     """
     model = list_model(trainables)
     wanted: dict[str, Any] = dict(model)
+    absent = _take_absent_states(model, found.folder)
     if with_optimizer:
         # Under a name of its own: the checkpoint's plain values, of perhaps another layout, come back as "optimizer".
         wanted["optimizer_shards"] = list_optimizer(trainables, model, is_loading=True)
@@ -130,6 +132,8 @@ def load_checkpoint(
             loaded = dist_checkpointing.load(wanted, str(found.folder))
     except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
         raise UserError(f"--load {found.folder}: cannot be loaded: {_reason(error)}", own_rank=True) from error
+    for part, names in absent.items():
+        loaded[part].update(dict.fromkeys(names))
     put_model(trainables, loaded)
     if with_optimizer:
         put_optimizer(trainables, loaded["optimizer_shards"], own, loaded["optimizer"])
@@ -137,6 +141,24 @@ def load_checkpoint(
         trainables.optimizer.reload_model_params()
     if with_generators:
         put_generators(loaded["rng_state"])
+
+
+def _take_absent_states(model: dict[str, Any], folder: Path) -> dict[str, list[str]]:
+    """Take from the list of what to load the modules' states that are no tensors and that the checkpoint lacks.
+
+    Transformer Engine's attention asks for one, which holds nothing without FP8; checkpoints of other layers have none.
+    """
+    known = read_metadata(folder).state_dict_metadata
+    absent = {}
+    for part, entries in model.items():
+        absent[part] = [
+            name
+            for name, entry in entries.items()
+            if isinstance(entry, ShardedObject) and entry.unique_key not in known
+        ]
+        for name in absent[part]:
+            del entries[name]
+    return absent
 
 
 def _reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import resource
 import subprocess
 import warnings
 from dataclasses import dataclass
@@ -60,3 +61,10 @@ def driver_version() -> str:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has held: allocated on its card, or resident where there is none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

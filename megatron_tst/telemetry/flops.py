@@ -7,6 +7,8 @@ from megatron_tst.config import ModelSettings
 
 # The backward pass multiplies once more for the inputs' gradients and once more for the weights'.
 PASSES = 3
+# Dense bfloat16 peak of a card in 1e12 FLOPs per second, by a part of its name (NVIDIA's data sheets).
+PEAK_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
 def forward_flops_per_sequence(model: ModelSettings, padded_vocab_size: int) -> int:
@@ -44,3 +46,8 @@ def forward_flops_per_sequence(model: ModelSettings, padded_vocab_size: int) -> 
 def step_flops(model: ModelSettings, padded_vocab_size: int, global_batch_size: int) -> int:
     """Return the floating-point operations of one optimizer step over all ranks, in either phase."""
     return PASSES * global_batch_size * forward_flops_per_sequence(model, padded_vocab_size)
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Return a card's dense bfloat16 peak in 1e12 FLOPs per second, or None for one that is not known."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)

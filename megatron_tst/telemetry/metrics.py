@@ -27,6 +27,12 @@ class StepMetrics:
         data_tokens_per_s: over the same steps, all ranks.
         positions_per_s: over the same steps, all ranks.
         tflops_per_gpu: model FLOPs per second and rank, in 1e12.
+        mfu: the share of the card's bfloat16 peak that these are; null where the peak is not known.
+        data_time_s: mean seconds per step that the main rank waited for text.
+        forward_backward_time_s: mean seconds per step in forward and backward passes, pipeline bubbles included.
+        optimizer_time_s: mean seconds per step in gradient norm and update.
+        data_epochs: how often the most-read share of the phase's documents has been read.
+        memory_gib: highest memory of the main rank so far: allocated on the card, or resident without one.
     """
 
     step: int
@@ -42,6 +48,12 @@ class StepMetrics:
     data_tokens_per_s: float
     positions_per_s: float
     tflops_per_gpu: float
+    mfu: float | None
+    data_time_s: float
+    forward_backward_time_s: float
+    optimizer_time_s: float
+    data_epochs: float
+    memory_gib: float
 
 
 @dataclass(frozen=True)

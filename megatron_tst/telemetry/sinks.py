@@ -126,7 +126,7 @@ class WeightsAndBiases:
         identity = directory.path / "wandb_run_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4), encoding="utf-8")
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         self._run = wandb.init(
             project=settings.wandb_project,
             entity=settings.wandb_entity,

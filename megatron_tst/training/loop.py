@@ -1,15 +1,14 @@
 """The training loop: one loop over steps, whatever the phases."""
 
-import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
 
 import torch
 
 from megatron_tst.data.batches import Batch, TextReader
 from megatron_tst.platform import any_rank
+from megatron_tst.platform.device import peak_memory_bytes
 from megatron_tst.platform.signals import StopSignals
 from megatron_tst.superposition import Phase, PhasePoint
 from megatron_tst.telemetry import (
@@ -21,7 +20,9 @@ from megatron_tst.telemetry import (
     ValidMetrics,
     versions,
 )
+from megatron_tst.telemetry.flops import peak_tflops
 from megatron_tst.telemetry.sinks import BackgroundSink, numbers, open_sinks
+from megatron_tst.training.pace import Pace
 from megatron_tst.training.run import Run
 from megatron_tst.training.step import StepReport
 from megatron_tst.training.stop import DivergenceGuard, StopConditions
@@ -49,11 +50,14 @@ def train(run: Run) -> bool:
             conditions = StopConditions(run.config.checkpoint, signals)
             for step in range(run.first_step, run.schedule.num_steps):
                 point = run.schedule.phase_at(step)
-                report = run.stepper.train(read_step(run, reader, point.phase))
-                monitor.record(step + 1, point, report)
+                started_s = time.perf_counter()
+                batches = read_step(run, reader, point.phase)
+                data_s = time.perf_counter() - started_s
+                report = run.stepper.train(batches)
+                monitor.record(step + 1, point, report, data_s)
                 guard.check(step + 1, report)
                 if _is_due(step + 1, run.config.training.eval_interval, run):
-                    with monitor.paused():
+                    with monitor.pace.paused():
                         monitor.record_valid(step + 1, evaluate(run))
                 if _save_and_ask(run, monitor, conditions, step + 1):
                     return False
@@ -76,7 +80,7 @@ def _save_and_ask(run: Run, monitor: "Monitor", conditions: StopConditions, step
     is_end = step == run.schedule.num_steps
     interval = run.config.checkpoint.save_interval
     if is_asked or step in run.schedule.ends or (interval is not None and step % interval == 0):
-        with monitor.paused():
+        with monitor.pace.paused():
             monitor.sync()
             run.save(step)
     if is_asked or is_end:
@@ -128,10 +132,13 @@ class Monitor:
         self.progress = TrainingProgress(run.schedule.num_steps, len(run.schedule.phases), visible=self._main)
         assert run.config.model.seq_length
         self._positions_per_step = run.global_batch_size * run.config.model.seq_length
-        self._last_step = run.first_step
         self._last_tokens = run.schedule.data_tokens(run.first_step, self._positions_per_step)
-        self._last_time = time.perf_counter()
+        self._epochs_per_step = [
+            text.num_epochs / phase.num_steps
+            for text, phase in zip(run.data.train.phases, run.schedule.phases, strict=True)
+        ]
         self._sinks = self._open_sinks() if self._main else []
+        self.pace = Pace()
 
     def _open_sinks(self) -> list[BackgroundSink]:
         run = self._run
@@ -140,12 +147,19 @@ class Monitor:
         done = {"step": run.first_step, "data_tokens": self._last_tokens, "positions": positions}
         return open_sinks(run.config.logging, run.directory, facts, done)
 
-    def record(self, step: int, point: PhasePoint, report: StepReport) -> None:
+    def record(self, step: int, point: PhasePoint, report: StepReport, data_s: float) -> None:
         """Count a step, and log it if a line is due or it was not applied.
 
         Collective for a mixture of experts: every rank of the world calls it.
+
+        Args:
+            step: 1-based.
+            point: where it lies.
+            report: what it did.
+            data_s: how long it waited for text.
         """
         self.progress.advance(step)
+        self.pace.add(data_s, report)
         if not report.is_applied:
             self._record_skipped(step, point, report)
             return
@@ -154,31 +168,38 @@ class Monitor:
         if not (is_phase_end or _is_due(step, self._run.config.logging.log_interval, self._run)):
             return
         self._record_experts(step)
-        if self._file is None:
-            return
-        loss = float(report.loss)  # waits for the device, so that the time below is the steps' own
-        now = time.perf_counter()
-        seconds, steps = now - self._last_time, step - self._last_step
-        positions_per_step = self._positions_per_step
-        tokens = self._run.schedule.data_tokens(step, positions_per_step)
+        if self._main:
+            self._record_step(step, point, report)
+
+    def _record_step(self, step: int, point: PhasePoint, report: StepReport) -> None:
+        run, pace = self._run, self.pace.take()
+        tokens = run.schedule.data_tokens(step, self._positions_per_step)
+        tflops = pace.steps * run.flops_per_step / pace.seconds / run.ranks.world_size / 1e12
+        peak = peak_tflops(run.device.name)
         metrics = StepMetrics(
             step=step,
             phase=point.index,
             bag_size=point.bag_size,
-            loss_kind="ce" if point.bag_size == 1 else self._run.config.superposition.tst_objective,
-            loss=loss,
+            loss_kind="ce" if point.bag_size == 1 else run.config.superposition.tst_objective,
+            loss=float(report.loss),
             lr=report.lr,
             grad_norm=report.grad_norm,
             data_tokens=tokens,
-            positions=step * positions_per_step,
-            step_time_s=seconds / steps,
-            data_tokens_per_s=(tokens - self._last_tokens) / seconds,
-            positions_per_s=steps * positions_per_step / seconds,
-            tflops_per_gpu=steps * self._run.flops_per_step / seconds / self._run.ranks.world_size / 1e12,
+            positions=step * self._positions_per_step,
+            step_time_s=pace.seconds / pace.steps,
+            data_tokens_per_s=(tokens - self._last_tokens) / pace.seconds,
+            positions_per_s=pace.steps * self._positions_per_step / pace.seconds,
+            tflops_per_gpu=tflops,
+            mfu=None if peak is None else tflops / peak,
+            data_time_s=pace.data_s / pace.steps,
+            forward_backward_time_s=pace.forward_backward_s / pace.steps,
+            optimizer_time_s=pace.optimizer_s / pace.steps,
+            data_epochs=(point.step + 1) * self._epochs_per_step[point.index],
+            memory_gib=peak_memory_bytes() / 2**30,
         )
         self._write(metrics)
         self.progress.show_step(metrics)
-        self._last_step, self._last_tokens, self._last_time = step, tokens, now
+        self._last_tokens = tokens
 
     def _record_skipped(self, step: int, point: PhasePoint, report: StepReport) -> None:
         """Tell which text a step that was not applied had read."""
@@ -217,13 +238,6 @@ class Monitor:
             metrics = ValidMetrics(step, loss, data_tokens=tokens, positions=step * self._positions_per_step)
             self._write(metrics)
             self.progress.show_valid(metrics)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what happens inside out of the steps' time."""
-        started = time.perf_counter()
-        yield
-        self._last_time += time.perf_counter() - started
 
     def _write(self, metrics: StepMetrics | ValidMetrics | ExpertMetrics | SkippedMetrics) -> None:
         """Write a line to the file, and offer it to the sinks."""

@@ -1,6 +1,7 @@
 """One optimizer step, and one evaluation, through megatron-core's pipeline schedules."""
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +27,16 @@ class StepReport:
         grad_norm: global gradient norm before clipping.
         lr: learning rate of the step.
         is_applied: whether weights changed: not where loss or gradient norm is not finite.
+        forward_backward_s: time of the forward and backward passes.
+        optimizer_s: time of the gradient norm and the update.
     """
 
     loss: Tensor
     grad_norm: float
     lr: float
     is_applied: bool
+    forward_backward_s: float
+    optimizer_s: float
 
 
 def _connect(chunks: list[torch.nn.Module]) -> None:
@@ -94,6 +99,7 @@ class Stepper:
 
         Collective: every rank of the world calls it.
         """
+        started_s = time.perf_counter()
         optimizer = self.trainables.optimizer
         for chunk in self.trainables.chunks:
             chunk.train()
@@ -102,11 +108,20 @@ class Stepper:
         loss = self._run(batches, forward_only=False)
         lr = optimizer.param_groups[0]["lr"]
         is_applied, grad_norm = False, math.nan
-        if bool(torch.isfinite(loss)):
+        is_finite = bool(torch.isfinite(loss))  # waits for the device: what came before is the passes' time
+        passed_s = time.perf_counter()
+        if is_finite:
             is_applied, grad_norm, _ = optimizer.step()
         # The schedule counts steps, applied or not: the learning rate follows from the step alone.
         self.trainables.scheduler.step(increment=self._global_batch_size)
-        return StepReport(loss=loss, grad_norm=float(grad_norm), lr=lr, is_applied=is_applied)
+        return StepReport(
+            loss=loss,
+            grad_norm=float(grad_norm),
+            lr=lr,
+            is_applied=is_applied,
+            forward_backward_s=passed_s - started_s,
+            optimizer_s=time.perf_counter() - passed_s,
+        )
 
     def evaluate(self, batches: list[Batch | None]) -> Tensor:
         """Return the loss of one global batch, without gradients; the same on every rank.

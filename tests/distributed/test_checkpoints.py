@@ -100,10 +100,10 @@ def signalled_on_one_rank(argv, rank, step):
     """Train; one rank alone is signalled within a step."""
     record = Monitor.record
 
-    def recording(monitor, done, point, report):
+    def recording(monitor, done, *rest):
         if done == step and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGUSR1)
-        record(monitor, done, point, report)
+        record(monitor, done, *rest)
 
     Monitor.record = recording
     return len(train_layout(argv).text)

@@ -147,6 +147,7 @@ def test_wandb_keeps_the_run_offline_without_a_key(here, corpus, tokenizer, tmp_
     run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{extra} {load}"))
     assert (tmp_path / "run" / "wandb_run_id").read_text() == identity
     assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}"))) >= 1
+    wandb.teardown()  # at the latest when a process ends, its helper writes the last lines
     lines = read_metrics(run.directory.metrics)
     kept = history(tmp_path / "run")
     assert {line["step"]: line["loss"] for line in kept if "loss" in line} == {

@@ -13,9 +13,29 @@ def write_run(folder: Path, bag_sizes: list[int], valid: list[float]) -> Path:
         tokens += 10 * 64 * bag_size
         phase, kind = (0, "mce") if bag_size > 1 else (int(bag_sizes[0] > 1), "ce")
         file.write(
-            StepMetrics(10 * number, phase, bag_size, kind, loss, 1e-3, 1.0, tokens, number * 640, 0.1, 1.0, 1.0, 1.0)
+            StepMetrics(
+                10 * number,
+                phase,
+                bag_size,
+                kind,
+                loss,
+                1e-3,
+                1.0,
+                tokens,
+                number * 640,
+                0.1,
+                1.0,
+                1.0,
+                1.0,
+                None,
+                0.0,
+                0.1,
+                0.0,
+                0.1,
+                1.0,
+            )
         )
-        file.write(ValidMetrics(10 * number, loss))
+        file.write(ValidMetrics(10 * number, loss, tokens, number * 640))
     file.close()
     return folder
 

@@ -9,6 +9,7 @@ import torch
 from megatron_tst.config import UserError
 from megatron_tst.data.documents import Skipped, read_documents
 from megatron_tst.data.preprocess import write_indexed
+from megatron_tst.model.attention import ScaledDotProductAttention
 from megatron_tst.superposition import Phase
 from megatron_tst.telemetry import read_metrics
 from tests.training.runs import arguments, build_here, parameters, train_here
@@ -34,8 +35,8 @@ def argv(corpus, tokenizer, tmp_path: Path):
 def curve(run) -> list[dict]:
     """All that was logged, but for times."""
     lines = read_metrics(run.directory.metrics)
-    timed = ("step_time_s", "data_tokens_per_s", "positions_per_s", "tflops_per_gpu")
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+    timed = ("_time_s", "_per_s", "tflops_per_gpu", "memory_gib")
+    return [{name: value for name, value in line.items() if not name.endswith(timed)} for line in lines]
 
 
 def assert_same_run(run, other):
@@ -201,6 +202,19 @@ def test_weights_of_no_run_of_ours_need_finetune(changed, here, argv, tmp_path: 
         build_here(argv("refused", load="foreign"))
     run = build_here(argv("taken", "--finetune", load="foreign"))
     assert run.first_step == 0
+    run.directory.leave()
+
+
+def test_states_of_other_layers_are_not_missed(here, argv, monkeypatch):
+    """Transformer Engine's attention asks for a state that a checkpoint of megatron-core's own layers does not have."""
+    train_here(argv("run"))
+    given = []
+    monkeypatch.setattr(ScaledDotProductAttention, "get_extra_state", lambda _: torch.empty(0), raising=False)
+    monkeypatch.setattr(
+        ScaledDotProductAttention, "set_extra_state", lambda _, state: given.append(state), raising=False
+    )
+    run = build_here(argv("again", load="run"))
+    assert (run.first_step, given) == (8, [None, None])
     run.directory.leave()
 
 
