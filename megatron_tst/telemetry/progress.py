@@ -1,6 +1,7 @@
 """What a run shows on the screen: a live bar on a terminal, plain lines elsewhere."""
 
 import logging
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -57,19 +58,17 @@ class TrainingProgress:
         facts = f"{metrics.loss_kind} {metrics.loss:.4f}  {short(metrics.data_tokens_per_s)} data tokens/s"
         if self._live:
             self._bar.update(self._task, completed=metrics.step, phase=f"{phase} s={metrics.bag_size}", facts=facts)
-            return
-        logger.info(
+        left = timedelta(seconds=round((self._num_steps - metrics.step) * metrics.step_time_s))
+        logger.log(
+            logging.DEBUG if self._live else logging.INFO,
             f"step {metrics.step}/{self._num_steps}  phase {phase}  s={metrics.bag_size}  {facts}  "
-            f"lr {metrics.lr:.3g}  grad norm {metrics.grad_norm:.3f}  read {short(metrics.data_tokens)} data tokens"
+            f"lr {metrics.lr:.3g}  grad norm {metrics.grad_norm:.3f}  read {short(metrics.data_tokens)} data tokens  "
+            f"{left} left",
         )
 
     def show_valid(self, metrics: ValidMetrics) -> None:
         """Show an evaluation."""
-        line = f"step {metrics.step}/{self._num_steps}  validation loss {metrics.valid_loss:.4f} (next token)"
-        if self._live:
-            self._bar.console.print(line)
-        else:
-            logger.info(line)
+        logger.info(f"step {metrics.step}/{self._num_steps}  validation loss {metrics.valid_loss:.4f} (next token)")
 
 
 def short(number: float) -> str:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from megatron_tst.config import UserError
 from megatron_tst.telemetry.metrics import cut_metrics
@@ -110,17 +110,34 @@ class RunDirectory:
         _add_handler(logging.FileHandler(self.path / "log.txt", encoding="utf-8"))
 
 
+class _Screen(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error as it is now: a live display takes it over and prints lines above itself."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Standard error."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        """The base class wants to set it."""
+
+
 def start_log_screen() -> None:
-    """Send the package's log lines to the screen, and no longer to the files of a run before."""
+    """Send the package's log lines to the screen, and no longer to the files of a run before.
+
+    Lines of level DEBUG, which the live display shows in its own way, go to log.txt alone.
+    """
     package = logging.getLogger("megatron_tst")
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.DEBUG)
     for handler in list(package.handlers):
         package.removeHandler(handler)
         handler.close()
-    _add_handler(logging.StreamHandler())
+    _add_handler(_Screen(), logging.INFO)
 
 
-def _add_handler(handler: logging.Handler) -> None:
+def _add_handler(handler: logging.Handler, level: int = logging.DEBUG) -> None:
+    handler.setLevel(level)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     logging.getLogger("megatron_tst").addHandler(handler)
 
