@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from megatron_tst.telemetry import MetricsFile, StepMetrics, ValidMetrics
-from megatron_tst.telemetry.compare import read_curve
+from megatron_tst.telemetry.compare import compare, read_curve, speed_up_at_equal_loss
 from tests.training.runs import start
 
 
@@ -60,6 +60,28 @@ def test_table_verdict_and_picture(tmp_path: Path):
     for expected in ("2.5000", "2.4000", "3.2k", "7.04k", "4 then 1", "0.1000 nats below", "step 40 of 50", "1.25 x"):
         assert expected in done.stdout, done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_any_number_of_runs_against_a_baseline(tmp_path: Path):
+    """Runs of 30 and 40 steps, each with its own decay: the shorter one does not get there."""
+    names = [*map(str, runs(tmp_path))]
+    names.append(str(write_run(tmp_path / "tst-80", [4, 1, 1, 1], [5.0, 2.9, 2.6, 2.45])))
+    names.append(str(write_run(tmp_path / "tst-60", [4, 1, 1], [5.0, 2.9, 2.55])))
+    files = ["--output", str(tmp_path / "c.svg"), "--report", str(tmp_path / "report.md")]
+    done = start("tools/compare_runs.py", *names, *files, "--axes", "steps", "data_tokens", "hours", COLUMNS="160")
+    assert done.returncode == 0, done.stderr
+    assert "at least 1.25 x and less than 1.67 x" in done.stdout
+    report = (tmp_path / "report.md").read_text()
+    assert "| final next-token loss (nats) | 2.5000 | 2.4000 | 2.4500 | 2.5500 |" in report
+    # 40 steps of a tenth of a second.
+    assert "| hours of training | 0.00139 | 0.00139 | 0.00111 | 0.000833 |" in report
+    assert "<svg" in (tmp_path / "c.svg").read_text()
+
+
+def test_runs_that_all_end_above_show_no_speed_up(tmp_path: Path):
+    baseline, tst = runs(tmp_path)
+    assert speed_up_at_equal_loss(compare(read_curve(tst), [read_curve(baseline)])) is None
+    assert speed_up_at_equal_loss(compare(read_curve(baseline), [read_curve(tst)])) == (1.0, None)
 
 
 def test_a_run_that_does_not_get_there_is_told_so(tmp_path: Path):
