@@ -30,7 +30,7 @@ def draw_loss_curves(curves: list[RunCurve], path: Path, axes: Sequence[str] = (
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         for number, curve in enumerate(curves):
-            _draw(panel, curve, axis, COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)])
+            _draw(panel, curve, axis, number)
         panel.set_xlabel(AXES[axis])
         panel.grid(alpha=0.3)
     finals = sorted(curve.final_loss for curve in curves)
@@ -42,7 +42,8 @@ def draw_loss_curves(curves: list[RunCurve], path: Path, axes: Sequence[str] = (
     figure.savefig(path)
 
 
-def _draw(panel: Any, curve: RunCurve, axis: str, colour: str, line: str) -> None:
+def _draw(panel: Any, curve: RunCurve, axis: str, number: int) -> None:
+    colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
     bags = ", then ".join(f"s = {size}" for size in curve.bag_sizes)
     steps, losses = zip(*curve.valid, strict=True)
     places = steps if axis == "steps" else curve.axes[axis]
@@ -50,6 +51,6 @@ def _draw(panel: Any, curve: RunCurve, axis: str, colour: str, line: str) -> Non
     for switch in curve.switches if axis == "steps" else ():
         panel.axvline(switch, color=colour, linestyle=":", linewidth=1.2)
         panel.annotate(
-            "switch", (switch, 0.97), xycoords=("data", "axes fraction"), xytext=(4, 0),
+            "switch", (switch, 0.97 - 0.06 * number), xycoords=("data", "axes fraction"), xytext=(4, 0),
             textcoords="offset points", va="top", color=colour,
         )  # fmt: skip
