@@ -7,6 +7,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 extras=${1:-plot}
+# An image's environment is final (tools/setup_image.sh).
+if [ -e "$root/.venv/final" ]; then exit 0; fi
 record=$root/.venv/installed-$extras
 stamp=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
 if [ "$(cat "$record" 2>/dev/null)" != "$stamp" ]; then
