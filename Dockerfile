@@ -22,7 +22,7 @@ RUN bash tools/setup_image.sh plot,dev
 ENV PATH=/opt/megatron-tst/.venv/bin:${PATH} PYTHON_EXEC=/opt/megatron-tst/.venv/bin/python
 
 COPY --chown=tst . .
-USER tst
+USER 10001
 ARG IMAGE_VERSION
 ENV TST_IMAGE_VERSION=${IMAGE_VERSION}
 RUN python -m pip list --format=freeze >versions.txt && cat versions.txt && python tools/check_environment.py

@@ -15,6 +15,6 @@ if [ "$(cat "$record" 2>/dev/null)" != "$stamp" ]; then
   echo "setting up $root/.venv (a few minutes the first time)"
   "${PYTHON:-python3}" -m venv "$root/.venv"
   "$root/.venv/bin/pip" install --quiet --disable-pip-version-check \
-    --constraint "$root/constraints.txt" --editable "$root[$extras]"
+    --constraint "$root/constraints.txt" --editable "${root}[$extras]"
   echo "$stamp" >"$record"
 fi

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,8 @@ class Builder:
         self.mounts = [f"--volume={source}:{target}:ro" for source, target in self._index_files().items()]
 
     def _index_files(self) -> dict[str, str]:
-        settings = subprocess.run(["pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, "-m", "pip", "config", "list"]
+        settings = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = dict(re.findall(r"(cert|find-links|index-url|extra-index-url)='([^']*)'", settings))
         config = self.folder / "pip.conf"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +84,10 @@ class Builder:
         """Make an image of a container, and remove the container."""
         self.buildah("commit", "--quiet", "--format", "docker", "--rm", container, tag)
 
-    def build(self, context: Path, tag: str, *arguments: str) -> None:
-        """Build the Dockerfile of a folder."""
+    def build(self, context: Path, tag: str, *arguments: str) -> str:
+        """Build the Dockerfile of a folder; return what that prints."""
         common = ("--format", "docker", "--pull-never", "--tag", tag)
-        self.buildah("bud", *common, *self.mounts, *arguments, str(context))
+        return self.buildah("bud", *common, *self.mounts, *arguments, str(context))
 
     def start(self, tag: str) -> str:
         """Make a container of an image; return its name."""
@@ -93,4 +95,11 @@ class Builder:
 
     def run(self, container: str, command: Sequence[str], *arguments: str) -> str:
         """Run a command in a container; return what it prints."""
-        return self.buildah("run", *arguments, container, "--", *command)
+        # The container's name for itself must resolve: gloo warns where it does not.
+        return self.buildah("run", "--hostname", "localhost", *arguments, container, "--", *command)
+
+    def remove(self) -> None:
+        """Remove every container and image."""
+        self.buildah("rm", "--all")
+        self.buildah("rmi", "--all", "--force")
+        shutil.rmtree(self.folder)
