@@ -56,7 +56,7 @@ def test_shipped_configs_build(config: Path):
 
 
 def test_shell_scripts_parse():
-    scripts = [*ROOT.glob("examples/**/*.sh"), ROOT / "tests/run.sh", ROOT / "tools/setup_venv.sh", ROOT / ".ci/run"]
+    scripts = [*ROOT.glob("examples/**/*.sh"), *ROOT.glob("tests/*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci/run"]
     for script in scripts:
         assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0, script
 
