@@ -42,7 +42,7 @@ class Case:
         config = RunConfig(model=model, optimizer=OptimizerSettings(lr=1e-3))
         ranks = join_ranks(ParallelSizes())
         seed_everything(config.training.seed)
-        chunks = build_model(config, VOCAB, ranks, Libraries(None, None))
+        chunks = build_model(config, VOCAB, ranks, Libraries())
         optimizer = build_optimizer(config.optimizer, chunks, bf16=False, overlap_param_gather=False)
         self.trainables = Trainables(chunks, optimizer, build_scheduler(config.optimizer, optimizer, 1, 1), ranks)
         optimizer.step()  # with gradients of zero: Adam's moments come to be

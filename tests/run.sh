@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=1
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/python -m pytest "$@"
-if [ $# -eq 0 ] && .venv/bin/python -c 'import triton' 2>/dev/null; then
+if [ $# -eq 0 ] && [ ! -e .venv/final ] && .venv/bin/python -c 'import triton' 2>/dev/null; then
   # On their own: Triton chooses its interpreter when it is first imported.
   echo "== Transformer Engine's kernels under Triton's interpreter"
   bash tests/fetch_te_wheels.sh .venv/transformer_engine .venv/bin/pip

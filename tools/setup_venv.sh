@@ -7,12 +7,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 extras=${1:-plot}
+# An image's environment is final (tools/setup_image.sh).
+if [ -e "$root/.venv/final" ]; then exit 0; fi
 record=$root/.venv/installed-$extras
 stamp=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
 if [ "$(cat "$record" 2>/dev/null)" != "$stamp" ]; then
   echo "setting up $root/.venv (a few minutes the first time)"
   "${PYTHON:-python3}" -m venv "$root/.venv"
   "$root/.venv/bin/pip" install --quiet --disable-pip-version-check \
-    --constraint "$root/constraints.txt" --editable "$root[$extras]"
+    --constraint "$root/constraints.txt" --editable "${root}[$extras]"
   echo "$stamp" >"$record"
 fi

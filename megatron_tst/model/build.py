@@ -57,7 +57,7 @@ def transformer_config(
         deallocate_pipeline_outputs=True,
         cuda_graph_scope=[],
         # Kernels that only the accelerator libraries have.
-        gradient_accumulation_fusion=has_te or libraries.apex is not None,
+        gradient_accumulation_fusion=libraries.gradient_accumulation_fusion,
         bias_activation_fusion=has_te,
         bias_dropout_fusion=has_te,
         masked_softmax_fusion=False,

@@ -11,7 +11,6 @@ Shape letters: L positions, B sequences, S bag size, Vp local vocabulary.
 """
 
 import functools
-import importlib.metadata
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from megatron_tst.config import UserError
 from megatron_tst.model.target_columns import TargetColumns, gather_target_logits, write_target_columns
+from megatron_tst.platform import find_libraries
 from megatron_tst.superposition import Objective, target_coefficients
 
 OLDEST, NEWEST = Version("2.9"), Version("2.21")  # from the first, before the second
@@ -38,13 +38,10 @@ def load_kernel() -> Kernel:
     Raises:
         UserError: if Transformer Engine is missing or of a version that was not tried.
     """
-    try:
-        installed = Version(importlib.metadata.version("transformer_engine"))
-    except importlib.metadata.PackageNotFoundError:
-        installed = None
-    if installed is None or not OLDEST <= installed < NEWEST:
+    installed = find_libraries().transformer_engine
+    if installed is None or not OLDEST <= Version(installed) < NEWEST:
         raise UserError(
-            f"--cross-entropy-fusion-impl te: Transformer Engine {installed or 'none'} is installed; supported are "
+            f"--cross-entropy-fusion-impl te: Transformer Engine {installed or 'none'} is usable; supported are "
             "2.9 to 2.20, or use --cross-entropy-fusion-impl native"
         )
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy

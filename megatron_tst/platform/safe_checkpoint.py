@@ -5,6 +5,7 @@ torch.distributed.checkpoint reads with the plain unpickler. Here both are read 
 """
 
 import contextlib
+import enum
 import importlib
 import io
 import pickle
@@ -44,6 +45,13 @@ _ALLOWED: dict[str, frozenset[str]] = {
 }  # fmt: skip
 
 
+def _enum_member(kind: Any, name: str) -> enum.Enum:
+    """Stand in for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle an enumeration's members."""
+    if not issubclass(kind, enum.Enum):
+        raise pickle.UnpicklingError(f"it names {kind}.{name}, which no checkpoint needs")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """An unpickler that knows only the classes of a table of contents."""
 
@@ -51,6 +59,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         """Return a class of the list; every other name is refused."""
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         return getattr(importlib.import_module(module), name)

@@ -4,6 +4,7 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import os
 import platform as python_platform
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from typing import IO, TextIO
 from megatron_tst.config import UserError
 from megatron_tst.telemetry.metrics import cut_metrics
 
-RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "tokenizers")
+RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "tokenizers")
 _LOCK = "run.lock"
 
 
@@ -143,7 +144,7 @@ def _add_handler(handler: logging.Handler, level: int = logging.DEBUG) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, of the packages that compute, and of this code."""
+    """Return the versions of Python, of the packages that compute, of this code and of the image it is in."""
     found: dict[str, str | None] = {"python": python_platform.python_version(), "command": " ".join(sys.argv)}
     for package in RECORDED_PACKAGES:
         try:
@@ -156,4 +157,5 @@ def versions() -> dict[str, str | None]:
     except FileNotFoundError:
         git = ""
     found["git"] = git or None
+    found["image"] = os.environ.get("TST_IMAGE_VERSION") or None
     return found

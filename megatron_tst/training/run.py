@@ -145,8 +145,7 @@ def build_run(config: RunConfig) -> Run:
         UserError: if a setting or a file cannot be used.
     """
     device = enter_device()
-    # Their kernels need CUDA: without it an installed library is of no use.
-    libraries = find_libraries() if device.torch_device.type == "cuda" else Libraries(None, None)
+    libraries = find_libraries()
     _check_device(config, device)
     check_sinks(config.logging)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
@@ -283,10 +282,9 @@ def _announce(run: Run, libraries: Libraries) -> None:
     """Say once what is about to be trained, on what, and how often the text is read."""
     if not run.ranks.is_main:
         return
-    layers = "Transformer Engine layers" if libraries.transformer_engine else "megatron-core layers, torch attention"
     implementation = loss_choice(run.config, libraries).implementation
-    kernel = "Transformer Engine's cross-entropy" if implementation == "te" else "native cross-entropy"
-    logger.info("using: %s, %d ranks, %s, %s", run.device.name, run.ranks.world_size, layers, kernel)
+    parts = libraries.describe(cross_entropy=implementation)
+    logger.info("using: %s, %d ranks; %s", run.device.name, run.ranks.world_size, parts)
     parameters = sum(parameter.numel() for chunk in run.stepper.trainables.chunks for parameter in chunk.parameters())
     logger.info("model: %s parameters on this rank, vocabulary %d", short(parameters), run.vocab_size)
     assert run.config.model.seq_length

@@ -7,6 +7,7 @@ from megatron_tst.config import UserError
 from megatron_tst.model import loss as loss_module
 from megatron_tst.model import te_loss, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model.te_loss import adapt_kernel, load_kernel
+from megatron_tst.platform import Libraries
 from megatron_tst.superposition import bag_weights
 from tests.model.kernels import STAND_INS
 from tests.reference import edge_targets, loss_and_gradient, mass_loss_and_gradient
@@ -120,14 +121,8 @@ def test_one_kernel_call_whatever_the_bag_size(rank, monkeypatch, kernel, bag_si
 @pytest.mark.parametrize("version", ["2.8.0", "2.21.0", None])
 def test_an_unsupported_version_is_one_clear_line(monkeypatch, version):
     load_kernel.cache_clear()
-
-    def installed(_):
-        if version is None:
-            raise te_loss.importlib.metadata.PackageNotFoundError
-        return version
-
-    monkeypatch.setattr(te_loss.importlib.metadata, "version", installed)
+    monkeypatch.setattr(te_loss, "find_libraries", lambda: Libraries(transformer_engine=version))
     with pytest.raises(
-        UserError, match=rf"Transformer Engine {version or 'none'} is installed; supported are 2.9 to 2.20"
+        UserError, match=rf"Transformer Engine {version or 'none'} is usable; supported are 2.9 to 2.20"
     ):
         load_kernel()

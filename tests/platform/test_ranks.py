@@ -2,7 +2,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tst.config import UserError
-from megatron_tst.platform import ParallelSizes, find_libraries, join_ranks, main_rank_first, seed_everything
+from megatron_tst.platform import ParallelSizes, join_ranks, main_rank_first, seed_everything
 
 
 def test_one_process_is_a_world(rank):
@@ -40,16 +40,3 @@ def test_seeds_repeat(rank):
     assert draw() == first
     seed_everything(12)
     assert draw() != first
-
-
-def test_pypis_apex_is_not_nvidias(monkeypatch):
-    import importlib.util
-    import types
-
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: types.SimpleNamespace() if name == "apex" else real(name) if "apex" not in name else None,
-    )
-    assert find_libraries().apex is None

@@ -9,6 +9,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_tst.config import UserError
 from megatron_tst.platform.safe_checkpoint import read_metadata, safe_loading
@@ -102,3 +103,27 @@ def test_a_dtype_is_let_through_and_a_function_of_torch_is_not(tmp_path: Path):
         (tmp_path / ".metadata").write_bytes(buffer.getvalue())
         with pytest.raises(UserError, match="it holds" if passes else "it names"):
             read_metadata(tmp_path)
+
+
+class ByAttribute:
+    """Pickled as ``getattr(owner, name)``, as Python 3.11.0 to 3.11.3 pickle an enumeration's members."""
+
+    def __init__(self, owner: type, name: str):
+        self.reduced = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "answer"),
+    [
+        (WriteItemType, "TENSOR", "it holds <enum 'WriteItemType'>"),
+        (WriteItemType, "__init__", "cannot be read"),
+        (Path, "unlink", "it names .*Path.*unlink"),
+    ],
+)
+def test_an_attribute_is_let_through_if_it_is_a_member_of_an_enumeration(tmp_path: Path, owner, name, answer):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(ByAttribute(owner, name)))
+    with pytest.raises(UserError, match=answer):
+        read_metadata(tmp_path)

@@ -1,0 +1,105 @@
+"""buildah as the builder of the project's Dockerfile: no daemon, no registry, no privileges beyond root's.
+
+The base images are made here, from the Debian mirror that this machine installs its own packages from, and tagged as
+the Dockerfile names them, so that it is built unchanged.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGES = ("buildah", "mmdebstrap")
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+
+
+def install() -> str | None:
+    """Install the builder where it is missing; return why it cannot be had."""
+    if os.geteuid() != 0:
+        return "building an image without a daemon needs root"
+    if all(shutil.which(program) for program in PACKAGES):
+        return None
+    if not shutil.which("apt-get"):
+        return "buildah is not installed, nor is apt-get, which would install it"
+    command = "apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "
+    done = subprocess.run(command + " ".join(PACKAGES), shell=True, capture_output=True, text=True)
+    return None if done.returncode == 0 else f"apt-get: {done.stderr.strip().splitlines()[-1]}"
+
+
+class Builder:
+    """Images in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # The host's way to its package index comes as read-only mounts, never as lines of a Dockerfile.
+        self.mounts = [f"--volume={source}:{target}:ro" for source, target in self._index_files().items()]
+
+    def _index_files(self) -> dict[str, str]:
+        command = [sys.executable, "-m", "pip", "config", "list"]
+        settings = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = dict(re.findall(r"(cert|find-links|index-url|extra-index-url)='([^']*)'", settings))
+        config = self.folder / "pip.conf"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in found.items()))
+        files = {str(config): "/etc/pip.conf"}
+        for value in found.values():
+            for url in value.split():
+                # The files of a local index lie beside its pages.
+                place = url.removeprefix("file://").removesuffix("/simple")
+                if place.startswith("/") and Path(place).exists():
+                    files[place] = place
+        if Path(CERTIFICATES).exists():
+            files[CERTIFICATES] = CERTIFICATES
+        return files
+
+    def buildah(self, *arguments: str) -> str:
+        """Run buildah; return what it prints."""
+        store = ("--root", str(self.folder / "store"), "--runroot", str(self.folder / "run"))
+        done = subprocess.run(
+            ["buildah", *store, *arguments],
+            env={**os.environ, "BUILDAH_ISOLATION": "chroot"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"buildah {arguments}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    def debian(self, tag: str) -> None:
+        """Make a Debian image with Python and pip."""
+        where = ("--format", "$(REPO_URI)", "Created-By: Packages", "Origin: Debian")
+        mirrors = subprocess.run(["apt-get", "indextargets", *where], capture_output=True, text=True).stdout.split()
+        root = self.folder / "debian.tar"
+        command = ["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--include=python3-pip,python3-venv"]
+        done = subprocess.run([*command, "bookworm", root, *mirrors[:1]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        container = self.buildah("from", "scratch").strip()
+        self.buildah("add", "--quiet", container, str(root), "/")
+        self.commit(container, tag)
+        root.unlink()
+
+    def commit(self, container: str, tag: str) -> None:
+        """Make an image of a container, and remove the container."""
+        self.buildah("commit", "--quiet", "--format", "docker", "--rm", container, tag)
+
+    def build(self, context: Path, tag: str, *arguments: str) -> str:
+        """Build the Dockerfile of a folder; return what that prints."""
+        common = ("--format", "docker", "--pull-never", "--tag", tag)
+        return self.buildah("bud", *common, *self.mounts, *arguments, str(context))
+
+    def start(self, tag: str) -> str:
+        """Make a container of an image; return its name."""
+        return self.buildah("from", "--pull-never", tag).strip()
+
+    def run(self, container: str, command: Sequence[str], *arguments: str) -> str:
+        """Run a command in a container; return what it prints."""
+        # The container's name for itself must resolve: gloo warns where it does not.
+        return self.buildah("run", "--hostname", "localhost", *arguments, container, "--", *command)
+
+    def remove(self) -> None:
+        """Remove every container and image."""
+        self.buildah("rm", "--all")
+        self.buildah("rmi", "--all", "--force")
+        shutil.rmtree(self.folder)
