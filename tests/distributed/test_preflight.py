@@ -76,8 +76,8 @@ FAULTS = {
     no_room: r"node1: .*checkpoints has [\d.]+ GB free, two checkpoints need",
     other_library: r"node1 has transformer_engine 2.9.0, most have None|node0 has transformer_engine None",
     no_place: r"node1: .*checkpoints cannot be written: Not a directory",
-    broken_network: r"all-reduce within the node: node1: unhandled system error",
-    slow_network: r"all-reduce within the node: node1: 0.0 GB/s \(floor 1e-06 GB/s\)",
+    broken_network: r"all-reduce between nodes: .*node1: unhandled system error",
+    slow_network: r"all-reduce between nodes: node1: 0.0 GB/s \(floor 1e-06 GB/s\)",
     absent: r"nothing heard of rank 1 on node1 within 0:00:0[58]",
 }
 
