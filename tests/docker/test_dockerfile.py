@@ -13,7 +13,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent))
 
 
-@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed: bash tools/setup_venv.sh plot,dev,test")
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed: it comes with the extra test")
 def test_hadolint_finds_nothing(tmp_path: Path):
     def lint(dockerfile: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run([HADOLINT, dockerfile], capture_output=True, text=True)
