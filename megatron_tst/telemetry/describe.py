@@ -1,7 +1,4 @@
-"""The table of all metrics, from the docstrings of their classes.
-
-python -m megatron_tst.telemetry.describe > docs/metrics.md
-"""
+"""The table of all metrics, from the docstrings of their classes: docs/metrics.md."""
 
 import dataclasses
 import inspect
@@ -14,7 +11,7 @@ _HEAD = """# Metrics
 
 `metrics.jsonl` in the run directory holds one JSON object per line, of one of these kinds; TensorBoard and Weights &
 Biases get the same names. A *data token* is a token of text; a *position* is what the transformer computes: one bag, or
-one token. Made by `python -m megatron_tst.telemetry.describe`.
+one token. Made by `python tools/describe_metrics.py`.
 """
 
 
@@ -32,7 +29,3 @@ def describe() -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("``", "`")
-
-
-if __name__ == "__main__":
-    print(describe(), end="")

@@ -75,7 +75,9 @@ def test_new_source_leaves_the_dependencies_cached(builder: Builder, context: Pa
     (context / "README.md").write_text("another")
     output = builder.build(context, "tst:changed", "--layers", "--build-arg", f"BASE_IMAGE={CPU}")
     cached = re.findall(r"^STEP \d+/\d+: (.*)\n--> Using cache", output, re.MULTILINE)
-    assert "RUN bash tools/setup_image.sh plot,hf,wandb,tensorboard,dev" in cached and "COPY --chown=tst . ." not in cached
+    assert (
+        "RUN bash tools/setup_image.sh plot,hf,wandb,tensorboard,dev" in cached and "COPY --chown=tst . ." not in cached
+    )
 
 
 def test_the_image_holds_the_checkout_and_no_more(builder: Builder, cpu: str):

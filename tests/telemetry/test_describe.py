@@ -7,9 +7,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def test_the_document_is_the_code():
-    assert DOCUMENT.read_text(encoding="utf-8") == describe(), (
-        "python -m megatron_tst.telemetry.describe > docs/metrics.md"
-    )
+    assert DOCUMENT.read_text(encoding="utf-8") == describe(), "python tools/describe_metrics.py > docs/metrics.md"
 
 
 def test_every_metric_is_described():
