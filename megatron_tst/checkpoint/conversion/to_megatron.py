@@ -127,6 +127,7 @@ class Import:
         dtype = self._dtype or self._given.weights[first].dtype
 
         def load() -> Tensor:
+            """Read the weight's parts and join them."""
             parts = [self._given.read(name) for name in row.names(index)]
             return row.transformation.join(parts, self._shape).to(dtype)
 

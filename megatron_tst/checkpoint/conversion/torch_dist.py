@@ -45,6 +45,7 @@ class _Target(LoadPlanner):
         self.tensor = tensor
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """Return the part of the tensor that a piece belongs to."""
         slot = self.tensor
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             slot = slot.narrow(axis, start, length)
@@ -166,6 +167,7 @@ class _Source(SavePlanner):
         self.slices, self.on_progress = slices, on_progress
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        """Make an entry when its turn comes."""
         if write_item.type == WriteItemType.BYTE_IO:
             nothing = io.BytesIO()
             torch.save([None], nothing)  # megatron-core keeps a list per entry
