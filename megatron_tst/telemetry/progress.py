@@ -15,15 +15,16 @@ logger = logging.getLogger(__name__)
 class TrainingProgress:
     """Shows steps, phase, loss and speed of a run of ``num_steps`` steps."""
 
-    def __init__(self, num_steps: int, num_phases: int, visible: bool = True) -> None:
+    def __init__(self, num_steps: int, num_phases: int, visible: bool = True, first_step: int = 0) -> None:
         """Prepare the display; ``with`` starts and ends it.
 
         Args:
             num_steps: optimizer steps of the run.
             num_phases: phases of the run.
             visible: whether this rank shows anything.
+            first_step: steps that are done already.
         """
-        self._num_steps, self._num_phases = num_steps, num_phases
+        self._num_steps, self._num_phases, self._first_step = num_steps, num_phases, first_step
         console = Console(stderr=True)
         self._live = visible and console.is_terminal
         self._bar = Progress(
@@ -39,7 +40,7 @@ class TrainingProgress:
     def __enter__(self) -> "TrainingProgress":
         """Start the display."""
         self._bar.start()
-        self._task = self._bar.add_task("", total=self._num_steps, phase="-", facts="")
+        self._task = self._bar.add_task("", total=self._num_steps, completed=self._first_step, phase="-", facts="")
         return self
 
     def __exit__(

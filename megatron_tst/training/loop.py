@@ -129,7 +129,9 @@ class Monitor:
         self._run = run
         self._main = run.ranks.is_main
         self._file = MetricsFile(run.directory.metrics) if self._main else None
-        self.progress = TrainingProgress(run.schedule.num_steps, len(run.schedule.phases), visible=self._main)
+        self.progress = TrainingProgress(
+            run.schedule.num_steps, len(run.schedule.phases), visible=self._main, first_step=run.first_step
+        )
         assert run.config.model.seq_length
         self._positions_per_step = run.global_batch_size * run.config.model.seq_length
         self._last_tokens = run.schedule.data_tokens(run.first_step, self._positions_per_step)
