@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from megatron_tst.config import DivergedError
 from megatron_tst.data.batches import Batch, TextReader
 from megatron_tst.platform import any_rank
 from megatron_tst.platform.device import peak_memory_bytes
@@ -62,6 +63,10 @@ def train(run: Run) -> bool:
                 if _save_and_ask(run, monitor, conditions, step + 1):
                     return False
         return True
+    except DivergedError:
+        # Raised on every rank: a checkpoint from before that is still being written is not lost.
+        run.saver.finish()
+        raise
     finally:
         reader.close()
         monitor.close()

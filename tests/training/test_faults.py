@@ -180,10 +180,11 @@ def test_without_the_guard_the_weights_are_lost(here, argv, monkeypatch):
         train_here(argv("run", "--max-nan-steps 1"))
 
 
-def test_a_run_that_stays_not_finite_stops_and_leaves_its_last_checkpoint(here, argv, monkeypatch, tmp_path: Path):
+@pytest.mark.parametrize("saving", ["", "--async-save"])
+def test_a_run_that_stays_not_finite_stops_and_leaves_its_last_checkpoint(here, argv, monkeypatch, saving):
     Poison(monkeypatch, {5, 6, 7, 8}, "loss")
     with pytest.raises(DivergedError, match=r"--max-nan-steps 3: .* in the last 3 steps, up to step 7"):
-        train_here(argv("run", "--max-nan-steps 3 --save-interval 2"))
+        train_here(argv("run", f"--max-nan-steps 3 --save-interval 2 {saving}"))
     run = build_here(argv("run", load="run"))
     assert run.first_step == 6  # saved with the weights of step 4: those of steps 5 and 6 were not applied
     assert all(bool(torch.isfinite(value).all()) for value in parameters(run).values())
