@@ -47,7 +47,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
 
 def _enum_member(kind: Any, name: str) -> enum.Enum:
     """Stand in for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle an enumeration's members."""
-    if not issubclass(kind, enum.Enum):
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
         raise pickle.UnpicklingError(f"it names {kind}.{name}, which no checkpoint needs")
     return kind[name]
 
