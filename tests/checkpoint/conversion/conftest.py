@@ -13,9 +13,6 @@ from megatron_tst.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from megatron_tst.model import TSTGPTModel
 from tests.checkpoint.saved import save_here
 
-pytest.importorskip("transformers", reason="the extra hf is not installed")
-pytest.importorskip("safetensors", reason="the extra hf is not installed")
-
 
 @dataclass
 class Saved:

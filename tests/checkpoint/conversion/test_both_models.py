@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-import transformers
 
 from megatron_tst.checkpoint.conversion import settings
 from megatron_tst.checkpoint.conversion.tables import Row, Transformation
 from megatron_tst.checkpoint.conversion.to_megatron import Import
 from tests.checkpoint.saved import MODELS, VOCAB, load_here
+
+transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 TOKENS_BL = torch.randint(0, VOCAB, (4, 33), generator=torch.Generator().manual_seed(7))
 # bfloat16 rounds each position's loss by some hundredths of a nat, to either side.

@@ -8,6 +8,8 @@ import torch
 from megatron_tst.checkpoint.conversion.to_megatron import Import
 from megatron_tst.platform.safe_checkpoint import read_metadata
 
+pytest.importorskip("safetensors", reason="the extra hf is not installed")
+
 DENSE = {
     "embedding.word_embeddings.weight": [304, 32],
     "decoder.layers.self_attention.linear_qkv.layer_norm_weight": [4, 32],

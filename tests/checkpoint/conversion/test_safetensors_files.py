@@ -3,11 +3,13 @@
 import json
 
 import pytest
-import safetensors.torch
 import torch
 
 from megatron_tst.checkpoint.conversion.safetensors_files import SafetensorsFolder, Weight, write_shards
 from megatron_tst.config import UserError
+
+safetensors = pytest.importorskip("safetensors", reason="the extra hf is not installed")
+pytest.importorskip("safetensors.torch")
 
 TENSORS = {
     "b": torch.randn(7, 3),

@@ -4,11 +4,12 @@ import dataclasses
 import json
 
 import pytest
-import transformers
 
 from megatron_tst.checkpoint.conversion.settings import architecture_of, config_json, read_config_json
 from megatron_tst.config import PRESETS, ModelSettings, UserError
 from tests.checkpoint.saved import MODELS
+
+transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 # As published with Qwen/Qwen3-30B-A3B, by transformers 4.51.
 QWEN3_MOE = json.loads(

@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-import transformers
 import yaml
 
 from megatron_tst.checkpoint.conversion.safetensors_files import SafetensorsFolder
@@ -14,6 +13,8 @@ from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Ex
 from megatron_tst.checkpoint.conversion.torch_dist import StackedWeights
 from megatron_tst.config import UserError
 from tests.checkpoint.saved import VOCAB, change_contents
+
+transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 NORM = "decoder.final_layernorm.weight"
 

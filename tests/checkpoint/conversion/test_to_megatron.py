@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import safetensors.torch
 import torch
 
 from megatron_tst.checkpoint.conversion.safetensors_files import SafetensorsFolder
@@ -12,6 +11,9 @@ from megatron_tst.checkpoint.conversion.to_megatron import Import
 from megatron_tst.config import ModelSettings, UserError
 from tests.checkpoint.conversion.conftest import export
 from tests.checkpoint.saved import MODELS
+
+safetensors = pytest.importorskip("safetensors", reason="the extra hf is not installed")
+pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture
