@@ -4,8 +4,9 @@
 #   docker build --tag megatron-tst:cpu --build-arg BASE_IMAGE=python:3.11-slim \
 #     --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
 
-# megatron-core 0.16.1 is itself tested in this image (docker/.ngc_version.dev at Megatron-LM's tag core_v0.16.1): Python
-# 3.12, torch 2.10, Transformer Engine 2.9 (megatron-core takes 2.9 to 2.11) and NVIDIA's apex, compiled for each other.
+# Megatron-LM builds its own tests of megatron-core 0.16.1 on this base (docker/.ngc_version.dev at tag core_v0.16.1). It
+# has Python 3.12 and, compiled for each other, torch 2.10, Transformer Engine 2.9 (megatron-core takes 2.9 to 2.11) and
+# NVIDIA's apex.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.11-py3
 FROM ${BASE_IMAGE}
 

@@ -6,5 +6,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("docker"):
                 item.add_marker(
-                    pytest.mark.skip(reason="builds images for some 8 minutes: bash tests/run.sh -m docker")
+                    pytest.mark.skip(reason="builds images for some ten minutes: bash tests/run.sh -m docker")
                 )

@@ -75,9 +75,7 @@ def test_new_source_leaves_the_dependencies_cached(builder: Builder, context: Pa
     (context / "README.md").write_text("another")
     output = builder.build(context, "tst:changed", "--layers", "--build-arg", f"BASE_IMAGE={CPU}")
     cached = re.findall(r"^STEP \d+/\d+: (.*)\n--> Using cache", output, re.MULTILINE)
-    assert (
-        "RUN bash tools/setup_image.sh plot,hf,wandb,tensorboard,dev" in cached and "COPY --chown=tst . ." not in cached
-    )
+    assert any("setup_image.sh" in step for step in cached) and "COPY --chown=tst . ." not in cached
 
 
 def test_the_image_holds_the_checkout_and_no_more(builder: Builder, cpu: str):
@@ -97,7 +95,7 @@ def test_tests_and_quickstart_run_as_they_are_and_install_nothing(builder: Build
 STAND_IN = r"""
 set -e
 site=/usr/local/lib/python3.11/dist-packages
-pip install --quiet --break-system-packages --root-user-action ignore torch==2.13.0 numpy==2.3.5 packaging==24.1
+pip install --quiet --break-system-packages --root-user-action ignore torch==2.13.0 numpy==1.26.4 packaging==24.1
 sed -i 's/^Version: .*/Version: 2.13.0a0+base.nv/' $site/torch-*.dist-info/METADATA
 mv $site/torch-*.dist-info $site/torch-2.13.0a0+base.nv.dist-info
 for library in transformer_engine-2.9.0+base apex-0.1; do
@@ -120,12 +118,14 @@ def test_what_the_base_image_compiled_stays(builder: Builder, context: Path):
     builder.build(context, "tst:gpu", "--layers")
     box = builder.start("tst:gpu")
     installed = versions(builder.run(box, ["cat", "versions.txt"]))
-    assert installed["torch"] == "2.13.0a0+base.nv" and installed["numpy"] == "2.3.5"
+    assert installed["torch"] == "2.13.0a0+base.nv" and installed["numpy"] == "1.26.4"
     assert installed["transformer_engine"] == "2.9.0+base" and installed["apex"] == "0.1"
     # megatron-core needs 24.2.
     assert installed["packaging"] == PINS["packaging"] != "24.1"
     own = builder.run(box, ["sh", "-c", "ls .venv/lib/python3.*/site-packages"]).split()
     assert "megatron" in own and not {"torch", "numpy", "triton", "apex", "transformer_engine"} & set(own)
+    tests = ["python", "-m", "pytest", "-q", "tests/data", "tests/training/test_step.py"]
+    assert re.search(r"\d+ passed", builder.run(box, tests))
     # The base's torchrun, with the image's interpreter.
     command = ["torchrun", "--nproc-per-node", "1", "tools/check_environment.py"]
     recorded = json.loads(builder.run(box, command))
