@@ -4,6 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import random
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -26,7 +28,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         AssertionError: with the traceback of the first rank that failed, or naming the ranks that still ran when the
             time was up.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _open_store()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     processes, pipes = [], {}
@@ -47,6 +49,19 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             process.join()
+
+
+def _open_store() -> dist.TCPStore:
+    """Open a store whose next port is free too: the preflight meets there.
+
+    Both lie below the ports that the kernel hands out by itself, so no connection takes the second in the meantime.
+    """
+    for port in random.SystemRandom().sample(range(20000, 32000, 2), 100):
+        with contextlib.suppress(OSError, RuntimeError):
+            with socket.socket() as neighbour:
+                neighbour.bind(("", port + 1))
+            return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    raise AssertionError("no two ports in a row are free")
 
 
 def _rank(function: Callable[..., Any], args: Any, rank: int, world_size: int, port: int, pipe: Connection) -> None:
