@@ -1,8 +1,8 @@
 """What a run is: settings from a YAML file and flags, and every rule that ties them together."""
 
 from megatron_tst.config.errors import EXIT_CODE, EXIT_RESUMABLE, DivergedError, UserError
-from megatron_tst.config.parse import config_from_mapping, dump_config, load_config, parse_config
-from megatron_tst.config.rules import check_config, global_batch_size
+from megatron_tst.config.parse import config_from_mapping, dump_config, load_config, parse_config, read_config
+from megatron_tst.config.rules import check_config, check_layout, global_batch_size, padded_vocab_size
 from megatron_tst.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -32,9 +32,12 @@ __all__ = [
     "TrainingSettings",
     "UserError",
     "check_config",
+    "check_layout",
     "config_from_mapping",
     "dump_config",
     "global_batch_size",
     "load_config",
+    "padded_vocab_size",
     "parse_config",
+    "read_config",
 ]

@@ -37,15 +37,25 @@ def parse_config(argv: Sequence[str]) -> RunConfig:
         UserError: for an unknown, refused, malformed or contradictory setting.
         SystemExit: with code 0 after ``--help``.
     """
+    config = read_config(argv)
+    check_config(config)
+    return config
+
+
+def read_config(argv: Sequence[str]) -> RunConfig:
+    """Read settings as :func:`parse_config` does, without asking whether they make a run.
+
+    Raises:
+        UserError: for an unknown, refused or malformed setting.
+        SystemExit: with code 0 after ``--help``.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", nargs="?")
     first.add_argument("--tst-preset", "--tst_preset", nargs="?")
     named, _ = first.parse_known_args(argv)
     mapping = _read_yaml(Path(named.config)) if named.config else {}
     config = config_from_mapping(mapping, source=named.config or "", preset=named.tst_preset)
-    config = _apply_flags(config, argv)
-    check_config(config)
-    return config
+    return _apply_flags(config, argv)
 
 
 def config_from_mapping(mapping: Mapping[str, Any], source: str, preset: str | None = None) -> RunConfig:

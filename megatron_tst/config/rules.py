@@ -1,5 +1,6 @@
 """Every rule that ties settings together, and the values that follow from them."""
 
+import math
 from collections.abc import Iterator
 
 from megatron_tst.config.errors import UserError
@@ -35,9 +36,7 @@ def check_config(config: RunConfig) -> None:
         _parallel_rules(config.parallel, config.model),
         _recompute_rules(config.training),
     ):
-        for holds, flag, rule in rules:
-            if not holds:
-                raise UserError(f"{flag}: {rule}")
+        _refuse_broken(rules)
     try:
         num_steps = config.schedule.num_steps
     except ValueError as error:
@@ -48,11 +47,12 @@ def check_config(config: RunConfig) -> None:
         )
 
 
-def global_batch_size(training: TrainingSettings, dp_size: int) -> int:
+def global_batch_size(training: TrainingSettings, parallel: ParallelSettings, dp_size: int) -> int:
     """Return the sequences per optimizer step over all ranks.
 
     Raises:
-        UserError: if they do not fill whole micro-batches on ``dp_size`` data-parallel ranks.
+        UserError: if they do not fill whole micro-batches on ``dp_size`` data-parallel ranks, or not as many as
+            interleaved stages take turns with.
     """
     assert training.micro_batch_size is not None
     per_pass = training.micro_batch_size * dp_size
@@ -62,7 +62,37 @@ def global_batch_size(training: TrainingSettings, dp_size: int) -> int:
             f"--global-batch-size {size}: must be a multiple of --micro-batch-size {training.micro_batch_size} x "
             f"{dp_size} data-parallel ranks"
         )
+    stages, per_chunk = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    if per_chunk is not None and size // per_pass % stages:
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage {per_chunk}: a rank's {size // per_pass} micro-batches per step "
+            f"must be a multiple of --pipeline-model-parallel-size {stages}"
+        )
     return size
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
+    """Return the vocabulary rounded up to a multiple of ``divisible_by * tp_size``, as Megatron-LM does."""
+    multiple = divisible_by * tp_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def check_layout(config: RunConfig) -> None:
+    """Refuse a shape that its layout, batch or recomputation does not suit, whatever else is missing.
+
+    Raises:
+        UserError: one line naming the flag, its value and the rule.
+    """
+    _refuse_broken(_model_rules(config.model))
+    _refuse_broken(_batch_rules(config.training))
+    _refuse_broken(_parallel_rules(config.parallel, config.model))
+    _refuse_broken(_recompute_rules(config.training))
+
+
+def _refuse_broken(rules: Iterator[_Rule]) -> None:
+    for holds, flag, rule in rules:
+        if not holds:
+            raise UserError(f"{flag}: {rule}")
 
 
 def _required_rules(config: RunConfig) -> Iterator[_Rule]:

@@ -1,6 +1,6 @@
 """GPTModel with bags at both ends, and how it is built."""
 
-from megatron_tst.model.build import build_gpt, build_model, loss_choice, padded_vocab_size, transformer_config
+from megatron_tst.model.build import build_gpt, build_model, loss_choice, transformer_config
 from megatron_tst.model.embedding import VocabParallelBagEmbedding
 from megatron_tst.model.gpt import TSTGPTModel
 from megatron_tst.model.loss import LossChoice, vocab_parallel_multi_hot_cross_entropy
@@ -12,7 +12,6 @@ __all__ = [
     "build_gpt",
     "build_model",
     "loss_choice",
-    "padded_vocab_size",
     "transformer_config",
     "vocab_parallel_multi_hot_cross_entropy",
 ]

@@ -1,6 +1,5 @@
 """From settings to the model chunks of this rank, wrapped for mixed precision and data parallelism."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,18 +7,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings
+from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings, padded_vocab_size
 from megatron_tst.model.gpt import TSTGPTModel
 from megatron_tst.model.layers import block_spec
 from megatron_tst.model.loss import LossChoice, LossImplementation
 from megatron_tst.model.te_loss import load_kernel
 from megatron_tst.platform import Libraries, Ranks
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
-    """Return the vocabulary rounded up to a multiple of ``divisible_by * tp_size``, as Megatron-LM does."""
-    multiple = divisible_by * tp_size
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 def transformer_config(

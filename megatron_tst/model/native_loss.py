@@ -42,7 +42,9 @@ class NativeMultiHotCrossEntropy(torch.autograd.Function):
         max_N = logits_NVp.amax(dim=-1).float()
         if tp_group.size() > 1:
             dist.all_reduce(max_N, op=dist.ReduceOp.MAX, group=tp_group)
-        sum_exp_N = torch.cat([_shifted(logits_NVp[rows], max_N[rows]).exp_().sum(-1) for rows in _chunks(logits_NVp)])
+        # The float32 maximum makes the difference float32, without a float32 copy of the logits on the way.
+        shifted = (logits_NVp[rows] - max_N[rows].unsqueeze(-1) for rows in _chunks(logits_NVp))
+        sum_exp_N = torch.cat([chunk.exp_().sum(-1) for chunk in shifted])
         target_logits_NS = logits_NVp.gather(-1, columns.index).float() - max_N.unsqueeze(-1)
         target_logits_NS.masked_fill_(~columns.is_here, 0.0)
         if tp_group.size() > 1:
@@ -82,11 +84,6 @@ class NativeMultiHotCrossEntropy(torch.autograd.Function):
             if work is not chunk:
                 chunk.copy_(work)
         return gradient_NVp.view_as(logits_LBVp), None, None, None, None, None
-
-
-def _shifted(logits: Tensor, row_max: Tensor) -> Tensor:
-    """Return a float32 copy of the logits less their row's maximum."""
-    return logits.float().sub(row_max.unsqueeze(-1))
 
 
 def _chunks(logits_NVp: Tensor) -> Iterator[slice]:

@@ -73,8 +73,8 @@ class TrainingProgress:
 
 
 def short(number: float) -> str:
-    """Write a count the short way: 950, 12.3k, 4.5M, 2.1B."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    """Write a count the short way: 950, 12.3k, 4.5M, 2.1B, 1.68T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tst.config import RunConfig, UserError
+from megatron_tst.config import RunConfig, UserError, padded_vocab_size
 from megatron_tst.data.tokenizer import load_tokenizer
-from megatron_tst.model import padded_vocab_size
 from megatron_tst.platform import enter_device, find_libraries
 from megatron_tst.platform.device import driver_version
 from megatron_tst.platform.rendezvous import Rendezvous

@@ -11,12 +11,12 @@ from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.load import load_checkpoint
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
-from megatron_tst.config import ModelSettings, RunConfig, UserError, dump_config, global_batch_size
+from megatron_tst.config import ModelSettings, RunConfig, UserError, dump_config, global_batch_size, padded_vocab_size
 from megatron_tst.data.batches import BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
 from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_tst.model import build_model, loss_choice, padded_vocab_size
+from megatron_tst.model import build_model, loss_choice
 from megatron_tst.platform import (
     Device,
     Libraries,
@@ -165,7 +165,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     training, model = config.training, config.model
     assert model.seq_length and config.data.tokenizer_model
     start = find_start(config, ranks)
-    batch_size = global_batch_size(training, ranks.dp_size)
+    batch_size = global_batch_size(training, config.parallel, ranks.dp_size)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
     vocab_size = model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:

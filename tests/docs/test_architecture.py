@@ -17,6 +17,7 @@ ROOMS = {
     "data": {"config", "superposition", "platform"},
     "telemetry": {"config", "superposition", "platform"},
     "checkpoint": {"config", "superposition", "platform"},
+    "planning": {"config", "telemetry"},
     "training": {"config", "superposition", "platform", "model", "data", "telemetry", "checkpoint"},
 }
 LIBRARIES = {

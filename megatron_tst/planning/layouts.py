@@ -1,0 +1,159 @@
+"""Search for the layouts of a run that fit into a card's memory, the fastest first."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_tst.config import RunConfig, UserError, check_layout, global_batch_size
+from megatron_tst.planning.hardware import Gpu
+from megatron_tst.planning.memory import Memory, data_parallel_size, pipeline_memory
+from megatron_tst.planning.step_time import StepTime, estimate_step
+
+# What the driver, NCCL's buffers and holes between allocations leave of a card.
+USABLE_MEMORY = 0.9
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to spread a run over cards.
+
+    Attributes:
+        config: the run with this layout.
+        memory: of each pipeline stage; empty where the layout is impossible.
+        step: estimated; None where the layout is impossible.
+        refusal: why it cannot be used, or None.
+    """
+
+    config: RunConfig
+    memory: tuple[Memory, ...]
+    step: StepTime | None
+    refusal: str | None
+
+    @property
+    def name(self) -> str:
+        """What distinguishes it: ``tp 1  pp 1  ep 8  micro-batch 2``."""
+        parallel, training = self.config.parallel, self.config.training
+        parts = [
+            f"tp {parallel.tensor_model_parallel_size}",
+            f"pp {parallel.pipeline_model_parallel_size}",
+        ]
+        if parallel.num_layers_per_virtual_pipeline_stage:
+            parts.append(f"{parallel.num_layers_per_virtual_pipeline_stage} layers per virtual stage")
+        if parallel.context_parallel_size > 1:
+            parts.append(f"cp {parallel.context_parallel_size}")
+        if self.config.model.num_experts:
+            parts.append(f"ep {parallel.expert_model_parallel_size}")
+        parts.append(f"micro-batch {training.micro_batch_size}")
+        if training.recompute_granularity == "full":
+            parts.append("recomputed")
+        return "  ".join(parts)
+
+    @property
+    def fullest(self) -> Memory:
+        """The stage that needs most."""
+        return max(self.memory, key=lambda memory: memory.total)
+
+
+def judge_layout(config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float, usable: float) -> Layout:
+    """Say what a layout needs and how fast it is, or why it cannot be used.
+
+    Args:
+        config: the run with the layout.
+        gpu: the card.
+        num_gpus: how many of them.
+        efficiency: share of the card's peak that multiplications run at.
+        usable: share of the card's memory that tensors may take.
+    """
+    try:
+        _check(config, num_gpus)
+    except UserError as error:
+        return Layout(config, (), None, str(error))
+    memory = tuple(pipeline_memory(config, num_gpus))
+    limit = usable * gpu.memory_gib
+    needed = max(stage.total for stage in memory) / 2**30
+    refusal = None if needed <= limit else f"needs {needed:.0f} GiB of memory, {limit:.0f} can be used"
+    return Layout(config, memory, estimate_step(config, gpu, num_gpus, efficiency), refusal)
+
+
+def _check(config: RunConfig, num_gpus: int) -> None:
+    """Refuse what could not be started, with the words of the start."""
+    check_layout(config)
+    parallel = config.parallel
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    if num_gpus % ranks:
+        raise UserError(f"tp x pp x cp = {ranks}: must divide {num_gpus} GPUs")
+    if num_gpus // parallel.pipeline_model_parallel_size % parallel.expert_model_parallel_size:
+        raise UserError("--expert-model-parallel-size: must divide the ranks of a pipeline stage")
+    global_batch_size(config.training, parallel, data_parallel_size(config, num_gpus))
+
+
+def search_layouts(
+    config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float, usable: float = USABLE_MEMORY
+) -> tuple[list[Layout], list[Layout]]:
+    """Try all layouts of a run.
+
+    Tensor parallelism stays within a node, always with sequence parallelism; pipeline and expert parallelism divide
+    layers and experts; each with and without full recomputation. Context parallelism stays as it is.
+
+    Args:
+        config: the run; its global batch is kept.
+        gpu: the card.
+        num_gpus: how many of them.
+        efficiency: share of the card's peak that multiplications run at.
+        usable: share of the card's memory that tensors may take.
+
+    Returns:
+        Those that fit, the fastest first, and those that do not.
+    """
+    judged = [
+        judge_layout(candidate, gpu, num_gpus, efficiency, usable) for candidate in _candidates(config, gpu, num_gpus)
+    ]
+    fitting = sorted((layout for layout in judged if layout.refusal is None), key=_by_speed)
+    return fitting, [layout for layout in judged if layout.refusal is not None]
+
+
+def _by_speed(layout: Layout) -> tuple[float, float]:
+    """Faster first; of equals the larger micro-batch, whose multiplications are larger."""
+    assert layout.step and layout.config.training.micro_batch_size
+    return round(layout.step.total, 9), -layout.config.training.micro_batch_size
+
+
+def _candidates(config: RunConfig, gpu: Gpu, num_gpus: int) -> Iterator[RunConfig]:
+    model = config.model
+    assert model.num_layers
+    tensor = [size for size in (1, 2, 4, 8) if size <= min(gpu.per_node, num_gpus)]
+    pipeline = [size for size in _divisors(model.num_layers) if size <= num_gpus]
+    experts = [size for size in _divisors(model.num_experts or 1) if size <= num_gpus]
+    recomputation = ((None, None, None), ("full", "uniform", 1))
+    for tp, pp, ep, micro, recompute in itertools.product(tensor, pipeline, experts, MICRO_BATCHES, recomputation):
+        granularity, method, layers = recompute
+        for per_chunk in _chunks(model.num_layers // pp, pp):
+            parallel = dataclasses.replace(
+                config.parallel,
+                tensor_model_parallel_size=tp,
+                sequence_parallel=tp > 1,
+                pipeline_model_parallel_size=pp,
+                num_layers_per_virtual_pipeline_stage=per_chunk,
+                expert_model_parallel_size=ep,
+            )
+            training = dataclasses.replace(
+                config.training,
+                micro_batch_size=micro,
+                recompute_granularity=granularity,
+                recompute_method=method,
+                recompute_num_layers=layers,
+            )
+            yield dataclasses.replace(config, parallel=parallel, training=training)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _chunks(layers_per_stage: int, pp: int) -> list[int | None]:
+    """Return the lengths of virtual stages to try: none, and one layer or two."""
+    if pp == 1:
+        return [None]
+    return [None, *(size for size in (1, 2) if size < layers_per_stage and layers_per_stage % size == 0)]

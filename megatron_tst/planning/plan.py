@@ -1,0 +1,176 @@
+"""What a run will take: text, operations, hours and memory, before a card is booked."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from megatron_tst.config import RunConfig, UserError, padded_vocab_size
+from megatron_tst.planning.hardware import Gpu
+from megatron_tst.planning.memory import data_parallel_size
+from megatron_tst.planning.published import implied_mfu
+from megatron_tst.telemetry import RunDirectory, read_metrics, step_flops
+from megatron_tst.telemetry.parameters import count_parameters
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase of a run.
+
+    Attributes:
+        bag_size: s.
+        num_steps: optimizer steps.
+        positions: computed.
+        data_tokens: read.
+        flops: model FLOPs.
+    """
+
+    bag_size: int
+    num_steps: int
+    positions: int
+    data_tokens: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a card is.
+
+    Attributes:
+        mfu: share of its peak.
+        source: where that is from.
+    """
+
+    mfu: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        parameters: of the model.
+        active_parameters: of these, used by one position.
+        phases: the parts of the run.
+        flops_per_step: model FLOPs, the same in every phase.
+        speed: of a card.
+        gpu_hours: of all cards together.
+        hours: of the whole run.
+    """
+
+    parameters: int
+    active_parameters: int
+    phases: tuple[PhasePlan, ...]
+    flops_per_step: int
+    speed: Speed
+    gpu_hours: float
+    hours: float
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return sum(phase.num_steps for phase in self.phases)
+
+    @property
+    def positions(self) -> int:
+        """Computed in all."""
+        return sum(phase.positions for phase in self.phases)
+
+    @property
+    def data_tokens(self) -> int:
+        """Read in all."""
+        return sum(phase.data_tokens for phase in self.phases)
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs in all."""
+        return sum(phase.flops for phase in self.phases)
+
+
+def complete(config: RunConfig, num_gpus: int) -> RunConfig:
+    """Return the settings with the global batch that they leave open.
+
+    Raises:
+        UserError: if they leave open what a plan counts.
+    """
+    model, training = config.model, config.training
+    for flag, value in {
+        "--num-layers": model.num_layers,
+        "--hidden-size": model.hidden_size,
+        "--num-attention-heads": model.num_attention_heads,
+        "--seq-length": model.seq_length,
+        "--vocab-size": model.vocab_size,
+        "--micro-batch-size": training.micro_batch_size,
+        "--train-iters": training.train_iters,
+    }.items():
+        if not value or value < 0:
+            raise UserError(f"{flag} {value}: a plan needs a number above 0, in the YAML file or as a flag")
+    assert training.micro_batch_size
+    batch = training.global_batch_size or training.micro_batch_size * data_parallel_size(config, num_gpus)
+    return dataclasses.replace(config, training=dataclasses.replace(training, global_batch_size=batch))
+
+
+def make_plan(config: RunConfig, gpu: Gpu, num_gpus: int, speed: Speed) -> Plan:
+    """Count what a run takes.
+
+    Args:
+        config: as :func:`complete` returns it.
+        gpu: the card.
+        num_gpus: how many of them.
+        speed: of a card.
+
+    Raises:
+        UserError: if the phases make no schedule.
+    """
+    model, batch = config.model, config.training.global_batch_size
+    assert model.vocab_size and batch and model.seq_length
+    tp = config.parallel.tensor_model_parallel_size
+    padded = padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, tp)
+    flops_per_step = step_flops(model, padded, batch)
+    positions_per_step = batch * model.seq_length
+    try:
+        schedule = config.schedule
+    except ValueError as error:
+        raise UserError(f"phases: {error}") from error
+    phases = tuple(
+        PhasePlan(
+            bag_size=phase.bag_size,
+            num_steps=phase.num_steps,
+            positions=phase.num_steps * positions_per_step,
+            data_tokens=phase.num_steps * positions_per_step * phase.tokens_per_position,
+            flops=phase.num_steps * flops_per_step,
+        )
+        for phase in schedule.phases
+    )
+    gpu_hours = schedule.num_steps * flops_per_step / (gpu.peak_tflops * 1e12 * speed.mfu) / 3600
+    return Plan(
+        parameters=count_parameters(model, padded),
+        active_parameters=count_parameters(model, padded, active=True),
+        phases=phases,
+        flops_per_step=flops_per_step,
+        speed=speed,
+        gpu_hours=gpu_hours,
+        hours=gpu_hours / num_gpus,
+    )
+
+
+def find_speed(config: RunConfig, gpu: Gpu, mfu: float | None, measured: Path | None) -> Speed:
+    """Return how fast a card is: as given, as measured in a run, or as the paper's hours imply.
+
+    Raises:
+        UserError: if it is no share, or the run directory has no logged step.
+    """
+    if mfu is not None:
+        if not 0 < mfu <= 1:
+            raise UserError(f"--mfu {mfu}: must lie between 0 and 1")
+        return Speed(mfu, "given")
+    if measured is not None:
+        metrics = RunDirectory(measured).metrics
+        lines = [line for line in read_metrics(metrics) if "loss" in line] if metrics.is_file() else []
+        if not lines:
+            raise UserError(f"--measured {measured}: holds no run with a logged step")
+        tflops = median(line["tflops_per_gpu"] for line in lines)
+        return Speed(tflops / gpu.peak_tflops, f"measured in {measured}")
+    share, name = implied_mfu(config.model)
+    return Speed(share, f"implied by the paper's hours for {name} on B200")

@@ -1,0 +1,242 @@
+"""The paper's runs and grids of final losses (arXiv 2605.06546, tables 1 and 4 to 7), and what follows from them."""
+
+import csv
+import importlib.resources
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_tst.config import PRESETS, ModelSettings
+from megatron_tst.planning.hardware import GPUS
+from megatron_tst.telemetry.flops import PASSES, forward_flops_per_sequence
+from megatron_tst.telemetry.parameters import count_parameters
+
+# The paper's name of a model: our preset, and positions per step (2M and 8M, counted in powers of two).
+MODELS = {
+    "270M dense": ("270m", 2**21),
+    "600M dense": ("600m", 2**21),
+    "3B dense": ("3b", 2**21),
+    "10B-A1B MoE": ("10b-a1b", 2**23),
+}
+# Losses in the grids differ by about this much between neighbours without a trend.
+NOISE_NATS = 0.002
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A row of table 1.
+
+    Attributes:
+        model: the paper's name.
+        method: baseline, tst, or tst_reinitialised.
+        superposition_steps: with bags.
+        total_steps: of the run.
+        bag_size: s.
+        superposition_data_tokens: read with bags, as printed.
+        total_data_tokens: read in all, as printed.
+        gpu_hours: on B200.
+        final_loss: nats per token.
+    """
+
+    model: str
+    method: str
+    superposition_steps: int
+    total_steps: int
+    bag_size: int
+    superposition_data_tokens: float
+    total_data_tokens: float
+    gpu_hours: float
+    final_loss: float
+
+    @property
+    def positions_per_step(self) -> int:
+        """Positions of a global batch."""
+        return MODELS[self.model][1]
+
+    @property
+    def positions_per_s(self) -> float:
+        """Throughput of one card that the hours imply."""
+        return self.total_steps * self.positions_per_step / (self.gpu_hours * 3600)
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """A run of a grid: bag size s, step ratio r (0 for the baseline), final loss in nats per token."""
+
+    bag_size: int
+    step_ratio: float
+    final_loss: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid over bag size and step ratio.
+
+    Attributes:
+        table: its file.
+        preset: of the model.
+        num_steps: of each run.
+        bag_weights: of the loss.
+        baseline: final loss without superposition.
+        points: all others.
+    """
+
+    table: str
+    preset: str
+    num_steps: int
+    bag_weights: str
+    baseline: float
+    points: tuple[GridPoint, ...]
+
+    @property
+    def name(self) -> str:
+        """Model, steps and bag weights."""
+        return f"{self.preset}, {self.num_steps} steps, {self.bag_weights} weights"
+
+
+_GRIDS = (
+    ("table4_270m_20k", "270m", 20000, "uniform"),
+    ("table5_270m_100k", "270m", 100000, "uniform"),
+    ("table6_600m_20k", "600m", 20000, "uniform"),
+    ("table7_600m_20k_power_law", "600m", 20000, "power_law"),
+)
+
+
+def published_runs() -> list[PublishedRun]:
+    """Return table 1."""
+    return [
+        PublishedRun(
+            row["model"],
+            row["method"],
+            int(row["superposition_steps"]),
+            int(row["total_steps"]),
+            int(row["bag_size"]),
+            float(row["superposition_data_tokens"]),
+            float(row["total_data_tokens"]),
+            float(row["b200_gpu_hours"]),
+            float(row["final_loss"]),
+        )
+        for row in _rows("table1_runs")
+    ]
+
+
+def grids() -> list[Grid]:
+    """Return tables 4 to 7."""
+    found = []
+    for table, preset, num_steps, weights in _GRIDS:
+        points = [
+            GridPoint(int(row["bag_size"]), float(row["step_ratio"]), float(row["final_loss"])) for row in _rows(table)
+        ]
+        (baseline,) = (point.final_loss for point in points if point.bag_size == 1)
+        rest = tuple(point for point in points if point.bag_size > 1)
+        found.append(Grid(table, preset, num_steps, weights, baseline, rest))
+    return found
+
+
+def _rows(table: str) -> list[Mapping[str, str]]:
+    file = importlib.resources.files("megatron_tst.planning") / "paper" / f"{table}.csv"
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+
+
+def flops_per_position(model: ModelSettings) -> float:
+    """Return the floating-point operations of training on one position."""
+    assert model.vocab_size and model.seq_length
+    return PASSES * forward_flops_per_sequence(model, model.vocab_size) / model.seq_length
+
+
+def implied_mfu(model: ModelSettings) -> tuple[float, str]:
+    """Return the share of a B200's peak at which the paper's most similar baseline ran, and that model's name.
+
+    Similar: dense or a mixture like this one, and nearest in FLOPs per position.
+    """
+
+    def distance(name: str) -> float:
+        """Compare two models' work per position."""
+        other = ModelSettings(**PRESETS[MODELS[name][0]])
+        differs_in_kind = (other.num_experts is None) != (model.num_experts is None)
+        return abs(math.log(flops_per_position(other) / flops_per_position(model))) + (1e9 if differs_in_kind else 0)
+
+    nearest = min(MODELS, key=distance)
+    run = next(run for run in published_runs() if run.model == nearest and run.method == "baseline")
+    shape = ModelSettings(**PRESETS[MODELS[nearest][0]])
+    return run.positions_per_s * flops_per_position(shape) / (GPUS["b200"].peak_tflops * 1e12), nearest
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What the paper's runs advise for a model.
+
+    Attributes:
+        source: which of them.
+        bag_size: s.
+        step_ratio: r.
+        gain: nats below the baseline of the same steps.
+        data_ratio: data tokens over that baseline's.
+    """
+
+    source: str
+    bag_size: int
+    step_ratio: float
+    gain: float
+
+    @property
+    def data_ratio(self) -> float:
+        """Data tokens over the baseline's: r s + 1 - r."""
+        return self.step_ratio * self.bag_size + 1 - self.step_ratio
+
+
+def advise(model: ModelSettings, num_steps: int, max_data_ratio: float = math.inf) -> list[Advice]:
+    """Return what the paper's most similar model advises, within a limit of data.
+
+    First the best point of the nearest grid (in parameters, then in steps); then, where it is another, the point that
+    needs least data of those within :data:`NOISE_NATS` of the best; then the setting of the paper's run nearest in
+    size, where that is nearer than the grid's model.
+
+    Args:
+        model: the shape.
+        num_steps: of the run.
+        max_data_ratio: data tokens at hand over those of a run of the same steps without bags.
+    """
+    grid = min(
+        (grid for grid in grids() if grid.bag_weights == "uniform"),
+        key=lambda grid: (_size_distance(model, grid.preset), abs(math.log(grid.num_steps / num_steps))),
+    )
+    advices = [
+        Advice(f"best of the grid {grid.name}", point.bag_size, point.step_ratio, grid.baseline - point.final_loss)
+        for point in sorted(grid.points, key=lambda point: point.final_loss)
+    ]
+    affordable = [advice for advice in advices if advice.data_ratio <= max_data_ratio]
+    if not affordable:
+        return []
+    best = affordable[0]
+    as_good = [advice for advice in affordable if advice.gain >= best.gain - NOISE_NATS]
+    frugal = min(as_good, key=lambda advice: advice.data_ratio)
+    found = [best]
+    if frugal != best:
+        source = f"least data within {NOISE_NATS} nats of it"
+        found.append(Advice(source, frugal.bag_size, frugal.step_ratio, frugal.gain))
+    own = _own_setting(model, grid)
+    return found + ([own] if own and own.data_ratio <= max_data_ratio else [])
+
+
+def _own_setting(model: ModelSettings, grid: Grid) -> Advice | None:
+    """Return the setting of the paper's run nearest in size, if that is nearer than the grid's model."""
+    runs = published_runs()
+    run = min(
+        (run for run in runs if run.method == "tst"),
+        key=lambda run: _size_distance(model, MODELS[run.model][0]),
+    )
+    preset = MODELS[run.model][0]
+    if _size_distance(model, preset) >= _size_distance(model, grid.preset):
+        return None
+    ratio = round(run.superposition_steps / run.total_steps, 2)
+    same = [other for other in runs if other.model == run.model and other.method == "baseline"]
+    baseline = min(same, key=lambda other: abs(other.total_steps - run.total_steps))
+    against = "" if baseline.total_steps == run.total_steps else f" against {baseline.total_steps} steps"
+    return Advice(f"the paper's {run.model} run{against}", run.bag_size, ratio, baseline.final_loss - run.final_loss)
+
+
+def _size_distance(model: ModelSettings, preset: str) -> float:
+    other = ModelSettings(**PRESETS[preset])
+    assert model.vocab_size and other.vocab_size
+    return abs(math.log(count_parameters(model, model.vocab_size) / count_parameters(other, other.vocab_size)))

@@ -1,0 +1,151 @@
+"""A plan in tables and sentences, for a terminal."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from megatron_tst.planning.hardware import Gpu
+from megatron_tst.planning.layouts import Layout
+from megatron_tst.planning.memory import describe_parts
+from megatron_tst.planning.plan import Plan
+from megatron_tst.planning.published import Advice
+from megatron_tst.planning.scale import Assumptions, ScaledRun
+from megatron_tst.telemetry import short
+
+
+def _numbers(first: str, *others: str, title: str | None = None) -> Table:
+    """Return a table with names on the left and numbers, right-justified, beside them."""
+    table = Table(first, title=title)
+    for column in others:
+        table.add_column(column, justify="right")
+    return table
+
+
+def describe_run(plan: Plan, gpu: Gpu, num_gpus: int, price_per_gpu_hour: float | None) -> Iterator[RenderableType]:
+    """Tell what is computed and read, and what it costs."""
+    columns = "phase", "bag size", "steps", "positions", "data tokens", "FLOPs", "GPU-hours"
+    table = _numbers(*columns, title="The run")
+    for number, phase in enumerate(plan.phases, 1):
+        counts = short(phase.positions), short(phase.data_tokens), f"{phase.flops:.3g}"
+        hours = plan.gpu_hours * phase.num_steps / plan.num_steps
+        table.add_row(str(number), str(phase.bag_size), str(phase.num_steps), *counts, f"{hours:,.0f}")
+    counts = short(plan.positions), short(plan.data_tokens), f"{plan.flops:.3g}"
+    table.add_row("all", "", str(plan.num_steps), *counts, f"{plan.gpu_hours:,.0f}", style="bold")
+    yield table
+    is_mixture = plan.active_parameters != plan.parameters
+    active = f", {short(plan.active_parameters)} active" if is_mixture else ""
+    yield f"{short(plan.parameters)} parameters{active}; {plan.flops_per_step:.4g} FLOPs per step in each phase."
+    yield (
+        f"MFU {plan.speed.mfu:.1%} of {gpu.peak_tflops:.0f} TFLOP/s ({plan.speed.source}): {plan.gpu_hours:,.0f} "
+        f"GPU-hours, {plan.hours / 24:.2f} days on {num_gpus} {gpu.name}."
+    )
+    if price_per_gpu_hour is not None:
+        yield f"Cost: {plan.gpu_hours * price_per_gpu_hour:,.0f} at {price_per_gpu_hour:g} per GPU-hour."
+
+
+def describe_memory(layout: Layout, gpu: Gpu, usable: float) -> Iterator[RenderableType]:
+    """Tell what each stage of the configured layout holds, or why there is none."""
+    if not layout.memory:
+        yield f"\nThe configured layout cannot be used: {layout.refusal}"
+        return
+    yield f"\nMemory of the configured layout, {layout.name}:"
+    table = _numbers("GiB per card", *(f"stage {stage}" for stage in range(len(layout.memory))))
+    for name, sizes in describe_parts(layout.memory):
+        cells = (f"{size:.2f}" for size in sizes)
+        table.add_row(name.replace("_", " "), *cells, style="bold" if name == "total" else None)
+    yield table
+    verdict = "It fits" if layout.refusal is None else "It does not fit"
+    yield (
+        f"{verdict}: {usable:.0%} of {gpu.memory_gib:g} GiB can be used. Of 'logits and loss' and 'backward' the "
+        "larger counts: they are not there together.\n"
+    )
+
+
+def describe_layouts(chosen: Layout, fastest: Sequence[Layout], others: Sequence[Layout]) -> Iterator[RenderableType]:
+    """Tell which layouts fit, the fastest first, and why the others do not."""
+    columns = "layout", "step, s", "bubble", "exposed", "GiB", "speed"
+    table = _numbers(*columns, title="The fastest layouts that fit")
+    for layout in (*fastest, *([chosen] if chosen.step else [])):
+        assert layout.step
+        step = layout.step
+        table.add_row(
+            f"{layout.name}  (configured)" if layout is chosen else layout.name,
+            f"{step.total:.3g}",
+            f"{step.bubble / step.total:.0%}",
+            f"{step.exposed / step.total:.0%}",
+            f"{layout.fullest.total / 2**30:.3g}",
+            f"{fastest[0].step.total / step.total:.2f}" if fastest and fastest[0].step else "-",
+            style="bold" if layout is chosen else None,
+        )
+    yield table
+    yield "Exposed: communication that nothing hides. Estimated, with multiplications equally fast at any size."
+    groups: dict[str, list[str]] = {}
+    for layout in others:
+        assert layout.refusal
+        groups.setdefault(layout.refusal.split()[0], []).append(layout.refusal)
+    if groups:
+        yield "Why others cannot be used:"
+    for group in sorted(groups.values(), key=len, reverse=True):
+        yield f"  {len(group):5d}  {'such as ' if len(set(group)) > 1 else ''}{group[0]}"
+
+
+def describe_advice(advices: Sequence[Advice], positions: int) -> Iterator[RenderableType]:
+    """Tell which bag size and step ratio the paper's runs advise, and what they cost in text."""
+    table = Table("s", "r", "data tokens", "gain, nats", "from", title="\nBag size and step ratio, from the paper")
+    for advice in advices:
+        tokens = f"{short(advice.data_ratio * positions)} ({advice.data_ratio:.2f} x)"
+        table.add_row(str(advice.bag_size), f"{advice.step_ratio:g}", tokens, f"{advice.gain:.3f}", advice.source)
+    if not advices:
+        yield "\nFor so few data tokens the paper has no run with bags of text: see --tst-superpose output."
+        return
+    yield table
+    yield "Gain: below the same steps without bags, unless said otherwise. The best s grows with scale."
+
+
+def describe_scaled(runs: Sequence[ScaledRun], assumptions: Assumptions) -> Iterator[RenderableType]:
+    """Tell how the run would go on more cards."""
+    title = "\nThe same run on more cards: a simulation"
+    table = Table("", *(f"{run.num_gpus} GPUs" for run in runs), title=title)
+    for name, value in _scaled_rows(runs):
+        table.add_row(name, *(value(run) if run.layout else "-" for run in runs))
+    yield table
+    for run in runs:
+        if run.layout is None:
+            yield f"On {run.num_gpus} GPUs no layout can be used; most often: {run.refusal}"
+    yield (
+        f"Assumed: the global batch stays; a failure per {assumptions.mtbf_gpu_hours:,.0f} card-hours (Llama 3's "
+        f"rate) and {assumptions.restart_minutes:g} minutes to restart; saves that block, at "
+        f"{assumptions.storage_gb_per_s_per_node:g} GB/s per node, {assumptions.storage_gb_per_s:g} in all; "
+        "multiplications equally fast at any size; no latency."
+    )
+
+
+def _scaled_rows(runs: Sequence[ScaledRun]) -> Iterator[tuple[str, Callable[[ScaledRun], str]]]:
+    def share(part: str) -> Callable[[ScaledRun], str]:
+        """Show a part of the step."""
+        return lambda run: f"{getattr(run.layout.step, part) / run.layout.step.total:.0%}"  # type: ignore[union-attr]
+
+    yield "layout", lambda run: run.layout.name if run.layout else ""
+    yield "step, s", lambda run: f"{run.layout.step.total:.3g}"  # type: ignore[union-attr]
+    yield "pipeline bubble", share("bubble")
+    yield "exposed communication", share("exposed")
+    steps = [run.layout.step for run in runs if run.layout and run.layout.step]
+    for name in sorted({name for step in steps for name in step.volumes}):
+        yield f"{name}, GB per step", _collective(name)
+    yield "days without failures", lambda run: f"{run.days:.3g}"
+    yield "failures expected", lambda run: f"{run.failures:.2g}"
+    yield "writing a checkpoint, s", lambda run: f"{run.checkpoint_s:.2g}"
+    yield "best --save-interval", lambda run: str(run.save_interval_steps)
+    yield "time that makes progress", lambda run: f"{run.goodput:.1%}"
+    yield "days", lambda run: f"{run.days / run.goodput:.3g}"
+
+
+def _collective(name: str) -> Callable[[ScaledRun], str]:
+    def value(run: ScaledRun) -> str:
+        """Show what a card sends, and for how long."""
+        assert run.layout and run.layout.step
+        step = run.layout.step
+        return f"{step.volumes[name] / 1e9:.3g} in {1e3 * step.times[name]:.3g} ms" if name in step.volumes else "-"
+
+    return value

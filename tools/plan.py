@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Say what a run will take before it is started: text, operations, hours, memory per card, the layouts that fit.
+
+python tools/plan.py --config launch/configs/moe_10b_tst.yaml --gpu b200 --num-gpus 64 [flags of pretrain_tst.py]
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_tst.config import EXIT_CODE, UserError, read_config
+from megatron_tst.planning import report
+from megatron_tst.planning.hardware import GPUS, find_gpu
+from megatron_tst.planning.layouts import USABLE_MEMORY, Layout, judge_layout, search_layouts
+from megatron_tst.planning.plan import complete, find_speed, make_plan
+from megatron_tst.planning.published import advise
+from megatron_tst.planning.scale import Assumptions, scale_run
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Read this program's flags; the rest are pretrain_tst.py's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--gpu", default="b200", help=f"one of {', '.join(GPUS)} (default: b200)")
+    parser.add_argument("--num-gpus", type=int, default=64, help="(default: 64)")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--mfu", type=float, help="share of the peak; where not given, the paper's for a similar model")
+    speed.add_argument("--measured", type=Path, metavar="RUN", help="take the speed of this run directory")
+    parser.add_argument("--price-per-gpu-hour", type=float, help="to print the cost")
+    parser.add_argument("--data-tokens", type=float, help="at hand, for the advice on bag size and step ratio")
+    parser.add_argument("--usable-memory", type=float, default=USABLE_MEMORY, help="share of a card's (default: 0.9)")
+    parser.add_argument("--layouts", type=int, default=5, metavar="N", help="how many of the fastest to print")
+    parser.add_argument("--simulate", type=int, nargs="+", default=[], metavar="N", help="the same run on N cards")
+    parser.add_argument("--json", type=Path, help="write everything there too")
+    return parser.parse_known_args()
+
+
+def main(arguments: argparse.Namespace, argv: list[str]) -> None:
+    """Print the plan."""
+    gpu, number, usable = find_gpu(arguments.gpu), arguments.num_gpus, arguments.usable_memory
+    for flag, count in (("--num-gpus", number), *(("--simulate", count) for count in arguments.simulate)):
+        if count < 1:
+            raise UserError(f"{flag} {count}: must be at least 1")
+    config = complete(read_config(argv), number)
+    speed = find_speed(config, gpu, arguments.mfu, arguments.measured)
+    plan = make_plan(config, gpu, number, speed)
+    chosen = judge_layout(config, gpu, number, speed.mfu, usable)
+    fitting, others = search_layouts(config, gpu, number, speed.mfu, usable)
+    limit = float("inf") if arguments.data_tokens is None else arguments.data_tokens / plan.positions
+    advices = advise(config.model, plan.num_steps, limit)
+    assumptions = Assumptions()
+    scaled = [scale_run(config, gpu, count, speed.mfu, usable, assumptions) for count in arguments.simulate]
+    for part in (
+        *report.describe_run(plan, gpu, number, arguments.price_per_gpu_hour),
+        *report.describe_memory(chosen, gpu, usable),
+        *report.describe_layouts(chosen, fitting[: arguments.layouts], others),
+        *report.describe_advice(advices, plan.positions),
+        *(report.describe_scaled(scaled, assumptions) if scaled else ()),
+    ):
+        Console().print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
+    if arguments.json:
+        content = {
+            "plan": dataclasses.asdict(plan),
+            "layout": _as_json(chosen),
+            "fitting": [_as_json(layout) for layout in fitting],
+            "not_fitting": [_as_json(layout) for layout in others],
+            "advice": [{**dataclasses.asdict(advice), "data_ratio": advice.data_ratio} for advice in advices],
+            "assumptions": dataclasses.asdict(assumptions),
+            "scaled": [{**vars(run), "layout": run.layout and _as_json(run.layout)} for run in scaled],
+        }
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_json(layout: Layout) -> dict[str, Any]:
+    return {
+        "name": layout.name,
+        "refusal": layout.refusal,
+        "memory_bytes": [dataclasses.asdict(stage) for stage in layout.memory],
+        "step_s": layout.step and dataclasses.asdict(layout.step),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_arguments())
+    except UserError as error:
+        print(f"plan.py: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
