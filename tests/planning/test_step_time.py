@@ -1,0 +1,149 @@
+"""What a step is said to send against what ranks really send, and the arithmetic of its time."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_tst.config import check_layout, parse_config, read_config
+from megatron_tst.planning.hardware import find_gpu
+from megatron_tst.planning.step_time import communication_volumes, estimate_step
+from megatron_tst.telemetry import forward_flops_per_sequence
+from megatron_tst.training import build_run
+from megatron_tst.training.loop import read_step
+from tests.distributed.launch import run_distributed
+from tests.training.runs import arguments
+
+MOE = "--num-experts 4 --moe-ffn-hidden-size 16 --moe-token-dispatcher-type alltoall "
+RUN = "--micro-batch-size 2 --global-batch-size 8 --eval-iters 0 --vocab-size 300 "
+PRESET = (
+    "--tst-preset 3b --micro-batch-size 2 --global-batch-size 512 --train-iters 10 --bf16 --use-distributed-optimizer "
+    "--accumulate-allreduce-grads-in-fp32 "
+)
+
+
+GATHERED = ("_allgather_base_", "allgather_into_tensor_coalesced_")
+SCATTERED = ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_")
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up what a rank of two sends in each collective: half of what is gathered, scattered or exchanged."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in (*GATHERED, *SCATTERED, "alltoall_base_"):
+            self.sent[name] += max(tensor.nbytes for tensor in tree_leaves(args[:2]) if isinstance(tensor, Tensor)) // 2
+        return func(*args, **(kwargs or {}))
+
+
+def count(argv):
+    run = build_run(parse_config(argv))
+    batches = read_step(run, run.read(run.data.train, run.schedule, 0, 0), run.schedule.phases[0])
+    with Traffic() as traffic:
+        run.stepper.train(batches)
+    return traffic.sent
+
+
+def counted(corpus, tokenizer, folder, extras):
+    argvs = [arguments(corpus, str(tokenizer.path), folder / str(n), RUN + extra) for n, extra in enumerate(extras)]
+    traffic = [run_distributed(count, 2, argv) for argv in argvs]
+    return [parse_config(argv) for argv in argvs], list(zip(*traffic, strict=True))
+
+
+def more(configs, name):
+    """What two more layers add to a collective, by the model."""
+    few, many = (communication_volumes(config, 2)[name] for config in configs)
+    return many - few
+
+
+@pytest.mark.distributed
+def test_a_layer_gathers_and_scatters_five_times_per_block(corpus, tokenizer, tmp_path):
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers "
+    configs, ranks = counted(corpus, tokenizer, tmp_path, [layout + "2", layout + "4"])
+    for few, many in ranks:
+        sent = sum((many - few).values())
+        assert sent == more(configs, "tensor parallel")
+
+
+@pytest.mark.distributed
+def test_a_layer_of_experts_exchanges_four_times(corpus, tokenizer, tmp_path):
+    layout = MOE + "--expert-model-parallel-size 2 --num-layers "
+    configs, ranks = counted(corpus, tokenizer, tmp_path, [layout + "2", layout + "4"])
+    # What is received may be more or less than what is sent, by how the router spreads: the ranks' mean is meant.
+    sent = sum((many - few)["alltoall_base_"] for few, many in ranks) / 2
+    assert sent == pytest.approx(more(configs, "expert all-to-all"), rel=0.1)
+
+
+@pytest.mark.distributed
+def test_gradients_are_scattered_and_parameters_gathered_once(corpus, tokenizer, tmp_path):
+    (config,), ranks = counted(corpus, tokenizer, tmp_path, ["--use-distributed-optimizer --bf16"])
+    volumes = communication_volumes(config, 2)
+    for (sent,) in ranks:
+        assert sum(sent[name] for name in SCATTERED) == pytest.approx(volumes["gradient reduce-scatter"], rel=0.01)
+        assert sum(sent[name] for name in GATHERED) == pytest.approx(volumes["parameter all-gather"], rel=0.01)
+
+
+def layout(extra=""):
+    config = read_config((PRESET + extra).split())
+    check_layout(config)
+    return config
+
+
+def test_a_step_without_communication_is_its_operations():
+    config, gpu = layout(), find_gpu("b200")
+    step = estimate_step(config, gpu, 1, efficiency=0.5)
+    flops = 3 * 512 * forward_flops_per_sequence(config.model, 128256)
+    assert step.total == pytest.approx(flops / (0.5 * 2250e12))
+    assert (step.bubble, step.exposed, dict(step.volumes)) == (0, 0, {})
+    assert estimate_step(config, gpu, 1, efficiency=0.25).total == pytest.approx(2 * step.total)
+
+
+def test_full_recomputation_is_a_fourth_pass():
+    plain, again = (
+        estimate_step(layout(extra), find_gpu("b200"), 1, 0.5)
+        for extra in ("", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
+    )
+    assert again.compute == pytest.approx(plain.compute * 4 / 3)
+
+
+@pytest.mark.parametrize(("virtual", "share"), [("", 3 / 64), ("--num-layers-per-virtual-pipeline-stage 3", 1 / 64)])
+def test_the_bubble_is_the_stages_but_one_over_the_micro_batches(virtual, share):
+    config = layout(f"--pipeline-model-parallel-size 4 --global-batch-size 512 {virtual}")
+    step = estimate_step(config, find_gpu("b200"), 16, 0.5)
+    assert step.bubble == pytest.approx(step.compute * share)
+
+
+def test_overlap_hides_the_reduction_behind_the_last_pass():
+    gpu = find_gpu("b200")
+    shown = estimate_step(layout(), gpu, 64, 0.5)
+    hidden = estimate_step(layout("--overlap-grad-reduce --overlap-param-gather"), gpu, 64, 0.5)
+    assert shown.exposed == pytest.approx(sum(shown.times.values()))
+    assert hidden.exposed < shown.exposed
+    # All eight network cards of a node carry the reduction of its eight ranks.
+    parameters = communication_volumes(layout(), 64)["gradient reduce-scatter"]
+    assert shown.times["gradient reduce-scatter"] == pytest.approx(parameters / (8 * gpu.network_gb_per_s * 1e9))
+
+
+def test_an_exchange_beyond_the_node_goes_through_the_network():
+    moe = "--tst-preset 10b-a1b --micro-batch-size 1 --global-batch-size 1024 --train-iters 10 --bf16 "
+    inside, outside = (
+        estimate_step(read_config(f"{moe} --expert-model-parallel-size {ep}".split()), find_gpu("b200"), 64, 0.2)
+        for ep in (8, 64)
+    )
+    name = "expert all-to-all"
+    assert outside.times[name] / inside.times[name] > 10
+    assert inside.times[name] == pytest.approx(inside.volumes[name] / 900e9)
+
+
+def test_half_the_layers_send_half(corpus, tokenizer, tmp_path):
+    config = layout("--tensor-model-parallel-size 2 --sequence-parallel")
+    half = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=18))
+    name = "tensor parallel"
+    assert communication_volumes(config, 2)[name] == 2 * communication_volumes(half, 2)[name]

@@ -1,0 +1,96 @@
+import json
+
+import pytest
+
+from tests.training.runs import ROOT, start
+
+CONFIGS = sorted(path.name for path in (ROOT / "launch" / "configs").glob("*.yaml"))
+
+
+def plan(*argv):
+    return start("tools/plan.py", *argv, COLUMNS="140")
+
+
+def planned(tmp_path, *argv):
+    done = plan(*argv, "--json", str(tmp_path / "plan.json"))
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "plan.json").read_text()), done.stdout
+
+
+def hours(tmp_path, name):
+    return planned(tmp_path, "--config", f"launch/configs/{name}.yaml")[0]["plan"]["gpu_hours"]
+
+
+def test_the_papers_hours_and_their_ratio(tmp_path):
+    tst, baseline = hours(tmp_path, "moe_10b_tst"), hours(tmp_path, "moe_10b_baseline")
+    assert tst == pytest.approx(4768, rel=0.10)
+    assert baseline == pytest.approx(12311, rel=0.01)
+    assert baseline / tst == pytest.approx(12311 / 4768, rel=0.05)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_shipped_run_fits_its_cards(tmp_path, config):
+    cards = "64" if config.startswith(("dense_3b", "moe")) else "8"
+    content, text = planned(tmp_path, "--config", f"launch/configs/{config}", "--num-gpus", cards)
+    assert content["layout"]["refusal"] is None
+    assert "It fits" in text
+
+
+def test_flags_change_the_plan(tmp_path):
+    config = ("--config", "launch/configs/dense_3b_tst.yaml")
+    plain, _ = planned(tmp_path, *config, "--mfu", "0.4")
+    staged, text = planned(tmp_path, *config, "--mfu", "0.2", "--pipeline-model-parallel-size", "4")
+    assert staged["plan"]["gpu_hours"] == pytest.approx(2 * plain["plan"]["gpu_hours"])
+    assert (len(plain["layout"]["memory_bytes"]), len(staged["layout"]["memory_bytes"])) == (1, 4)
+    first, *_, last = (stage["activations"] for stage in staged["layout"]["memory_bytes"])
+    assert first > 3 * last
+    assert "stage 3" in text
+
+
+def test_what_is_printed(tmp_path):
+    _, text = planned(
+        tmp_path, "--config", "launch/configs/moe_10b_tst.yaml", "--price-per-gpu-hour", "4", "--data-tokens", "2e12",
+        "--simulate", "1024", "16384",
+    )  # fmt: skip
+    for part in (
+        "10.5B parameters", "1.99T", "Cost: 19,6", "micro-batch 2  (configured)", "--num-query-groups 4",
+        "10B-A1B MoE run", "16384 GPUs", "expert all-to-all, GB per step", "Assumed:",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_a_measured_runs_speed_is_taken(tmp_path):
+    lines = [{"step": 1, "loss": 9.0, "tflops_per_gpu": 3.0}, {"step": 1, "valid_loss": 9.0}]
+    lines += [{"step": step, "loss": 8.0, "tflops_per_gpu": 900.0 + step} for step in (2, 3, 4, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content, text = planned(tmp_path, "--config", "launch/configs/dense_270m_tst.yaml", "--measured", str(tmp_path))
+    assert content["plan"]["speed"]["mfu"] == pytest.approx(903 / 2250)
+    assert "measured in" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("--tst-preset 3b --gpu b300", "--gpu b300: unknown; choose from b200, h200, h100, a100"),
+        ("--tst-preset 3b --mfu 2", "--mfu 2.0: must lie between 0 and 1"),
+        ("--tst-preset 3b --num-gpus 0", "--num-gpus 0: must be at least 1"),
+        ("--tst-preset 3b --train-iters 9", "--micro-batch-size None: a plan needs a number above 0"),
+        ("--tst-preset 3b --measured nowhere", "--measured nowhere: holds no run with a logged step"),
+        ("--tst-preset 3b --fp8", "--fp8"),
+    ],
+)
+def test_mistakes_are_named(argv, line):
+    extra = "" if "train-iters" in argv else "--train-iters 10 --micro-batch-size 1"
+    done = plan(*argv.split(), *extra.split())
+    assert done.returncode == 2
+    assert done.stderr.startswith("plan.py: error: ")
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_layout_that_cannot_be_started_is_named_and_others_offered(tmp_path):
+    content, text = planned(
+        tmp_path, "--config", "launch/configs/dense_3b_tst.yaml", "--tensor-model-parallel-size", "8"
+    )
+    assert "cannot be used: --tensor-model-parallel-size 8: must divide --num-query-groups 4" in text
+    assert content["fitting"]
