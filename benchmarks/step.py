@@ -26,7 +26,7 @@ from megatron_tst.model import build_model
 from megatron_tst.platform import find_libraries, leave_ranks
 from megatron_tst.superposition import Phase, Schedule
 from megatron_tst.training import Run, build_run
-from megatron_tst.training.loop import Monitor, read_step
+from megatron_tst.training.monitor import Monitor
 
 # isort: split
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -70,7 +70,7 @@ def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
 
     def step() -> None:
         number = next(numbers)
-        report = run.stepper.train(read_step(run, reader, schedule.phases[0]))
+        report = run.stepper.train(run.read_step(reader, schedule.phases[0]))
         monitor.record(number, schedule.phase_at(number - 1), report, data_s=0.0)
 
     return step

@@ -15,7 +15,10 @@ _FREE = {
 }  # fmt: skip
 # Settings that say what is trained, on what text, in which order; the others, such as rates, are free but told.
 _BINDING = {"model", "superposition", "data", "training.seed", "training.bf16", "optimizer.use_distributed_optimizer"}
-_TUNABLE = {"model.attention_dropout", "model.hidden_dropout", "model.moe_aux_loss_coeff", "model.moe_z_loss_coeff"}
+_TUNABLE = {
+    "model.attention_dropout", "model.hidden_dropout", "model.moe_aux_loss_coeff", "model.moe_z_loss_coeff",
+    "model.moe_expert_capacity_factor", "model.moe_token_drop_policy",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

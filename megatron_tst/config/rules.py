@@ -144,6 +144,10 @@ def _model_rules(model: ModelSettings) -> Iterator[_Rule]:
             f"--moe-router-topk {model.moe_router_topk}",
             f"must lie between 1 and --num-experts {model.num_experts}",
         )
+    capacity = model.moe_expert_capacity_factor
+    if capacity is not None:
+        yield capacity > 0, f"--moe-expert-capacity-factor {capacity}", "must be above 0"
+        yield model.num_experts is not None, f"--moe-expert-capacity-factor {capacity}", "needs --num-experts"
 
 
 def _superposition_rules(settings: SuperpositionSettings, config: RunConfig) -> Iterator[_Rule]:

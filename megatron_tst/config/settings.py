@@ -76,6 +76,10 @@ class ModelSettings:
     """Weight of the load-balancing loss."""
     moe_z_loss_coeff: float | None = None
     """Weight of the router's z-loss."""
+    moe_expert_capacity_factor: float | None = None
+    """Most positions of a rank's micro-batch that an expert takes, over an equal share; no limit where not given."""
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Whom a full expert takes: the positions most probable to it, or the first."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"
     """How positions reach their experts."""
     moe_grouped_gemm: bool = False

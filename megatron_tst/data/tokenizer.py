@@ -45,6 +45,21 @@ class Tokenizer:
         """Encode texts, without adding any special token."""
         return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def token_bytes(self) -> list[int] | None:
+        """Return the bytes of text that each id stands for, or None where a token alone does not tell.
+
+        A byte-level token is written with one character per byte. Special tokens stand for no text.
+        """
+        if not isinstance(self._model.decoder, tokenizers.decoders.ByteLevel):
+            return None
+        added = self._model.get_added_tokens_decoder()
+        sizes = [0] * self.vocab_size
+        for token, number in self._model.get_vocab(with_added_tokens=True).items():
+            sizes[number] = len(token)
+        for number, token in added.items():
+            sizes[number] = 0 if token.special else len(token.content.encode())
+        return sizes
+
     def decode(self, ids: list[int]) -> str:
         """Turn ids back into text."""
         return str(self._model.decode(ids, skip_special_tokens=False))

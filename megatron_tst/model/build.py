@@ -92,6 +92,8 @@ def _mixture_of_experts(model: ModelSettings, has_te: bool) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_z_loss_coeff": model.moe_z_loss_coeff,
+        "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
+        "moe_token_drop_policy": model.moe_token_drop_policy,
         "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
         "moe_grouped_gemm": model.moe_grouped_gemm and has_te,
         "moe_permute_fusion": has_te,

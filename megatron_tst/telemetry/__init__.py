@@ -3,9 +3,12 @@
 from megatron_tst.telemetry.flops import forward_flops_per_sequence, step_flops
 from megatron_tst.telemetry.metrics import (
     ExpertMetrics,
+    Metrics,
     MetricsFile,
+    RecoveryMetrics,
     SkippedMetrics,
     StepMetrics,
+    SwitchMetrics,
     ValidMetrics,
     read_metrics,
 )
@@ -14,10 +17,13 @@ from megatron_tst.telemetry.run_directory import RunDirectory, start_log_screen,
 
 __all__ = [
     "ExpertMetrics",
+    "Metrics",
     "MetricsFile",
+    "RecoveryMetrics",
     "RunDirectory",
     "SkippedMetrics",
     "StepMetrics",
+    "SwitchMetrics",
     "TrainingProgress",
     "ValidMetrics",
     "forward_flops_per_sequence",

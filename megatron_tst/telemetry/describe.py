@@ -1,17 +1,23 @@
-"""The table of all metrics, from the docstrings of their classes: docs/metrics.md."""
+"""The table of all metrics, from the fields of their classes: docs/metrics.md."""
 
-import dataclasses
 import inspect
-import re
+from typing import get_type_hints
 
-from megatron_tst.telemetry.metrics import ExpertMetrics, SkippedMetrics, StepMetrics, ValidMetrics
+from megatron_tst.telemetry.flops import forward_flops_per_sequence
+from megatron_tst.telemetry.metrics import KINDS, About
 
-KINDS = (StepMetrics, ValidMetrics, ExpertMetrics, SkippedMetrics)
 _HEAD = """# Metrics
 
 `metrics.jsonl` in the run directory holds one JSON object per line, of one of these kinds; TensorBoard and Weights &
 Biases get the same names. A *data token* is a token of text; a *position* is what the transformer computes: one bag, or
-one token. Made by `python tools/describe_metrics.py`.
+one token. L positions make a sequence, s data tokens a bag. What has no unit is a pure number. Made by
+`python tools/describe_metrics.py`.
+"""
+_FLOPS = """## FLOPs per step
+
+Three times the forward pass, in every phase: the backward pass multiplies once more for the inputs and once more for
+the weights. Per sequence, with L positions, hidden D, heads H of width E, K key-value heads, inner width F, N experts,
+vocabulary V (padded); look-ups, norms, activations and the loss are not counted:
 """
 
 
@@ -19,13 +25,15 @@ def describe() -> str:
     """Return docs/metrics.md."""
     sections = [_HEAD]
     for kind in KINDS:
-        doc = inspect.getdoc(kind) or ""
-        title, _, attributes = doc.partition("Attributes:")
-        meanings = dict(re.findall(r"^ +(\w+): ((?:.|\n(?! +\w+: ))+)", attributes, re.MULTILINE))
-        rows = [f"| `{field.name}` | {_one_line(meanings[field.name])} |" for field in dataclasses.fields(kind)]
-        sections.append("\n".join([f"## {_one_line(title).rstrip('.')}", "", "| name | meaning |", "|---|---|", *rows]))
+        rows = [_row(name, hint.__metadata__[0]) for name, hint in get_type_hints(kind, include_extras=True).items()]
+        title = (inspect.getdoc(kind) or "").split(".")[0]
+        rest = (inspect.getdoc(kind) or "").removeprefix(f"{title}.").strip()
+        table = ["| name | unit | meaning | formula |", "|---|---|---|---|", *rows]
+        sections.append("\n\n".join([f"## {title}", *([rest] if rest else []), "\n".join(table)]))
+    formula = (inspect.getdoc(forward_flops_per_sequence) or "").split("::\n\n")[1].split("\n\n")[0]
+    sections.append(f"{_FLOPS}\n```\n{inspect.cleandoc(formula)}\n```")
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace("``", "`")
+def _row(name: str, about: About) -> str:
+    return f"| `{name}` | {about.unit} | {about.meaning} | {about.formula} |"

@@ -6,109 +6,158 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
+
+
+@dataclass(frozen=True)
+class About:
+    """What a metric is.
+
+    Attributes:
+        unit: of the number; empty for a pure number, or none.
+        meaning: what it tells.
+        formula: that it follows from, where the name does not say it.
+    """
+
+    unit: str
+    meaning: str
+    formula: str = ""
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One logged optimizer step.
+    """One logged optimizer step. Times and speeds are means over the steps since the line before."""
 
-    Attributes:
-        step: 1-based, after the update.
-        phase: 0-based.
-        bag_size: data tokens per position of the phase.
-        loss_kind: ``mce`` or ``mce_alt`` with bags, ``ce`` without; nats per position.
-        loss: of this step's global batch.
-        lr: learning rate of this step.
-        grad_norm: global gradient norm before clipping.
-        data_tokens: read since the start of the run.
-        positions: computed since the start of the run.
-        step_time_s: mean seconds per step since the line before.
-        data_tokens_per_s: over the same steps, all ranks.
-        positions_per_s: over the same steps, all ranks.
-        tflops_per_gpu: model FLOPs per second and rank, in 1e12.
-        mfu: the share of the card's bfloat16 peak that these are; null where the peak is not known.
-        data_time_s: mean seconds per step that the main rank waited for text.
-        forward_backward_time_s: mean seconds per step in forward and backward passes, pipeline bubbles included.
-        optimizer_time_s: mean seconds per step in gradient norm and update.
-        data_epochs: how often the most-read share of the phase's documents has been read.
-        memory_gib: highest memory of the main rank so far: allocated on the card, or resident without one.
-    """
-
-    step: int
-    phase: int
-    bag_size: int
-    loss_kind: Literal["mce", "mce_alt", "ce"]
-    loss: float
-    lr: float
-    grad_norm: float
-    data_tokens: int
-    positions: int
-    step_time_s: float
-    data_tokens_per_s: float
-    positions_per_s: float
-    tflops_per_gpu: float
-    mfu: float | None
-    data_time_s: float
-    forward_backward_time_s: float
-    optimizer_time_s: float
-    data_epochs: float
-    memory_gib: float
+    step: Annotated[int, About("steps", "1-based, after the update")]
+    phase: Annotated[int, About("", "0-based")]
+    bag_size: Annotated[int, About("data tokens", "s of the phase: data tokens per bag")]
+    loss_kind: Annotated[Literal["mce", "mce_alt", "ce"], About("", "`mce` or `mce_alt` with bags, `ce` without")]
+    loss: Annotated[
+        float,
+        About(
+            "nats per token",
+            "of this step's global batch; `mce_alt`: per bag",
+            "sum of row losses / sum of row weights",
+        ),
+    ]
+    lr: Annotated[float, About("", "highest learning rate of this step")]
+    lr_by_group: Annotated[
+        dict[str, float], About("", "learning rate of each group of parameters; vectors are not decayed")
+    ]
+    grad_norm: Annotated[float, About("", "global norm of the gradient before clipping", "sqrt(sum of squares)")]
+    data_tokens: Annotated[int, About("data tokens", "read since the start", "sum over phases: steps x batch x L x s")]
+    positions: Annotated[int, About("positions", "computed since the start", "steps x batch x L")]
+    step_time_s: Annotated[float, About("s", "of a step; evaluations and saves are left out", "seconds / steps")]
+    data_tokens_per_s: Annotated[float, About("data tokens/s", "over all ranks", "data tokens / seconds")]
+    positions_per_s: Annotated[float, About("positions/s", "over all ranks", "positions / seconds")]
+    tflops_per_gpu: Annotated[
+        float, About("1e12 FLOP/s", "of one rank", "steps x FLOPs per step / (seconds x ranks x 1e12)")
+    ]
+    mfu: Annotated[
+        float | None, About("", "null where the card's peak is not known", "tflops_per_gpu / dense bfloat16 peak")
+    ]
+    data_time_s: Annotated[float, About("s", "of a step: the main rank waits for text")]
+    forward_backward_time_s: Annotated[
+        float, About("s", "of a step: passes, with the collectives inside layers, the pipeline's sends and its bubbles")
+    ]
+    optimizer_time_s: Annotated[float, About("s", "of a step: gradient norm and update")]
+    communication_time_s: Annotated[
+        float, About("s", "of a step: reducing gradients and gathering parameters, as far as nothing hides it")
+    ]
+    data_epochs: Annotated[
+        float,
+        About(
+            "",
+            "how often the most-read share of the phase's documents has been read",
+            "samples read / samples of the share",
+        ),
+    ]
+    memory_gib: Annotated[
+        float, About("GiB", "highest of the main rank so far: allocated on the card, or resident without one")
+    ]
 
 
 @dataclass(frozen=True)
 class ValidMetrics:
-    """One evaluation.
+    """One evaluation."""
 
-    Attributes:
-        step: 1-based number of updates done.
-        valid_loss: next-token cross-entropy with bag size 1, nats per token, in every phase.
-        data_tokens: read for training since the start of the run.
-        positions: computed in training since the start of the run.
-    """
-
-    step: int
-    valid_loss: float
-    data_tokens: int
-    positions: int
+    step: Annotated[int, About("steps", "updates done")]
+    valid_loss: Annotated[float, About("nats per token", "next-token cross-entropy with bag size 1, in every phase")]
+    bits_per_byte: Annotated[
+        float | None,
+        About(
+            "bits per byte",
+            "the same per byte of text, ends of documents in the loss alone; null where a token's bytes are not known",
+            "valid_loss x targets / (bytes of the targets x ln 2)",
+        ),
+    ]
+    data_tokens: Annotated[int, About("data tokens", "read for training since the start")]
+    positions: Annotated[int, About("positions", "computed in training since the start")]
 
 
 @dataclass(frozen=True)
 class ExpertMetrics:
-    """How evenly the router spread positions over experts, since the line before.
+    """How the router spread positions over experts, since the line before."""
 
-    Attributes:
-        step: 1-based, after the update.
-        expert_load_max: per layer, positions of the busiest expert over the mean; 1 is balanced.
-        expert_load_min: per layer, positions of the idlest expert over the mean.
-    """
+    step: Annotated[int, About("steps", "1-based, after the update")]
+    expert_load_max: Annotated[
+        list[float], About("", "per layer; 1 is balanced", "positions of the busiest expert / mean")
+    ]
+    expert_load_min: Annotated[
+        list[float], About("", "per layer; 1 is balanced", "positions of the idlest expert / mean")
+    ]
+    dropped_share: Annotated[
+        list[float],
+        About(
+            "",
+            "per layer; 0 without --moe-expert-capacity-factor",
+            "choices that a full expert did not take / all choices",
+        ),
+    ]
 
-    step: int
-    expert_load_max: list[float]
-    expert_load_min: list[float]
+
+@dataclass(frozen=True)
+class SwitchMetrics:
+    """The first step of a phase after another: the bag size has changed."""
+
+    step: Annotated[int, About("steps", "1-based, after the update")]
+    switched_after_step: Annotated[int, About("steps", "last step of the phase before")]
+    switched_from_bag_size: Annotated[int, About("data tokens", "s of the phase before")]
+    switched_to_bag_size: Annotated[int, About("data tokens", "s of this phase")]
+    loss_before_switch: Annotated[float, About("nats per token", "mean of the last ten steps of the phase before")]
+    loss_after_switch: Annotated[float, About("nats per token", "of this step")]
+
+
+@dataclass(frozen=True)
+class RecoveryMetrics:
+    """How a switch was overcome: the loss is back at its level before, or the phase ends without that."""
+
+    step: Annotated[int, About("steps", "1-based, after the update")]
+    switched_after_step: Annotated[int, About("steps", "last step of the phase before")]
+    spike: Annotated[
+        float, About("nats per token", "how far the loss rose", "highest loss of a step since - loss_before_switch")
+    ]
+    recovery_steps: Annotated[
+        int | None,
+        About("steps", "from the switch until the mean loss of ten steps (at first, of fewer) is back; null if never"),
+    ]
 
 
 @dataclass(frozen=True)
 class SkippedMetrics:
-    """One step that was not applied, because its loss or gradient was not finite.
+    """One step that was not applied, because its loss or gradient was not finite."""
 
-    Attributes:
-        step: 1-based.
-        phase: 0-based.
-        bag_size: data tokens per position of the phase.
-        first_sample: of the phase, that the step read.
-        last_sample: of the phase, that the step read.
-        skipped_loss: as a word: nan, inf or a number.
-        skipped_grad_norm: likewise.
-    """
+    step: Annotated[int, About("steps", "1-based")]
+    phase: Annotated[int, About("", "0-based")]
+    bag_size: Annotated[int, About("data tokens", "s of the phase")]
+    first_sample: Annotated[int, About("", "of the phase, that the step read")]
+    last_sample: Annotated[int, About("", "of the phase, that the step read")]
+    skipped_loss: Annotated[str, About("nats per token", "as a word: nan, inf or a number")]
+    skipped_grad_norm: Annotated[str, About("", "likewise")]
 
-    step: int
-    phase: int
-    bag_size: int
-    first_sample: int
-    last_sample: int
-    skipped_loss: str
-    skipped_grad_norm: str
+
+KINDS = (StepMetrics, ValidMetrics, ExpertMetrics, SwitchMetrics, RecoveryMetrics, SkippedMetrics)
+Metrics: TypeAlias = StepMetrics | ValidMetrics | ExpertMetrics | SwitchMetrics | RecoveryMetrics | SkippedMetrics
 
 
 class MetricsFile:
@@ -118,7 +167,7 @@ class MetricsFile:
         """Open the file for appending."""
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: StepMetrics | ValidMetrics | ExpertMetrics | SkippedMetrics) -> None:
+    def write(self, metrics: Metrics) -> None:
         """Append one line."""
         self._file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
         self._file.flush()

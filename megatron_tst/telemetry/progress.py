@@ -1,13 +1,13 @@
-"""What a run shows on the screen: a live bar on a terminal, plain lines elsewhere."""
+"""What a run shows on the screen: a live display on a terminal, plain lines elsewhere."""
 
 import logging
 from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from megatron_tst.telemetry.metrics import StepMetrics, ValidMetrics
+from megatron_tst.telemetry.metrics import RecoveryMetrics, StepMetrics, SwitchMetrics, ValidMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +29,21 @@ class TrainingProgress:
         self._live = visible and console.is_terminal
         self._bar = Progress(
             TextColumn("phase {task.fields[phase]}"),
-            BarColumn(),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", style="progress.remaining"),
             console=console,
+            expand=True,
             disable=not self._live,
         )
 
     def __enter__(self) -> "TrainingProgress":
         """Start the display."""
         self._bar.start()
-        self._task = self._bar.add_task("", total=self._num_steps, completed=self._first_step, phase="-", facts="")
+        self._task = self._bar.add_task(
+            "", total=self._num_steps, completed=self._first_step, phase=f"-/{self._num_phases}", facts="", left=""
+        )
         return self
 
     def __exit__(
@@ -53,23 +56,44 @@ class TrainingProgress:
         """Move the bar to ``step`` steps done."""
         self._bar.update(self._task, completed=step)
 
-    def show_step(self, metrics: StepMetrics) -> None:
+    def show_step(self, metrics: StepMetrics, seconds_left: float) -> None:
         """Show a logged step."""
         phase = f"{metrics.phase + 1}/{self._num_phases}"
         facts = f"{metrics.loss_kind} {metrics.loss:.4f}  {short(metrics.data_tokens_per_s)} data tokens/s"
+        left = f"{timedelta(seconds=round(seconds_left))} left"
         if self._live:
-            self._bar.update(self._task, completed=metrics.step, phase=f"{phase} s={metrics.bag_size}", facts=facts)
-        left = timedelta(seconds=round((self._num_steps - metrics.step) * metrics.step_time_s))
-        logger.log(
+            self._bar.update(self._task, phase=f"{phase} s={metrics.bag_size}", facts=facts, left=left)
+        # The live display shows it in its own way; log.txt has the line in any case.
+        self._log(
             logging.DEBUG if self._live else logging.INFO,
-            f"step {metrics.step}/{self._num_steps}  phase {phase}  s={metrics.bag_size}  {facts}  "
-            f"lr {metrics.lr:.3g}  grad norm {metrics.grad_norm:.3f}  read {short(metrics.data_tokens)} data tokens  "
-            f"{left} left",
+            metrics.step,
+            f"phase {phase}  s={metrics.bag_size}  {facts}  lr {metrics.lr:.3g}  grad norm {metrics.grad_norm:.3f}  "
+            f"read {short(metrics.data_tokens)} data tokens  {left}",
         )
 
     def show_valid(self, metrics: ValidMetrics) -> None:
         """Show an evaluation."""
-        logger.info(f"step {metrics.step}/{self._num_steps}  validation loss {metrics.valid_loss:.4f} (next token)")
+        per_byte = "" if metrics.bits_per_byte is None else f", {metrics.bits_per_byte:.4f} bits per byte"
+        self._log(logging.INFO, metrics.step, f"validation loss {metrics.valid_loss:.4f} (next token{per_byte})")
+
+    def show_switch(self, metrics: SwitchMetrics | RecoveryMetrics) -> None:
+        """Show a change of the bag size, or how it was overcome."""
+        self._log(logging.INFO, metrics.step, _tell(metrics))
+
+    def _log(self, level: int, step: int, line: str) -> None:
+        logger.log(level, f"step {step}/{self._num_steps}  {line}")
+
+
+def _tell(metrics: SwitchMetrics | RecoveryMetrics) -> str:
+    if isinstance(metrics, SwitchMetrics):
+        sizes = f"{metrics.switched_from_bag_size} to {metrics.switched_to_bag_size}"
+        return f"bag size {sizes}: loss {metrics.loss_before_switch:.4f} before, {metrics.loss_after_switch:.4f} after"
+    rise = f"loss rose by {metrics.spike:.4f} at the switch"
+    if metrics.spike <= 0:
+        rise = "loss did not rise at the switch"
+    if metrics.recovery_steps is None:
+        return f"{rise} and was not back by the end of the phase"
+    return f"{rise} and was back after {metrics.recovery_steps} steps"
 
 
 def short(number: float) -> str:

@@ -155,11 +155,13 @@ class WeightsAndBiases:
 
 
 def numbers(metrics: Any) -> dict[str, float]:
-    """Return the numbers of a line of metrics; a list, one per layer, becomes numbered names."""
+    """Return the numbers of a line of metrics; a list, one per layer, and a mapping become names of their own."""
     flat: dict[str, float] = {}
     for name, value in dataclasses.asdict(metrics).items():
         if isinstance(value, list):
             flat.update({f"{name}/layer{layer}": float(item) for layer, item in enumerate(value)})
+        elif isinstance(value, dict):
+            flat.update({f"{name}/{key}": float(item) for key, item in value.items()})
         elif isinstance(value, int | float):
             flat[name] = value
     return flat

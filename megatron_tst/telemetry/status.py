@@ -7,6 +7,7 @@ from statistics import median
 from megatron_tst.config import UserError, load_config
 from megatron_tst.telemetry.metrics import read_metrics
 from megatron_tst.telemetry.run_directory import RunDirectory
+from megatron_tst.telemetry.time_left import seconds_left
 
 RECENT_LINES = 20
 
@@ -25,6 +26,7 @@ class RunStatus:
         loss: of the last logged step.
         valid_loss: of the last evaluation, or None.
         step_time_s: median of the last lines.
+        seconds_left: to the end, each phase at its own pace.
         checkpoint: step of the latest checkpoint, or None.
     """
 
@@ -37,17 +39,13 @@ class RunStatus:
     loss: float
     valid_loss: float | None
     step_time_s: float
+    seconds_left: float
     checkpoint: int | None
 
     @property
     def is_complete(self) -> bool:
         """Whether all steps are done."""
         return self.step >= self.num_steps
-
-    @property
-    def seconds_left(self) -> float:
-        """Time to the end at the present pace: steps of all phases cost the same."""
-        return (self.num_steps - self.step) * self.step_time_s
 
 
 def read_status(path: Path) -> RunStatus:
@@ -65,6 +63,10 @@ def read_status(path: Path) -> RunStatus:
         raise UserError(f"{path}: has no logged step yet")
     schedule = load_config(directory.config).schedule
     last = steps[-1]
+    by_phase: dict[int, list[float]] = {}
+    for line in steps:
+        by_phase.setdefault(line["phase"], []).append(line["step_time_s"])
+    paces = {phase: median(times[-RECENT_LINES:]) for phase, times in by_phase.items()}
     tracker = directory.checkpoints / "latest_checkpointed_iteration.txt"
     return RunStatus(
         step=last["step"],
@@ -75,6 +77,7 @@ def read_status(path: Path) -> RunStatus:
         loss_kind=last["loss_kind"],
         loss=last["loss"],
         valid_loss=next((line["valid_loss"] for line in reversed(lines) if "valid_loss" in line), None),
-        step_time_s=median(line["step_time_s"] for line in steps[-RECENT_LINES:]),
+        step_time_s=paces[last["phase"]],
+        seconds_left=seconds_left(schedule.ends, last["step"], paces),
         checkpoint=int(tracker.read_text(encoding="utf-8")) if tracker.is_file() else None,
     )

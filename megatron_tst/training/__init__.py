@@ -1,6 +1,7 @@
 """The loop, one step, evaluation, optimizer and schedule."""
 
-from megatron_tst.training.loop import evaluate, train
+from megatron_tst.training.evaluation import evaluate
+from megatron_tst.training.loop import train
 from megatron_tst.training.preflight import check_cluster
 from megatron_tst.training.run import Run, build_run
 from megatron_tst.training.step import Stepper, StepReport

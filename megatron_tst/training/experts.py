@@ -1,5 +1,6 @@
-"""How many positions each expert was given."""
+"""How many positions each expert was given, and how many choices of the router found a full one."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,19 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_tst.platform import Ranks
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """What the routers of all layers and ranks did.
+
+    Attributes:
+        taken: ``[layers, experts]`` int64, positions that each expert computed.
+        chosen: ``[layers]`` int64, choices of the router: positions x experts per position.
+    """
+
+    taken: Tensor
+    chosen: Tensor
 
 
 class ExpertCounter:
@@ -24,7 +38,9 @@ class ExpertCounter:
             ranks: this rank's place.
         """
         self._groups = ranks.groups
-        self._counts_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=torch.cuda.current_device())
+        # The last column counts the choices.
+        device = torch.cuda.current_device()
+        self._counts_LE = torch.zeros(num_layers, num_experts + 1, dtype=torch.int64, device=device)
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):
@@ -33,10 +49,11 @@ class ExpertCounter:
     def _count(self, layer: int, router: TopKRouter, _: Any, output: tuple[Tensor, Tensor]) -> None:
         if router.training:
             _, routing_map = output
-            self._counts_LE[layer] += routing_map.sum(dim=0)
+            self._counts_LE[layer, :-1] += routing_map.sum(dim=0)
+            self._counts_LE[layer, -1] += routing_map.shape[0] * router.topk
 
-    def take(self) -> Tensor:
-        """Return the counts of all ranks since the last call, ``[layers, experts]`` int64.
+    def take(self) -> ExpertCounts:
+        """Return the counts of all ranks since the last call.
 
         With full recomputation each position counts twice. Collective: every rank of the world calls it.
         """
@@ -44,4 +61,4 @@ class ExpertCounter:
         dist.all_reduce(counts_LE, group=self._groups.tp_dp_cp)
         dist.all_reduce(counts_LE, group=self._groups.pp)
         self._counts_LE.zero_()
-        return counts_LE
+        return ExpertCounts(counts_LE[:, :-1], counts_LE[:, -1])

@@ -1,6 +1,7 @@
 """megatron-core's AdamW and learning-rate schedule, from settings."""
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -41,6 +42,16 @@ def build_optimizer(
     for optimizer in sharded_by_kind:
         make_resumable(optimizer)
     return CautiousOptimizer(sharded_by_kind)
+
+
+def learning_rates(optimizer: ChainedOptimizer) -> dict[str, float]:
+    """Return the learning rate of each group of parameters: matrices are decayed, vectors (norms, biases) are not."""
+    return {_group_name(group): float(group["lr"]) for group in optimizer.param_groups}
+
+
+def _group_name(group: dict[str, Any]) -> str:
+    kind = "matrices" if group["wd_mult"] else "vectors"
+    return f"expert_{kind}" if group["is_expert_parallel"] else kind
 
 
 class CautiousOptimizer(ChainedOptimizer):  # type: ignore[misc]

@@ -12,7 +12,7 @@ from megatron_tst.checkpoint.load import load_checkpoint
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import ModelSettings, RunConfig, UserError, dump_config, global_batch_size, padded_vocab_size
-from megatron_tst.data.batches import BatchShape, TextReader
+from megatron_tst.data.batches import Batch, BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
 from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
@@ -50,6 +50,7 @@ class Run:
         device: what it computes on.
         tokenizer: vocabulary and end of document.
         vocab_size: tokens of the vocabulary before padding.
+        token_bytes: ``[vocabulary]`` int64, bytes of text that each token stands for; None where they are not known.
         global_batch_size: sequences per step.
         flops_per_step: model FLOPs of one step over all ranks.
         data: what it reads.
@@ -66,6 +67,7 @@ class Run:
     device: Device
     tokenizer: Tokenizer
     vocab_size: int
+    token_bytes: torch.Tensor | None
     global_batch_size: int
     flops_per_step: int
     data: RunData
@@ -103,6 +105,14 @@ class Run:
             num_workers=num_workers,
             first_step=first_step,
         )
+
+    def read_step(self, reader: TextReader, phase: Phase) -> list[Batch | None]:
+        """Return this rank's micro-batches of one step; None on stages that own no text.
+
+        Collective: every rank of the tensor-parallel group calls it.
+        """
+        shape, count = self.batch_shape(phase), self.stepper.num_microbatches
+        return [reader.read(shape) if self.ranks.owns_text else None for _ in range(count)]
 
     def save(self, step: int) -> None:
         """Save a checkpoint after ``step`` steps.
@@ -176,6 +186,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     data = build_run_data(config.data, start.schedule, training.eval_iters, plan, start.cuts)
     saver = _open_directory(directory, config, start, ranks)
     stepper = _build_stepper(config, start, vocab_size, batch_size, ranks, libraries)
+    token_bytes = tokenizer.token_bytes()
     padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, ranks.tp_size)
     run = Run(
         config=config,
@@ -184,6 +195,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
         device=device,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
+        token_bytes=None if token_bytes is None else torch.tensor(token_bytes, device=device.torch_device),
         global_batch_size=batch_size,
         flops_per_step=step_flops(model, padded, batch_size),
         data=data,

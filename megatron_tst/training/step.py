@@ -10,12 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.timers import Timers
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_tst.checkpoint.content import Trainables
 from megatron_tst.data.batches import Batch
+from megatron_tst.training.optimizer import learning_rates
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,32 @@ class StepReport:
         grad_norm: global gradient norm before clipping.
         lr: learning rate of the step.
         is_applied: whether weights changed: not where loss or gradient norm is not finite.
+        lr_by_group: the same of each group of parameters.
         forward_backward_s: time of the forward and backward passes.
         optimizer_s: time of the gradient norm and the update.
+        communication_s: time of reducing gradients and gathering parameters, as far as nothing hides it.
     """
 
     loss: Tensor
     grad_norm: float
     lr: float
+    lr_by_group: dict[str, float]
     is_applied: bool
     forward_backward_s: float
     optimizer_s: float
+    communication_s: float
 
 
-def _connect(chunks: list[torch.nn.Module]) -> None:
-    """Tell megatron-core's schedules how these chunks reduce gradients and gather parameters."""
+# megatron-core's timers of what it sends between the passes and after the update.
+_REDUCTIONS = ("all-grads-sync", "non-tensor-parallel-grads-all-reduce", "embedding-grads-all-reduce")
+_GATHERS = ("params-all-gather",)
+
+
+def _connect(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer, timers: Timers) -> None:
+    """Tell megatron-core's schedules how these chunks reduce gradients and gather parameters, and what to time."""
     config, ddp_config = get_model_config(chunks[0]), chunks[0].ddp_config
+    for timed in (config, *(part.config for part in optimizer.chained_optimizers)):
+        timed.timers, timed.barrier_with_L1_time = timers, False
 
     def one_or_all(name: str) -> Any:
         """Return a method of the only chunk, or those of all."""
@@ -92,7 +106,8 @@ class Stepper:
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
         )
-        _connect(chunks)
+        self._timers = Timers(log_level=1, log_option="max")
+        _connect(chunks, trainables.optimizer, self._timers)
 
     def train(self, batches: list[Batch | None]) -> StepReport:
         """Take one optimizer step over this rank's micro-batches; None on stages that own no text.
@@ -106,22 +121,30 @@ class Stepper:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         loss = self._run(batches, forward_only=False)
-        lr = optimizer.param_groups[0]["lr"]
+        lr_by_group = learning_rates(optimizer)
         is_applied, grad_norm = False, math.nan
         is_finite = bool(torch.isfinite(loss))  # waits for the device: what came before is the passes' time
         passed_s = time.perf_counter()
+        reduced_s = self._elapsed(_REDUCTIONS)
         if is_finite:
             is_applied, grad_norm, _ = optimizer.step()
         # The schedule counts steps, applied or not: the learning rate follows from the step alone.
         self.trainables.scheduler.step(increment=self._global_batch_size)
+        updated_s, gathered_s = time.perf_counter() - passed_s, self._elapsed(_GATHERS)
         return StepReport(
             loss=loss,
             grad_norm=float(grad_norm),
-            lr=lr,
+            lr=max(lr_by_group.values()),
+            lr_by_group=lr_by_group,
             is_applied=is_applied,
-            forward_backward_s=passed_s - started_s,
-            optimizer_s=time.perf_counter() - passed_s,
+            forward_backward_s=passed_s - started_s - reduced_s,
+            optimizer_s=updated_s - gathered_s,
+            communication_s=reduced_s + gathered_s,
         )
+
+    def _elapsed(self, names: tuple[str, ...]) -> float:
+        """Return the seconds of these timers since they were read last."""
+        return float(sum(self._timers(name, log_level=1).elapsed() for name in names))
 
     def evaluate(self, batches: list[Batch | None]) -> Tensor:
         """Return the loss of one global batch, without gradients; the same on every rank.

@@ -20,6 +20,29 @@ def test_any_text_survives_the_round_trip(tokenizer):
     assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
 
 
+def test_the_bytes_of_tokens_add_up_to_the_text(tokenizer):
+    sizes = tokenizer.token_bytes()
+    for text in ("naïve ☃ \x00 \t def f(x):\n", "日本語 🙂🙂", "plain"):
+        ids = tokenizer.encode_batch([text])[0]
+        assert sum(sizes[number] for number in ids) == len(text.encode())
+    assert sizes[tokenizer.eod] == 0
+    assert max(sizes) > 1
+
+
+def test_an_added_word_has_its_own_bytes(tmp_path: Path, tokenizer):
+    library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    library.add_tokens(["größer"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).token_bytes()[-1] == 8
+
+
+def test_bytes_of_a_decoder_that_looks_at_neighbours_are_not_known(tmp_path: Path, tokenizer):
+    library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    library.decoder = tokenizers.decoders.Metaspace()
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).token_bytes() is None
+
+
 def test_the_configured_end_of_sequence_comes_first(tmp_path: Path, tokenizer):
     shutil.copy(tokenizer.path, tmp_path)
     assert load_tokenizer(str(tmp_path)).eod == 0

@@ -13,7 +13,7 @@ from megatron_tst.data import batches
 from megatron_tst.platform import leave_ranks
 from megatron_tst.telemetry import read_metrics
 from megatron_tst.training import build_run, train
-from megatron_tst.training.experts import ExpertCounter
+from megatron_tst.training.experts import ExpertCounter, ExpertCounts
 from megatron_tst.training.run import Run
 
 # A piece of a weight: its name and where it lies in the whole.
@@ -27,7 +27,7 @@ class Outcome:
     Attributes:
         losses: per step, on the main rank.
         grad_norms: per step, on the main rank.
-        valid: losses of the evaluations, on the main rank.
+        valid: losses and bits per byte of the evaluations, on the main rank.
         pieces: this rank's parts of the final weights.
         text: per micro-batch that this rank made, its rows as tuples of token ids.
         expert_counts: positions per layer and expert, per step.
@@ -110,9 +110,10 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
     expert_counts: list[Any] = []
     take = ExpertCounter.take
 
-    def recording_take(counter: ExpertCounter) -> Tensor:
-        expert_counts.append(take(counter))
-        return expert_counts[-1]
+    def recording_take(counter: ExpertCounter) -> ExpertCounts:
+        counts = take(counter)
+        expert_counts.append(counts.taken)
+        return counts
 
     ExpertCounter.take = recording_take
     batches.make_batch = recording
@@ -125,7 +126,9 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
     outcome = Outcome(
         losses=[line["loss"] for line in lines if "loss" in line],
         grad_norms=[line["grad_norm"] for line in lines if "loss" in line],
-        valid=[line["valid_loss"] for line in lines if "valid_loss" in line],
+        valid=[
+            value for line in lines if "valid_loss" in line for value in (line["valid_loss"], line["bits_per_byte"])
+        ],
         pieces=[(key, offset, shape, part.detach().clone()) for key, offset, shape, part in pieces(run)],
         text=text,
         expert_counts=[counts.tolist() for counts in expert_counts],

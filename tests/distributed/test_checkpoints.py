@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tst.checkpoint.folders import CheckpointFolders
-from megatron_tst.training.loop import Monitor
+from megatron_tst.training.monitor import Monitor
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout
 from tests.distributed.test_layouts import DENSE, MOE, setup  # noqa: F401

@@ -10,7 +10,6 @@ from megatron_tst.config import parse_config
 from megatron_tst.planning.memory import Memory, micro_batches_under_way, pipeline_memory
 from megatron_tst.platform import leave_ranks
 from megatron_tst.training import build_run
-from megatron_tst.training.loop import read_step
 from tests.allocations import Allocations
 from tests.distributed.launch import run_distributed
 from tests.training.runs import arguments
@@ -54,8 +53,8 @@ def measure(argv):
     run = build_run(parse_config(argv))
     reader = run.read(run.data.train, run.schedule, 0, 0)
     phase = run.schedule.phases[0]
-    run.stepper.train(read_step(run, reader, phase))
-    batches = read_step(run, reader, phase)
+    run.stepper.train(run.read_step(reader, phase))
+    batches = run.read_step(reader, phase)
     gc.collect()
     with Allocations(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)) as allocations:
         run.stepper._run(batches, forward_only=False)

@@ -13,7 +13,6 @@ from megatron_tst.planning.hardware import find_gpu
 from megatron_tst.planning.step_time import communication_volumes, estimate_step
 from megatron_tst.telemetry import forward_flops_per_sequence
 from megatron_tst.training import build_run
-from megatron_tst.training.loop import read_step
 from tests.distributed.launch import run_distributed
 from tests.training.runs import arguments
 
@@ -45,7 +44,7 @@ class Traffic(TorchDispatchMode):
 
 def count(argv):
     run = build_run(parse_config(argv))
-    batches = read_step(run, run.read(run.data.train, run.schedule, 0, 0), run.schedule.phases[0])
+    batches = run.read_step(run.read(run.data.train, run.schedule, 0, 0), run.schedule.phases[0])
     with Traffic() as traffic:
         run.stepper.train(batches)
     return traffic.sent

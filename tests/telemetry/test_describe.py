@@ -1,7 +1,8 @@
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_tst.telemetry.describe import KINDS, describe
+from megatron_tst.telemetry.describe import describe
+from megatron_tst.telemetry.metrics import KINDS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -11,8 +12,12 @@ def test_the_document_is_the_code():
 
 
 def test_every_metric_is_described():
-    text = describe()
-    for kind in KINDS:
-        for field in fields(kind):
-            (row,) = [line for line in text.splitlines() if line.startswith(f"| `{field.name}` |")][:1]
-            assert len(row) > len(f"| `{field.name}` | x |")
+    tables = describe().split("\n## ")[1:]
+    for kind, table in zip(KINDS, tables, strict=False):
+        rows = [row.split(" | ") for row in table.splitlines() if row.startswith("| `")]
+        assert [name.strip("| `") for name, *_ in rows] == [field.name for field in fields(kind)]
+        assert all(len(row) == 4 and row[2] for row in rows)
+
+
+def test_the_operations_formula_is_there():
+    assert "head         2 L D V\n```" in describe()

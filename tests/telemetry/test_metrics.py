@@ -10,16 +10,18 @@ import pytest
 from megatron_tst.config import UserError
 from megatron_tst.telemetry import MetricsFile, RunDirectory, StepMetrics, ValidMetrics, read_metrics, short, versions
 from megatron_tst.telemetry.compare import read_curve
-
-STEP = StepMetrics(2, 0, 4, "mce", 3.5, 1e-3, 0.7, 800, 200, 0.1, 4000.0, 1000.0, 0.01, None, 0.0, 0.06, 0.04, 0.5, 1.5)
+from tests.telemetry.lines import STEP
 
 
 def test_fields_are_the_documented_ones():
     assert [field.name for field in fields(StepMetrics)] == (
-        "step phase bag_size loss_kind loss lr grad_norm data_tokens positions step_time_s data_tokens_per_s "
-        "positions_per_s tflops_per_gpu mfu data_time_s forward_backward_time_s optimizer_time_s data_epochs memory_gib"
+        "step phase bag_size loss_kind loss lr lr_by_group grad_norm data_tokens positions step_time_s "
+        "data_tokens_per_s positions_per_s tflops_per_gpu mfu data_time_s forward_backward_time_s optimizer_time_s "
+        "communication_time_s data_epochs memory_gib"
     ).split()
-    assert [field.name for field in fields(ValidMetrics)] == ["step", "valid_loss", "data_tokens", "positions"]
+    assert [
+        field.name for field in fields(ValidMetrics)
+    ] == "step valid_loss bits_per_byte data_tokens positions".split()
 
 
 def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path: Path):
@@ -27,7 +29,7 @@ def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path:
     file = MetricsFile(path)
     file.write(STEP)
     assert json.loads(path.read_text())["data_tokens"] == 800
-    file.write(ValidMetrics(2, 3.0, 800, 200))
+    file.write(ValidMetrics(2, 3.0, None, 800, 200))
     file.close()
     with path.open("a") as handle:
         handle.write('{"step": 3, "lo')

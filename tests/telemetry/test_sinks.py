@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tst.config import UserError
-from megatron_tst.telemetry import ExpertMetrics, read_metrics
+from megatron_tst.telemetry import ExpertMetrics, read_metrics, versions
 from megatron_tst.telemetry.sinks import BackgroundSink, check_sinks, numbers
+from tests.telemetry.lines import STEP
 from tests.training.runs import arguments, train_here
 
 pytest.importorskip("tensorboard", reason="the extra wandb brings tensorboard and wandb")
@@ -62,11 +63,13 @@ def test_a_service_that_dies_is_told_and_left(caplog):
     assert "test: the network is gone; the run goes on without it" in caplog.text
 
 
-def test_lists_become_numbers_by_layer():
-    assert numbers(ExpertMetrics(3, [1.5, 2.0], [0.5, 0.0])) == {
+def test_lists_and_mappings_become_numbers():
+    assert numbers(ExpertMetrics(3, [1.5, 2.0], [0.5, 0.0], [0.0, 0.25])) == {
         "step": 3, "expert_load_max/layer0": 1.5, "expert_load_max/layer1": 2.0,
-        "expert_load_min/layer0": 0.5, "expert_load_min/layer1": 0.0,
+        "expert_load_min/layer0": 0.5, "expert_load_min/layer1": 0.0, "dropped_share/layer0": 0.0,
+        "dropped_share/layer1": 0.25,
     }  # fmt: skip
+    assert numbers(STEP)["lr_by_group/vectors"] == STEP.lr
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -98,7 +101,7 @@ def test_tensorboard_reads_the_run_over_a_restart(here, corpus, tokenizer, tmp_p
     load = f"--load {tmp_path / 'run' / 'checkpoints'}"
     run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{extra} {load}"))
     shown, lines = scalars(tmp_path / "events"), read_metrics(run.directory.metrics)
-    for name in ("loss", "lr", "grad_norm", "bag_size"):
+    for name in ("loss", "lr", "grad_norm", "bag_size", "switched_to_bag_size"):
         assert shown[name] == {line["step"]: pytest.approx(line[name], rel=1e-6) for line in lines if name in line}
     assert scalars(tmp_path / "events" / "by_data_tokens")["loss"] == {
         line["data_tokens"]: pytest.approx(line["loss"], rel=1e-6) for line in lines if "loss" in line
@@ -121,19 +124,26 @@ def records(file: Path) -> list[bytes]:
     return found
 
 
-def history(folder: Path) -> list[dict]:
-    """The lines that an offline run keeps for later."""
+def kept(folder: Path, kind: str) -> list:
+    """The records of a kind that an offline run keeps for later, each start of the run in its own file."""
     from wandb.proto import wandb_internal_pb2
 
-    lines = []
+    found = []
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         for data in records(file):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                lines.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
-    return lines
+            if record.WhichOneof("record_type") == kind:
+                found.append(getattr(record, kind))
+    return found
+
+
+def history(folder: Path) -> list[dict]:
+    """The lines of metrics among them."""
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in line.item}
+        for line in kept(folder, "history")
+    ]
 
 
 def test_wandb_keeps_the_run_offline_without_a_key(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
@@ -149,10 +159,18 @@ def test_wandb_keeps_the_run_offline_without_a_key(here, corpus, tokenizer, tmp_
     assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}"))) >= 1
     wandb.teardown()  # at the latest when a process ends, its helper writes the last lines
     lines = read_metrics(run.directory.metrics)
-    kept = history(tmp_path / "run")
-    assert {line["step"]: line["loss"] for line in kept if "loss" in line} == {
-        line["step"]: line["loss"] for line in lines if "loss" in line
-    }
-    assert [line["valid_loss"] for line in kept if "valid_loss" in line] == [
-        line["valid_loss"] for line in lines if "valid_loss" in line
+    shown = history(tmp_path / "run")
+    for name in ("loss", "valid_loss", "switched_to_bag_size", "recovery_steps"):
+        assert {line["step"]: line[name] for line in shown if name in line} == {
+            line["step"]: line[name] for line in lines if name in line
+        }
+    assert [line["step"] for line in shown if "switched_to_bag_size" in line] == [5]
+    # Both token counts are axes, and settings and the state of the code are there, at each start.
+    axes = {metric.name for metric in kept(tmp_path / "run", "metric")}
+    assert {"step", "data_tokens", "positions"} <= axes
+    starts = [
+        {item.key: json.loads(item.value_json) for item in start.config.update}
+        for start in kept(tmp_path / "run", "run")
     ]
+    assert [start["superposition"]["tst_bag_size"] for start in starts] == [4, 4]
+    assert all(start["versions"]["git"] == versions()["git"] for start in starts)

@@ -1,7 +1,9 @@
+import dataclasses
 from pathlib import Path
 
-from megatron_tst.telemetry import MetricsFile, StepMetrics, ValidMetrics
+from megatron_tst.telemetry import MetricsFile, ValidMetrics
 from megatron_tst.telemetry.compare import compare, read_curve, speed_up_at_equal_loss
+from tests.telemetry.lines import STEP
 from tests.training.runs import start
 
 
@@ -13,29 +15,12 @@ def write_run(folder: Path, bag_sizes: list[int], valid: list[float]) -> Path:
         tokens += 10 * 64 * bag_size
         phase, kind = (0, "mce") if bag_size > 1 else (int(bag_sizes[0] > 1), "ce")
         file.write(
-            StepMetrics(
-                10 * number,
-                phase,
-                bag_size,
-                kind,
-                loss,
-                1e-3,
-                1.0,
-                tokens,
-                number * 640,
-                0.1,
-                1.0,
-                1.0,
-                1.0,
-                None,
-                0.0,
-                0.1,
-                0.0,
-                0.1,
-                1.0,
+            dataclasses.replace(
+                STEP, step=10 * number, phase=phase, bag_size=bag_size, loss_kind=kind, loss=loss, data_tokens=tokens,
+                positions=number * 640,
             )
-        )
-        file.write(ValidMetrics(10 * number, loss, tokens, number * 640))
+        )  # fmt: skip
+        file.write(ValidMetrics(10 * number, loss, None, tokens, number * 640))
     file.close()
     return folder
 

@@ -111,3 +111,46 @@ def test_evaluation_leaves_the_model_alone(run):
     first, second = run.stepper.evaluate(made), run.stepper.evaluate(made)
     assert torch.equal(first, second)
     assert all(torch.equal(before[name], value) for name, value in parameters(run).items())
+
+
+class Clock:
+    """A clock that goes only when it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def time(self):
+        return self.now
+
+    def slow(self, function, seconds):
+        """A function that takes this long, by this clock."""
+
+        def run(*arguments_, **named):
+            self.now += seconds
+            return function(*arguments_, **named)
+
+        return run
+
+
+def test_reducing_and_gathering_are_the_communication(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
+    argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{SUPERPOSED} --use-distributed-optimizer")
+    run, clock = build_run(config_of(argv)), Clock()
+    monkeypatch.setattr("megatron.core.timers.time", clock)
+    chunk = run.stepper.trainables.chunks[0]
+    monkeypatch.setattr(chunk, "finish_grad_sync", clock.slow(chunk.finish_grad_sync, 5.0))
+    monkeypatch.setattr(chunk, "start_param_sync", clock.slow(chunk.start_param_sync, 2.0))
+    made = batches(run, 4)
+    assert [run.stepper.train(made).communication_s for _ in range(2)] == [7.0, 7.0]
+    # What is sent inside the passes is not of it.
+    monkeypatch.setattr(chunk, "forward", clock.slow(chunk.forward, 100.0))
+    assert run.stepper.train(made).communication_s == 7.0
+    run.directory.leave()
+
+
+def test_each_group_of_parameters_has_its_rate(run):
+    groups = run.stepper.trainables.optimizer.param_groups
+    for group in groups:
+        group["lr"] = 0.5 if group["wd_mult"] else 0.25
+    report = run.stepper.train(batches(run, 4))
+    assert report.lr_by_group == {"matrices": 0.5, "vectors": 0.25}
+    assert report.lr == 0.5

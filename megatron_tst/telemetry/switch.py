@@ -1,0 +1,72 @@
+"""What a change of the bag size does to the loss: how far it rises, and how soon it is back."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from megatron_tst.telemetry.metrics import RecoveryMetrics, SwitchMetrics
+
+# One step's loss is noise; ten steps' mean is a level.
+LEVEL_STEPS = 10
+
+
+class SwitchWatch:
+    """Watches the loss of every step over the switches of a run."""
+
+    def __init__(self, ends: Sequence[int], lines: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Begin, or go on where the lines of a run that was stopped end.
+
+        Args:
+            ends: steps done at the end of each phase.
+            lines: of ``metrics.jsonl`` so far.
+        """
+        self._ends = tuple(ends)
+        self._losses: deque[float] = deque(maxlen=LEVEL_STEPS)
+        self._bag_size = 1
+        self._switch: SwitchMetrics | None = None
+        self._highest = 0.0
+        for line in lines:
+            if "loss" not in line or line["step"] > lines[-1]["step"] - LEVEL_STEPS:
+                self._remember(line)
+
+    def _remember(self, line: Mapping[str, Any]) -> None:
+        if "switched_to_bag_size" in line:
+            # Only logged steps are known of what came before: the level is the one that was taken then.
+            self._begin(SwitchMetrics(**line))
+        elif "recovery_steps" in line:
+            self._switch = None
+        elif "loss" in line:
+            self._see(line["bag_size"], line["loss"])
+
+    def add(self, step: int, bag_size: int, loss: float) -> Iterator[SwitchMetrics | RecoveryMetrics]:
+        """Take the loss of a step, and yield what there is to tell.
+
+        Args:
+            step: 1-based.
+            bag_size: of its phase.
+            loss: nats per position.
+        """
+        if step - 1 in self._ends[:-1] and self._losses:
+            level = fmean(self._losses)
+            self._begin(SwitchMetrics(step, step - 1, self._bag_size, bag_size, level, loss))
+            assert self._switch
+            yield self._switch
+        self._see(bag_size, loss)
+        switch = self._switch
+        if switch is None:
+            return
+        is_back = fmean(self._losses) <= switch.loss_before_switch
+        if is_back or step in self._ends:
+            self._switch = None
+            after = switch.switched_after_step
+            spike = self._highest - switch.loss_before_switch
+            yield RecoveryMetrics(step, after, spike, step - after if is_back else None)
+
+    def _begin(self, switch: SwitchMetrics) -> None:
+        self._switch, self._highest = switch, switch.loss_after_switch
+        self._losses.clear()
+
+    def _see(self, bag_size: int, loss: float) -> None:
+        self._losses.append(loss)
+        self._bag_size, self._highest = bag_size, max(self._highest, loss)
