@@ -16,7 +16,7 @@ from rich.console import Console
 from megatron_tst.config import EXIT_CODE, UserError, read_config
 from megatron_tst.planning import report
 from megatron_tst.planning.hardware import GPUS, find_gpu
-from megatron_tst.planning.layouts import USABLE_MEMORY, Layout, judge_layout, search_layouts
+from megatron_tst.planning.layouts import USABLE_MEMORY, Layout, distinct, judge_layout, recomputations, search_layouts
 from megatron_tst.planning.plan import complete, find_speed, make_plan
 from megatron_tst.planning.published import advise
 from megatron_tst.planning.scale import Assumptions, scale_run
@@ -51,6 +51,7 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
     speed = find_speed(config, gpu, arguments.mfu, arguments.measured)
     plan = make_plan(config, gpu, number, speed)
     chosen = judge_layout(config, gpu, number, speed.mfu, usable)
+    recomputed = [judge_layout(way, gpu, number, speed.mfu, usable) for way in recomputations(config)]
     fitting, others = search_layouts(config, gpu, number, speed.mfu, usable)
     limit = float("inf") if arguments.data_tokens is None else arguments.data_tokens / plan.positions
     advices = advise(config.model, plan.num_steps, limit)
@@ -59,7 +60,8 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
     for part in (
         *report.describe_run(plan, gpu, number, arguments.price_per_gpu_hour),
         *report.describe_memory(chosen, gpu, usable),
-        *report.describe_layouts(chosen, fitting[: arguments.layouts], others),
+        *report.describe_recomputation(recomputed),
+        *report.describe_layouts(chosen, distinct(fitting)[: arguments.layouts], others),
         *report.describe_advice(advices, plan.positions),
         *(report.describe_scaled(scaled, assumptions) if scaled else ()),
     ):
@@ -68,6 +70,7 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
         content = {
             "plan": dataclasses.asdict(plan),
             "layout": _as_json(chosen),
+            "recomputation": [_as_json(layout) for layout in recomputed],
             "fitting": [_as_json(layout) for layout in fitting],
             "not_fitting": [_as_json(layout) for layout in others],
             "advice": [{**dataclasses.asdict(advice), "data_ratio": advice.data_ratio} for advice in advices],

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_tst.config import RunConfig, UserError, check_layout, global_batch_size
@@ -89,6 +89,21 @@ def _check(config: RunConfig, num_gpus: int) -> None:
     global_batch_size(config.training, parallel, data_parallel_size(config, num_gpus))
 
 
+def recomputations(config: RunConfig) -> list[RunConfig]:
+    """Return a run with each way to recompute activations: none, of attention alone, of every layer."""
+    ways = ((None, None, None), ("selective", None, None), ("full", "uniform", 1))
+    return [_with_recomputation(config, *way) for way in ways]
+
+
+def _with_recomputation(
+    config: RunConfig, granularity: str | None, method: str | None, layers: int | None
+) -> RunConfig:
+    training = dataclasses.replace(
+        config.training, recompute_granularity=granularity, recompute_method=method, recompute_num_layers=layers
+    )
+    return dataclasses.replace(config, training=training)
+
+
 def search_layouts(
     config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float, usable: float = USABLE_MEMORY
 ) -> tuple[list[Layout], list[Layout]]:
@@ -114,6 +129,14 @@ def search_layouts(
     return fitting, [layout for layout in judged if layout.refusal is not None]
 
 
+def distinct(layouts: Sequence[Layout]) -> list[Layout]:
+    """Return the first of those that differ in their micro-batch alone."""
+    found: dict[object, Layout] = {}
+    for layout in layouts:
+        found.setdefault((layout.config.parallel, layout.config.training.recompute_granularity), layout)
+    return list(found.values())
+
+
 def _by_speed(layout: Layout) -> tuple[float, float]:
     """Faster first; of equals the larger micro-batch, whose multiplications are larger."""
     assert layout.step and layout.config.training.micro_batch_size
@@ -126,9 +149,8 @@ def _candidates(config: RunConfig, gpu: Gpu, num_gpus: int) -> Iterator[RunConfi
     tensor = [size for size in (1, 2, 4, 8) if size <= min(gpu.per_node, num_gpus)]
     pipeline = [size for size in _divisors(model.num_layers) if size <= num_gpus]
     experts = [size for size in _divisors(model.num_experts or 1) if size <= num_gpus]
-    recomputation = ((None, None, None), ("full", "uniform", 1))
-    for tp, pp, ep, micro, recompute in itertools.product(tensor, pipeline, experts, MICRO_BATCHES, recomputation):
-        granularity, method, layers = recompute
+    none, _, full = recomputations(config)
+    for tp, pp, ep, micro, start in itertools.product(tensor, pipeline, experts, MICRO_BATCHES, (none, full)):
         for per_chunk in _chunks(model.num_layers // pp, pp):
             parallel = dataclasses.replace(
                 config.parallel,
@@ -138,13 +160,7 @@ def _candidates(config: RunConfig, gpu: Gpu, num_gpus: int) -> Iterator[RunConfi
                 num_layers_per_virtual_pipeline_stage=per_chunk,
                 expert_model_parallel_size=ep,
             )
-            training = dataclasses.replace(
-                config.training,
-                micro_batch_size=micro,
-                recompute_granularity=granularity,
-                recompute_method=method,
-                recompute_num_layers=layers,
-            )
+            training = dataclasses.replace(start.training, micro_batch_size=micro)
             yield dataclasses.replace(config, parallel=parallel, training=training)
 
 

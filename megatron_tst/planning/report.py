@@ -62,6 +62,22 @@ def describe_memory(layout: Layout, gpu: Gpu, usable: float) -> Iterator[Rendera
     )
 
 
+def describe_recomputation(layouts: Sequence[Layout]) -> Iterator[RenderableType]:
+    """Tell what the fullest stage holds with each way to recompute activations, and what that costs in time."""
+    if not layouts[0].memory:
+        return
+    columns = "--recompute-granularity", "activations, GiB", "total, GiB", "step, s", "fits"
+    table = _numbers(*columns, title="Recomputation, in the configured layout")
+    for layout in layouts:
+        assert layout.step
+        memory = layout.fullest
+        sizes = f"{memory.activations / 2**30:.2f}", f"{memory.total / 2**30:.2f}"
+        granularity = layout.config.training.recompute_granularity or "none"
+        table.add_row(granularity, *sizes, f"{layout.step.total:.3g}", "no" if layout.refusal else "yes")
+    yield table
+    yield "selective: attention alone, which keeps little anyway where it is fused. full: every layer (uniform, 1).\n"
+
+
 def describe_layouts(chosen: Layout, fastest: Sequence[Layout], others: Sequence[Layout]) -> Iterator[RenderableType]:
     """Tell which layouts fit, the fastest first, and why the others do not."""
     columns = "layout", "step, s", "bubble", "exposed", "GiB", "speed"

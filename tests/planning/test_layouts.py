@@ -6,7 +6,7 @@ import pytest
 
 from megatron_tst.config import check_layout, read_config
 from megatron_tst.planning.hardware import find_gpu
-from megatron_tst.planning.layouts import judge_layout, search_layouts
+from megatron_tst.planning.layouts import distinct, judge_layout, search_layouts
 from megatron_tst.planning.memory import pipeline_memory
 
 COMMON = "--micro-batch-size 1 --global-batch-size 1024 --train-iters 10 --bf16 --use-distributed-optimizer "
@@ -33,6 +33,14 @@ def test_what_is_offered_fits_and_can_be_started(found):
 def test_the_fastest_comes_first(found):
     times = [layout.step.total for layout in found[0]]
     assert times == sorted(times)
+
+
+def test_of_layouts_that_differ_in_their_micro_batch_the_fastest_is_shown(found):
+    fitting, _ = found
+    shown = distinct(fitting)
+    assert shown[0] is fitting[0]
+    assert len({layout.config.parallel for layout in shown}) == len({layout.config.parallel for layout in fitting})
+    assert 1 < len(shown) < len(fitting)
 
 
 def test_each_refusal_has_a_reason(found):

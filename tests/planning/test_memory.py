@@ -30,6 +30,7 @@ ALONE = {
     "qk-norm-bf16": "--qk-layernorm --bf16",
     "moe": MOE,
     "moe-bf16": MOE + "--bf16 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 1e-3",
+    "selective": "--recompute-granularity selective",
     "recomputed": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "recomputed-pairs": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
     "recomputed-block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",

@@ -59,6 +59,15 @@ def test_what_is_printed(tmp_path):
         assert part in text, part
 
 
+def test_recomputation_trades_memory_for_time(tmp_path):
+    content, text = planned(tmp_path, "--config", "launch/configs/dense_3b_tst.yaml")
+    none, selective, full = content["recomputation"]
+    activations = [way["memory_bytes"][0]["activations"] for way in (none, selective, full)]
+    assert activations[0] >= activations[1] > 5 * activations[2]
+    assert full["step_s"]["compute"] == pytest.approx(4 / 3 * none["step_s"]["compute"])
+    assert "selective" in text
+
+
 def test_a_measured_runs_speed_is_taken(tmp_path):
     lines = [{"step": 1, "loss": 9.0, "tflops_per_gpu": 3.0}, {"step": 1, "valid_loss": 9.0}]
     lines += [{"step": step, "loss": 8.0, "tflops_per_gpu": 900.0 + step} for step in (2, 3, 4, 5)]
