@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pre-train a GPT with megatron-core, by Token Superposition Training where a bag size is set.
 
-python pretrain_tst.py --config examples/quickstart/tst.yaml
+python pretrain_tst.py --config examples/quickstart/config.yaml
 torchrun --nproc-per-node 8 pretrain_tst.py --config ... --tensor-model-parallel-size 2
 """
 

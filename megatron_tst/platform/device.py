@@ -54,6 +54,13 @@ def enter_device() -> Device:
     return Device(CPU, "gloo", f"CPU, {torch.get_num_threads()} threads")
 
 
+def visible_gpus() -> list[str]:
+    """Return the cards that a process may be given, each as CUDA_VISIBLE_DEVICES names it."""
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[:count] if names else [str(number) for number in range(count)]
+
+
 def driver_version() -> str:
     """Return the version of NVIDIA's driver, or ``unknown``."""
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

@@ -1,147 +1,200 @@
-"""Compare finished runs by what they wrote into ``metrics.jsonl``.
+"""Compare finished runs as the paper does: at equal FLOPs, at equal data, at equal loss.
 
-A run's final loss is comparable because its own learning rate has decayed; the point at which a curve crosses another
-run's final loss is not. So a speed-up at equal loss is read off from runs of different lengths, as the paper does.
+Only ends of runs are compared: a run's final loss is final because its own learning rate has decayed, and the point
+at which a curve crosses another run's final loss is not. So a speed-up at equal loss is read off between the ends of
+runs of different lengths.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import TypeVar
 
-from megatron_tst.config import UserError
-from megatron_tst.telemetry.metrics import read_metrics
-from megatron_tst.telemetry.run_directory import RunDirectory
+from megatron_tst.telemetry.curves import RunCurve
+
+# Two runs have equal FLOPs or data when these differ by less than this share.
+TOLERANCE = 0.02
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class RunCurve:
-    """The course of one run.
+class Estimate:
+    """A mean over seeds.
 
     Attributes:
-        name: of the run directory.
-        valid: ``(step, next-token loss in nats)`` of each evaluation.
-        axes: where each evaluation lies on other axes: data tokens, positions and hours of training.
-        train: ``(step, loss in nats, is next-token)`` of each logged step.
-        switches: steps after which the bag size changes.
-        bag_sizes: of the phases, in order.
-        data_tokens: read in all.
-        positions: computed in all.
+        value: the mean.
+        error: its standard error; None where one seed alone tells.
+    """
+
+    value: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """Take the mean of what the seeds gave."""
+        return cls(fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None)
+
+    def write(self, digits: int) -> str:
+        """Write it with its uncertainty: ``2.6731 ± 0.0042``."""
+        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
+        return f"{self.value:.{digits}f}{error}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        name: what their names have in common.
+        runs: one per seed.
     """
 
     name: str
-    valid: list[tuple[int, float]]
-    axes: dict[str, list[float]]
-    train: list[tuple[int, float, bool]]
-    switches: list[int]
-    bag_sizes: list[int]
-    data_tokens: int
-    positions: int
+    runs: tuple[RunCurve, ...]
+
+    @property
+    def final_loss(self) -> Estimate:
+        """Over the seeds, nats per token."""
+        return Estimate.of([run.final_loss for run in self.runs])
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.train[-1][0]
+        """Optimizer steps of each run."""
+        return self.runs[0].num_steps
 
-    @property
-    def final_loss(self) -> float:
-        """Next-token validation loss at the end, nats per token."""
-        return self.valid[-1][1]
+    def total(self, axis: str) -> float:
+        """Return what a run took on an axis, in the mean."""
+        return fmean(run.total(axis) for run in self.runs)
 
-    @property
-    def hours(self) -> float:
-        """Time that training took, evaluations and saves left out."""
-        return self.axes["hours"][-1]
-
-    def first_step_at(self, loss: float) -> int | None:
-        """Return the first evaluated step whose validation loss is at most ``loss``, or None."""
-        return next((step for step, value in self.valid if value <= loss), None)
-
-
-def read_curve(path: Path) -> RunCurve:
-    """Read a run directory.
-
-    Raises:
-        UserError: if it holds no run, or the run was not evaluated.
-    """
-    metrics = RunDirectory(path).metrics
-    if not metrics.is_file():
-        raise UserError(f"{path}: holds no metrics.jsonl")
-    lines = read_metrics(metrics)
-    steps = [line for line in lines if "loss" in line]
-    valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
-    if not steps or not valid:
-        raise UserError(f"{path}: has no logged step or no evaluation yet")
-    axes = {axis: [line[axis] for line in lines if "valid_loss" in line] for axis in ("data_tokens", "positions")}
-    axes["hours"] = list(_hours(lines))
-    changes = [(a, b) for a, b in itertools.pairwise(steps) if a["phase"] != b["phase"]]
-    return RunCurve(
-        name=path.name,
-        valid=valid,
-        axes=axes,
-        train=[(line["step"], line["loss"], line["loss_kind"] == "ce") for line in steps],
-        switches=[before["step"] for before, _ in changes],
-        bag_sizes=[steps[0]["bag_size"], *(after["bag_size"] for _, after in changes)],
-        data_tokens=steps[-1]["data_tokens"],
-        positions=steps[-1]["positions"],
-    )
-
-
-def _hours(lines: Sequence[Mapping[str, Any]]) -> Iterator[float]:
-    """Yield for each evaluation the hours of training before it."""
-    hours, last_step = 0.0, 0
-    for line in lines:
-        if "loss" in line:
-            hours += (line["step"] - last_step) * line["step_time_s"] / 3600
-            last_step = line["step"]
-        elif "valid_loss" in line:
-            yield hours
+    def loss_of(self, seed: int) -> float:
+        """Return the final loss with a seed, or the mean where there is no run with it."""
+        return next((run.final_loss for run in self.runs if run.seed == seed), self.final_loss.value)
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a run did against the baseline.
+class Method:
+    """Groups that differ in their length alone, the shortest first."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def name(self) -> str:
+        """What the groups' names have in common."""
+        return _common_name([group.name for group in self.groups])
+
+    def ends(self, seed: int | None) -> list[tuple[float, float]]:
+        """Return FLOPs and final loss of each length, with a seed or in the mean over the seeds."""
+        return [
+            (group.total("flops"), group.final_loss.value if seed is None else group.loss_of(seed))
+            for group in self.groups
+        ]
+
+
+def find_methods(curves: Sequence[RunCurve]) -> list[Method]:
+    """Sort runs into methods, and each method's runs into groups of one length, in the order they come in."""
+    methods = []
+    for runs in _gather(curves, lambda curve: curve.method):
+        lengths = sorted(_gather(runs, lambda curve: curve.num_steps), key=lambda same: same[0].num_steps)
+        methods.append(Method(tuple(Group(_common_name([run.name for run in same]), tuple(same)) for same in lengths)))
+    return methods
+
+
+def _gather(items: Sequence[_Item], key: Callable[[_Item], object]) -> list[list[_Item]]:
+    found: dict[object, list[_Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return list(found.values())
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """Return what names begin with alike, without what the difference leaves hanging: tst-seed1, tst-seed2 are tst."""
+    if len(set(names)) == 1:
+        return names[0]
+    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    prefix = "".join(letters[0] for letters in alike)
+    return prefix.rstrip("-_. ").removesuffix("seed").rstrip("-_. ") or names[0]
+
+
+def difference(group: Group, baseline: Group) -> Estimate:
+    """Return a group's final loss less the baseline's: between runs of one seed, where seeds are shared."""
+    before = {run.seed: run.final_loss for run in baseline.runs}
+    pairs = [run.final_loss - before[run.seed] for run in group.runs if run.seed in before]
+    if pairs:
+        return Estimate.of(pairs)
+    both = group.final_loss, baseline.final_loss
+    errors = [estimate.error for estimate in both if estimate.error is not None]
+    return Estimate(both[0].value - both[1].value, math.hypot(*errors) if errors else None)
+
+
+def counterpart(group: Group, method: Method, axis: str) -> Group | None:
+    """Return the group of another method that took as much on an axis, or None."""
+    wanted = group.total(axis)
+    nearest = min(method.groups, key=lambda other: abs(other.total(axis) - wanted))
+    return nearest if abs(nearest.total(axis) / wanted - 1) < TOLERANCE else None
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times fewer FLOPs a method needs than the baseline for one loss.
 
     Attributes:
-        curve: the run.
-        difference: its final loss less the baseline's, nats per token.
-        steps: its steps over the baseline's.
-        data_tokens: its data tokens over the baseline's.
-        first_reached: the first evaluated step at which it was at the baseline's final loss, or None.
+        anchor: the group whose final loss it is.
+        ratio: the baseline's FLOPs over the method's, one of them interpolated between two lengths; or None.
+        at_least: lower bound where there is no ratio.
+        at_most: upper bound where there is no ratio; None where nothing bounds it.
     """
 
-    curve: RunCurve
-    difference: float
-    steps: float
-    data_tokens: float
-    first_reached: int | None
+    anchor: Group
+    ratio: Estimate | None
+    at_least: float = 0.0
+    at_most: float | None = None
 
 
-def compare(baseline: RunCurve, others: Sequence[RunCurve]) -> list[Standing]:
-    """Hold runs against a baseline, in their order."""
-    return [
-        Standing(
-            curve=curve,
-            difference=curve.final_loss - baseline.final_loss,
-            steps=curve.num_steps / baseline.num_steps,
-            data_tokens=curve.data_tokens / baseline.data_tokens,
-            first_reached=curve.first_step_at(baseline.final_loss),
-        )
-        for curve in others
+def speed_ups(method: Method, baseline: Method) -> list[SpeedUp]:
+    """Return the speed-ups at equal loss that the ends of two methods' runs show.
+
+    Where a final loss of one lies between those of two lengths of the other, FLOPs are interpolated between these, for
+    each seed by itself: logarithm of the FLOPs against loss. Where none does, the tightest bounds.
+    """
+    anchored = [
+        *(_speed_up(group, baseline, 1) for group in method.groups),
+        *(_speed_up(group, method, -1) for group in baseline.groups),
     ]
+    found = [speed_up for speed_up in anchored if speed_up.ratio]
+    if found:
+        return found
+    tightest = max(anchored, key=lambda speed_up: speed_up.at_least)
+    upper = [speed_up.at_most for speed_up in anchored if speed_up.at_most is not None]
+    return [SpeedUp(tightest.anchor, None, tightest.at_least, min(upper, default=None))]
 
 
-def speed_up_at_equal_loss(standings: Sequence[Standing]) -> tuple[float, float | None] | None:
-    """Return the speed-up that the runs show, each at the end of its own decay: at least, and less than.
+def _speed_up(anchor: Group, other: Method, sign: int) -> SpeedUp:
+    """Compare an end with another method; ``sign`` is 1 where the other one is the baseline, else -1."""
 
-    Returns:
-        The baseline's steps over those of the shortest run that ends no higher than it, and over those of the longest
-        run shorter than that one, which ends above (None without one); None if no run ends as low.
-    """
-    reaching = [standing.steps for standing in standings if standing.difference <= 0]
-    if not reaching:
-        return None
-    shortest = min(reaching)
-    missing = [standing.steps for standing in standings if standing.difference > 0 and standing.steps < shortest]
-    return 1 / shortest, (1 / max(missing) if missing else None)
+    def ratio(flops: float) -> float:
+        """Return the speed-up that the other method's FLOPs mean."""
+        return float((flops / anchor.total("flops")) ** sign)
+
+    by_seed = [_interpolate(other.ends(run.seed), run.final_loss) for run in anchor.runs]
+    found = [ratio(flops) for flops in by_seed if flops]
+    if len(found) == len(by_seed):
+        return SpeedUp(anchor, Estimate.of(found))
+    ends, loss = other.ends(None), anchor.final_loss.value
+    between = _interpolate(ends, loss)
+    if between:
+        return SpeedUp(anchor, Estimate(ratio(between), None))
+    # The other method needs at most its shortest run, or more than its longest.
+    is_reached = ends[0][1] <= loss
+    bound = ratio(ends[0][0] if is_reached else ends[-1][0])
+    return SpeedUp(anchor, None, at_most=bound) if is_reached == (sign > 0) else SpeedUp(anchor, None, at_least=bound)
+
+
+def _interpolate(ends: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Return the FLOPs at which ends, from the shortest run on, reach a loss; None outside them."""
+    for (less, above), (more, below) in itertools.pairwise(ends):
+        if above > loss >= below:
+            share = (above - loss) / (above - below)
+            return less * math.exp(share * math.log(more / less))
+    return None

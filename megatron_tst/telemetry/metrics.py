@@ -47,6 +47,11 @@ class StepMetrics:
     grad_norm: Annotated[float, About("", "global norm of the gradient before clipping", "sqrt(sum of squares)")]
     data_tokens: Annotated[int, About("data tokens", "read since the start", "sum over phases: steps x batch x L x s")]
     positions: Annotated[int, About("positions", "computed since the start", "steps x batch x L")]
+    flops: Annotated[float, About("FLOP", "model FLOPs since the start", "steps x FLOPs per step")]
+    gpu_hours: Annotated[
+        float,
+        About("h", "of all ranks since the start, over all starts of the run", "sum of step_time_s x ranks / 3600"),
+    ]
     step_time_s: Annotated[float, About("s", "of a step; evaluations and saves are left out", "seconds / steps")]
     data_tokens_per_s: Annotated[float, About("data tokens/s", "over all ranks", "data tokens / seconds")]
     positions_per_s: Annotated[float, About("positions/s", "over all ranks", "positions / seconds")]
@@ -93,6 +98,8 @@ class ValidMetrics:
     ]
     data_tokens: Annotated[int, About("data tokens", "read for training since the start")]
     positions: Annotated[int, About("positions", "computed in training since the start")]
+    flops: Annotated[float, About("FLOP", "model FLOPs of training since the start")]
+    gpu_hours: Annotated[float, About("h", "of all ranks in training since the start")]
 
 
 @dataclass(frozen=True)

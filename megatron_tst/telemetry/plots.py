@@ -1,56 +1,123 @@
 """Pictures of runs; needs the ``plot`` extra (matplotlib)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import matplotlib.ticker
 
-from megatron_tst.telemetry.compare import RunCurve
+from megatron_tst.telemetry.compare import Estimate, Group, Method
+from megatron_tst.telemetry.progress import short
 
 # Okabe and Ito's palette, told apart by colour-blind readers.
-LINES = ("-", "--", "-.")
+LINES = ("-", "--", "-.", (0, (1, 1)))
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+AXES = {
+    "steps": "optimizer steps (dotted: switch)",
+    "data_tokens": "data tokens read",
+    "flops": "training FLOPs",
+    "gpu_hours": "GPU-hours of training",
+}
+LOSS = "next-token validation loss (nats per token)"
 
 
-AXES = {"steps": "optimizer steps", "data_tokens": "data tokens read", "hours": "hours of training"}
-
-
-def draw_loss_curves(curves: list[RunCurve], path: Path, axes: Sequence[str] = ("steps",)) -> None:
-    """Draw next-token validation loss, each change of the bag size marked.
+def draw_comparison(methods: Sequence[Method], path: Path, axes: Sequence[str]) -> None:
+    """Draw the runs' validation loss, each change of the bag size marked, and where runs of several lengths end.
 
     Args:
-        curves: the runs.
+        methods: the runs.
         path: PNG or SVG to write.
         axes: what to draw the loss against, a panel each; of :data:`AXES`.
     """
-    figure = matplotlib.figure.Figure(
-        figsize=(8 if len(axes) == 1 else 5 * len(axes), 4.5), dpi=150, layout="constrained"
-    )
-    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
-    for panel, axis in zip(panels, axes, strict=True):
-        for number, curve in enumerate(curves):
-            _draw(panel, curve, axis, number)
-        panel.set_xlabel(AXES[axis])
-        panel.grid(alpha=0.3)
-    finals = sorted(curve.final_loss for curve in curves)
-    early = sorted(loss for curve in curves for _, loss in curve.valid)
-    # The first evaluations of a run are several nats above the rest and would flatten all differences.
-    panels[0].set_ylim(finals[0] - 0.05 * (early[-1] - finals[0]), early[int(0.9 * (len(early) - 1))])
-    panels[0].set_ylabel("next-token validation loss (nats per token)")
-    panels[0].legend(loc="upper right")
+    groups = [group for method in methods for group in method.groups]
+    with_ends = len(groups) > len(methods)
+    panels = len(axes) + with_ends
+    figure = matplotlib.figure.Figure(figsize=(max(7.0, 0.5 + 3.4 * panels), 4.2), dpi=150, layout="constrained")
+    plots = figure.subplots(1, panels, squeeze=False)[0]
+    for plot, axis in zip(plots, axes, strict=False):
+        for number, method in enumerate(methods):
+            for length, group in enumerate(method.groups):
+                _draw_curves(plot, group, axis, _style(number, length))
+        _limit(plot, groups)
+        plot.set_xlabel(AXES[axis])
+        if axis == "data_tokens":
+            plot.xaxis.set_major_formatter(lambda number, _: short(number))
+        if plot is not plots[0]:
+            plot.tick_params(labelleft=False)
+    if with_ends:
+        _draw_ends(plots[-1], methods)
+    for plot in plots:
+        plot.grid(alpha=0.3)
+    plots[0].set_ylabel(LOSS)
+    handles, labels = plots[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, min(len(labels), panels)), frameon=False)
     figure.savefig(path)
 
 
-def _draw(panel: Any, curve: RunCurve, axis: str, number: int) -> None:
-    colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
-    bags = ", then ".join(f"s = {size}" for size in curve.bag_sizes)
-    steps, losses = zip(*curve.valid, strict=True)
-    places = steps if axis == "steps" else curve.axes[axis]
-    panel.plot(places, losses, line, color=colour, marker="o", markersize=3, label=f"{curve.name} ({bags})")
-    for switch in curve.switches if axis == "steps" else ():
-        panel.axvline(switch, color=colour, linestyle=":", linewidth=1.2)
-        panel.annotate(
-            "switch", (switch, 0.97 - 0.06 * number), xycoords=("data", "axes fraction"), xytext=(4, 0),
-            textcoords="offset points", va="top", color=colour,
-        )  # fmt: skip
+def _style(number: int, length: int = 0) -> dict[str, Any]:
+    """Return a method's colour, and a line for each of its lengths."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[length % len(LINES)]}
+
+
+def _draw_curves(plot: Any, group: Group, axis: str, style: dict[str, Any]) -> None:
+    """Draw a group's runs, one line per seed."""
+    bags = ", then ".join(f"s = {size}" for size in group.runs[0].bag_sizes)
+    seeds = f", {len(group.runs)} seeds" if len(group.runs) > 1 else ""
+    for run in group.runs:
+        label = f"{group.name} ({bags}{seeds})" if run is group.runs[0] else None
+        plot.plot(run.axes[axis], run.losses, marker="o", markersize=3, linewidth=1.2, label=label, **style)
+    for switch in group.runs[0].switches if axis == "steps" else ():
+        plot.axvline(switch, color=style["color"], linestyle=":", linewidth=1.2)
+
+
+def _limit(plot: Any, groups: Sequence[Group]) -> None:
+    """Leave out the first evaluations, several nats above the rest: they would flatten all differences."""
+    runs = [run for group in groups for run in group.runs]
+    lowest, early = min(run.final_loss for run in runs), sorted(loss for run in runs for loss in run.losses)
+    plot.set_ylim(lowest - 0.05 * (early[-1] - lowest), early[int(0.9 * (len(early) - 1))])
+
+
+def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:
+    """Draw final losses over FLOPs, a line per method, bars for the standard error over seeds."""
+    for number, method in enumerate(methods):
+        flops, losses = zip(*method.ends(None), strict=True)
+        errors = [group.final_loss.error or 0.0 for group in method.groups]
+        plot.errorbar(flops, losses, errors, marker="s", capsize=3, label=method.name, **_style(number))
+    plot.set_xscale("log")
+    plot.set_xlabel(AXES["flops"])
+    plot.set_title("where runs end", fontsize="medium")
+    plot.legend()
+
+
+def draw_u_curves(losses: Mapping[tuple[str, float, int], Estimate], path: Path) -> None:
+    """Draw final loss over bag size, a line per step ratio and a panel per bag weights.
+
+    Args:
+        losses: by bag weights, step ratio and bag size; bag size 1 is the baseline.
+        path: PNG or SVG to write.
+    """
+    kinds = sorted({weights for weights, _, size in losses if size > 1})
+    ratios = sorted({ratio for _, ratio, size in losses if size > 1})
+    figure = matplotlib.figure.Figure(figsize=(max(6.0, 5.0 * len(kinds)), 4.5), dpi=150, layout="constrained")
+    plots = figure.subplots(1, max(len(kinds), 1), sharey=True, squeeze=False)[0]
+    baseline = next((loss for (_, _, size), loss in losses.items() if size == 1), None)
+    for plot, weights in zip(plots, kinds, strict=False):
+        for number, ratio in enumerate(ratios):
+            chosen = {
+                size: loss for (kind, r, size), loss in losses.items() if (kind, r) == (weights, ratio) and size > 1
+            }
+            line = sorted(chosen)
+            values, errors = [chosen[size].value for size in line], [chosen[size].error or 0.0 for size in line]
+            plot.errorbar(
+                line, values, errors, marker="o", markersize=4, capsize=3, label=f"r = {ratio:g}", **_style(number)
+            )
+        if baseline:
+            plot.axhline(baseline.value, color="black", linestyle="--", linewidth=1.2, label="baseline (s = 1)")
+        plot.set_title(f"{weights.replace('_', ' ')} bag weights", fontsize="medium")
+        plot.set_xlabel("bag size s (data tokens per position)")
+        plot.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        plot.grid(alpha=0.3)
+    plots[0].set_ylabel("final next-token validation loss\n(nats per token)")
+    plots[0].legend(title="step ratio")
+    figure.savefig(path)

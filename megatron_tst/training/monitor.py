@@ -41,7 +41,9 @@ class Monitor:
         self._run = run
         self._main = run.ranks.is_main
         self._file = MetricsFile(run.directory.metrics) if self._main else None
-        self._switches = SwitchWatch(run.schedule.ends, read_metrics(run.directory.metrics) if self._main else ())
+        lines = read_metrics(run.directory.metrics) if self._main else []
+        self._switches = SwitchWatch(run.schedule.ends, lines)
+        self._gpu_hours = next((line["gpu_hours"] for line in reversed(lines) if "gpu_hours" in line), 0.0)
         self.progress = TrainingProgress(
             run.schedule.num_steps, len(run.schedule.phases), visible=self._main, first_step=run.first_step
         )
@@ -96,6 +98,7 @@ class Monitor:
         tokens = run.schedule.data_tokens(step, self._positions_per_step)
         tflops = pace.steps * run.flops_per_step / pace.seconds / run.ranks.world_size / 1e12
         peak = peak_tflops(run.device.name)
+        self._gpu_hours += pace.seconds * run.ranks.world_size / 3600
         metrics = StepMetrics(
             step=step,
             phase=point.index,
@@ -107,6 +110,8 @@ class Monitor:
             grad_norm=report.grad_norm,
             data_tokens=tokens,
             positions=step * self._positions_per_step,
+            flops=float(step * run.flops_per_step),
+            gpu_hours=self._gpu_hours,
             step_time_s=pace.seconds / pace.steps,
             data_tokens_per_s=(tokens - self._last_tokens) / pace.seconds,
             positions_per_s=pace.steps * self._positions_per_step / pace.seconds,
@@ -166,6 +171,8 @@ class Monitor:
                 bits_per_byte=evaluation.bits_per_byte,
                 data_tokens=self._run.schedule.data_tokens(step, self._positions_per_step),
                 positions=step * self._positions_per_step,
+                flops=float(step * self._run.flops_per_step),
+                gpu_hours=self._gpu_hours + self.pace.seconds * self._run.ranks.world_size / 3600,
             )
             self._write(metrics)
             self.progress.show_valid(metrics)

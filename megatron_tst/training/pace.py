@@ -35,6 +35,7 @@ class Pace:
     def __init__(self) -> None:
         """Start the clock."""
         self._all_steps, self._all_pauses_s = 0, 0.0
+        self._paused_at_s: float | None = None
         self._restart()
 
     @property
@@ -54,17 +55,22 @@ class Pace:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave what happens inside out of the steps' time."""
-        started_s = time.perf_counter()
+        self._paused_at_s = time.perf_counter()
         yield
-        pause_s = time.perf_counter() - started_s
+        pause_s = time.perf_counter() - self._paused_at_s
+        self._paused_at_s = None
         self._started_s += pause_s
         self._all_pauses_s += pause_s
 
+    @property
+    def seconds(self) -> float:
+        """What steps took since the last call of :meth:`take`."""
+        return (self._paused_at_s or time.perf_counter()) - self._started_s
+
     def take(self) -> Interval:
         """Return the times since the last call, and start anew."""
-        seconds = time.perf_counter() - self._started_s
         interval = Interval(
-            self._steps, seconds, self._data_s, self._forward_backward_s, self._optimizer_s, self._communication_s
+            self._steps, self.seconds, self._data_s, self._forward_backward_s, self._optimizer_s, self._communication_s
         )
         self._restart()
         return interval

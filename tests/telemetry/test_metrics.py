@@ -9,19 +9,19 @@ import pytest
 
 from megatron_tst.config import UserError
 from megatron_tst.telemetry import MetricsFile, RunDirectory, StepMetrics, ValidMetrics, read_metrics, short, versions
-from megatron_tst.telemetry.compare import read_curve
+from megatron_tst.telemetry.curves import read_curve
 from tests.telemetry.lines import STEP
 
 
 def test_fields_are_the_documented_ones():
     assert [field.name for field in fields(StepMetrics)] == (
-        "step phase bag_size loss_kind loss lr lr_by_group grad_norm data_tokens positions step_time_s "
+        "step phase bag_size loss_kind loss lr lr_by_group grad_norm data_tokens positions flops gpu_hours step_time_s "
         "data_tokens_per_s positions_per_s tflops_per_gpu mfu data_time_s forward_backward_time_s optimizer_time_s "
         "communication_time_s data_epochs memory_gib"
     ).split()
-    assert [
-        field.name for field in fields(ValidMetrics)
-    ] == "step valid_loss bits_per_byte data_tokens positions".split()
+    assert [field.name for field in fields(ValidMetrics)] == (
+        "step valid_loss bits_per_byte data_tokens positions flops gpu_hours"
+    ).split()
 
 
 def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path: Path):
@@ -29,7 +29,7 @@ def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path:
     file = MetricsFile(path)
     file.write(STEP)
     assert json.loads(path.read_text())["data_tokens"] == 800
-    file.write(ValidMetrics(2, 3.0, None, 800, 200))
+    file.write(ValidMetrics(2, 3.0, None, 800, 200, 2e9, 0.25))
     file.close()
     with path.open("a") as handle:
         handle.write('{"step": 3, "lo')
@@ -105,5 +105,8 @@ def test_a_run_without_metrics_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="holds no metrics"):
         read_curve(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no config"):
+        read_curve(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {}\n")
     with pytest.raises(UserError, match="no logged step"):
         read_curve(tmp_path)

@@ -1,0 +1,111 @@
+"""A comparison of runs in a table and sentences."""
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+
+from megatron_tst.telemetry.compare import (
+    Estimate,
+    Group,
+    Method,
+    SpeedUp,
+    counterpart,
+    difference,
+    speed_ups,
+)
+from megatron_tst.telemetry.progress import short
+
+COLUMNS = ("run", "seeds", "bag sizes", "steps", "FLOPs", "data tokens", "GPU-hours", "final loss")
+CAPTION = "Final loss: next-token validation loss in nats per token, with its standard error over seeds."
+
+
+def table_rows(methods: Sequence[Method]) -> Iterator[tuple[str, ...]]:
+    """Yield a row of :data:`COLUMNS` per group."""
+    for method in methods:
+        for group in method.groups:
+            yield (
+                group.name,
+                str(len(group.runs)),
+                " then ".join(map(str, group.runs[0].bag_sizes)),
+                str(group.num_steps),
+                f"{group.total('flops'):.3g}",
+                short(group.total("data_tokens")),
+                f"{group.total('gpu_hours'):.3g}",
+                group.final_loss.write(4),
+            )
+
+
+def sentences(methods: Sequence[Method]) -> Iterator[str]:
+    """Yield what holds of each method against the first one, the baseline."""
+    baseline, *others = methods
+    for method in others:
+        for group in method.groups:
+            yield from _at_equal_cost(group, baseline)
+        for speed_up in speed_ups(method, baseline):
+            yield _at_equal_loss(speed_up, method, baseline)
+        for group in method.groups:
+            yield from _switch(group)
+
+
+def _at_equal_cost(group: Group, baseline: Method) -> Iterator[str]:
+    equal = counterpart(group, baseline, "flops")
+    if equal:
+        data = group.total("data_tokens") / equal.total("data_tokens")
+        yield f"Equal FLOPs: {_ends(group, equal)}, having read {data:.3g} x its data tokens."
+    equal = counterpart(group, baseline, "data_tokens")
+    if equal:
+        flops = group.total("flops") / equal.total("flops")
+        yield f"Equal data: {_ends(group, equal)}, with {flops:.3g} x its FLOPs."
+        return
+    known = baseline.groups[-1]
+    steps = round(group.total("data_tokens") / known.total("data_tokens") * known.num_steps)
+    yield f"Equal data: not compared; {group.name} read as much as {known.name} would in {steps} steps."
+
+
+def _ends(group: Group, baseline: Group) -> str:
+    found = difference(group, baseline)
+    side = "below" if found.value < 0 else "above"
+    gap = Estimate(abs(found.value), found.error).write(4)
+    return f"{group.name} ends {gap} nats {side} {baseline.name}"
+
+
+def _at_equal_loss(speed_up: SpeedUp, method: Method, baseline: Method) -> str:
+    what = f"Equal loss: the speed-up of {method.name} over {baseline.name} is"
+    if speed_up.ratio:
+        anchor = speed_up.anchor
+        seeds = "one seed, uncertainty unknown" if len(anchor.runs) == 1 else f"{len(anchor.runs)} seeds"
+        if len(anchor.runs) > 1 and speed_up.ratio.error is None:
+            seeds = f"the mean of {seeds}; not each of them lies between two lengths"
+        return (
+            f"{what} {speed_up.ratio.write(2)} x at the {anchor.final_loss.value:.4f} nats of {anchor.name} ({seeds})."
+        )
+    bounds = [f"at least {speed_up.at_least:.2f} x"] if speed_up.at_least else []
+    bounds += [f"less than {speed_up.at_most:.2f} x"] if speed_up.at_most is not None else []
+    # The side on which the loss of one lies beyond all lengths of the other.
+    longer, shorter = (baseline, method) if speed_up.at_least else (method, baseline)
+    return f"{what} {' and '.join(bounds)}; shorter runs of {shorter.name} or longer ones of {longer.name} would tell."
+
+
+def _switch(group: Group) -> Iterator[str]:
+    """Tell how a group's runs overcame their last switch."""
+    found = [run.recovery for run in group.runs if run.recovery]
+    steps = [recovery["recovery_steps"] for recovery in found if recovery["recovery_steps"] is not None]
+    if not found:
+        return
+    rise = fmean(recovery["spike"] for recovery in found)
+    back = f"was back after {fmean(steps):.3g} steps" if len(steps) == len(found) else "was not back at the phase's end"
+    rose = f"rose by {rise:.2f} nats" if rise > 0 else "did not rise"
+    yield f"Switch: the training loss of {group.name} {rose} and {back}."
+
+
+def report(methods: Sequence[Method], picture: str) -> str:
+    """Return the comparison as Markdown.
+
+    Args:
+        methods: the baseline first.
+        picture: path of the picture, as seen from the report.
+    """
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(methods)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = "\n".join(f"- {line}" for line in sentences(methods))
+    names = " against ".join([" and ".join(method.name for method in methods[1:]), methods[0].name])
+    return f"# {names}\n\n{table}\n\n{CAPTION}\n\n{lines}\n\n![loss curves]({picture})\n"

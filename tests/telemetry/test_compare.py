@@ -1,0 +1,137 @@
+"""Comparisons against arithmetic done by hand, and against what the paper says of its own runs."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.config import UserError
+from megatron_tst.telemetry.compare import Estimate, counterpart, difference, find_methods, speed_ups
+from megatron_tst.telemetry.curves import RunCurve, read_curve
+from megatron_tst.telemetry.verdict import sentences
+from tests.telemetry.finished import write_run
+
+
+def run(method, steps, loss, seed=1, tokens_per_step=1.0, name=None):
+    axes = {"steps": [steps], "data_tokens": [steps * tokens_per_step], "flops": [7.0 * steps], "gpu_hours": [steps]}
+    return RunCurve(name or f"{method}-{steps}", seed, method, [loss], axes, [], [1], None)
+
+
+def methods(*runs):
+    return find_methods(runs)
+
+
+PAPER_3B = (
+    run("base", 20000, 2.808), run("base", 36000, 2.677), run("base", 50000, 2.640),
+    run("tst", 20000, 2.676, tokens_per_step=2.5),
+)  # fmt: skip
+
+
+def test_the_papers_3b_runs():
+    """Equal FLOPs, equal data and equal loss, from table 1: baselines of 20, 50 and 36 thousand steps."""
+    baseline, tst = methods(*PAPER_3B)
+    assert [group.num_steps for group in baseline.groups] == [20000, 36000, 50000]
+    (group,) = tst.groups
+    equal_flops, equal_data = counterpart(group, baseline, "flops"), counterpart(group, baseline, "data_tokens")
+    assert (equal_flops.num_steps, equal_data.num_steps) == (20000, 50000)
+    assert difference(group, equal_flops).value == pytest.approx(2.676 - 2.808)
+    assert difference(group, equal_data).value == pytest.approx(2.676 - 2.640)
+    (speed_up,) = speed_ups(tst, baseline)
+    # By hand: a 37th of the way from 36 to 50 thousand steps.
+    assert speed_up.ratio.value == pytest.approx(1.8 * (50 / 36) ** (1 / 37))
+    assert speed_up.ratio.error is None
+
+
+def test_shorter_runs_of_the_method_tell_too():
+    baseline, tst = methods(run("base", 100, 2.5), run("tst", 50, 2.6), run("tst", 80, 2.4))
+    (speed_up,) = speed_ups(tst, baseline)
+    assert speed_up.anchor.name == "base-100"
+    assert speed_up.ratio.value == pytest.approx(100 / math.sqrt(50 * 80))
+    assert speed_up.ratio.value != pytest.approx(100 / 65)
+
+
+SEEDED = [
+    (run("base", 100, loss, seed), run("tst", 50, first, seed), run("tst", 80, last, seed))
+    for seed, loss, first, last in ((1, 2.5, 2.6, 2.4), (2, 2.5, 2.7, 2.3), (3, 2.55, 2.6, 2.4))
+]
+
+
+def test_each_seed_has_its_own_speed_up_and_their_spread_is_the_uncertainty():
+    baseline, tst = methods(*(run for seed in SEEDED for run in seed))
+    (speed_up,) = speed_ups(tst, baseline)
+    by_hand = [100 / math.sqrt(4000), 100 / math.sqrt(4000), 100 / (50 * 1.6**0.25)]
+    mean = sum(by_hand) / 3
+    assert speed_up.ratio.value == pytest.approx(mean)
+    error = math.sqrt(sum((value - mean) ** 2 for value in by_hand) / 2 / 3)
+    assert speed_up.ratio.error == pytest.approx(error)
+    assert difference(tst.groups[1], baseline.groups[0]).value == pytest.approx((-0.1 - 0.2 - 0.15) / 3)
+
+
+def test_a_seed_that_does_not_get_there_leaves_the_mean_without_an_error():
+    (base, *_), (_, short, long) = SEEDED[0], SEEDED[1]
+    baseline, tst = methods(base, run("base", 100, 2.9, 2), run("tst", 50, 2.75), run("tst", 80, 2.6), short, long)
+    # With seed 2 already the shorter run is below 2.9; in the mean 2.7 lies between 2.725 and 2.45.
+    (speed_up,) = speed_ups(tst, baseline)
+    assert speed_up.ratio.value == pytest.approx(100 / (50 * 1.6 ** (0.025 / 0.275)))
+    assert speed_up.ratio.error is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "bounds"),
+    [({50: 2.4, 100: 2.3}, (2.0, None)), ({50: 2.7, 100: 2.6}, (0.0, 1.0)), ({200: 2.4}, (0.5, None))],
+)
+def test_where_nothing_lies_between_there_are_bounds(losses, bounds):
+    baseline, tst = methods(run("base", 100, 2.5), *(run("tst", steps, loss) for steps, loss in losses.items()))
+    (speed_up,) = speed_ups(tst, baseline)
+    assert speed_up.ratio is None
+    assert (speed_up.at_least, speed_up.at_most) == bounds
+
+
+def test_a_crossing_in_the_middle_of_a_decay_is_no_speed_up(tmp_path: Path):
+    """The curve is below the baseline's end at half of its steps; its end is all that counts."""
+    write_run(tmp_path / "base", [4.0, 3.0, 2.8, 2.5])
+    write_run(tmp_path / "tst", [4.0, 2.4, 2.4, 2.3], bag_size=4, superposed=1)
+    baseline, tst = find_methods([read_curve(tmp_path / name) for name in ("base", "tst")])
+    (speed_up,) = speed_ups(tst, baseline)
+    assert (speed_up.ratio, speed_up.at_least) == (None, 1.0)
+
+
+def test_runs_of_one_method_differ_in_seed_and_length(tmp_path: Path):
+    write_run(tmp_path / "base-seed1", [3.0, 2.5, 2.4])
+    write_run(tmp_path / "base-seed2", [3.0, 2.5, 2.6], seed=2)
+    write_run(tmp_path / "s4", [4.0, 3.0, 2.0], bag_size=4, superposed=1)
+    write_run(tmp_path / "s4-long", [4.0, 4.0, 3.0, 3.0, 2.0, 2.0], bag_size=4, superposed=2)
+    write_run(tmp_path / "s2", [4.0, 3.0, 2.0], bag_size=2, superposed=1)
+    found = find_methods([read_curve(path) for path in sorted(tmp_path.iterdir())])
+    assert [[group.name for group in method.groups] for method in found] == [["base"], ["s2"], ["s4", "s4-long"]]
+    (base,) = found[0].groups
+    assert base.final_loss == Estimate(2.5, pytest.approx(0.1))
+    assert base.final_loss.write(3) == "2.500 ± 0.100"
+    assert find_methods([read_curve(tmp_path / "s2")])[0].groups[0].final_loss.error is None
+
+
+def test_a_curve_is_read_back(tmp_path: Path):
+    curve = read_curve(write_run(tmp_path / "tst", [5.0, 4.5, 2.9, 2.5], bag_size=4, superposed=2))
+    assert (curve.switches, curve.bag_sizes, curve.num_steps, curve.final_loss) == ([20], [4, 1], 40, 2.5)
+    assert curve.total("data_tokens") == 64 * (20 * 4 + 20)
+    assert (curve.recovery["spike"], curve.recovery["recovery_steps"]) == (0.25, 7)
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path: Path):
+    folder = write_run(tmp_path / "run", [3.0, 2.5])
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:2]))
+    with pytest.raises(UserError, match="evaluated last after step 10 of 20"):
+        read_curve(folder)
+
+
+def test_what_is_said():
+    text = "\n".join(sentences(methods(*PAPER_3B)))
+    assert "Equal FLOPs: tst-20000 ends 0.1320 nats below base-20000, having read 2.5 x its data tokens." in text
+    assert "Equal data: tst-20000 ends 0.0360 nats above base-50000, with 0.4 x its FLOPs." in text
+    assert "the speed-up of tst-20000 over base is 1.82 x at the 2.6760 nats of tst-20000 (one seed" in text
+    text = "\n".join(sentences(methods(PAPER_3B[0], PAPER_3B[3])))
+    assert "tst-20000 read as much as base-20000 would in 50000 steps" in text
+    assert "is at least 1.00 x; shorter runs of tst-20000 or longer ones of base-20000 would tell" in text
+    text = "\n".join(sentences(methods(PAPER_3B[3], PAPER_3B[0])))
+    assert "is less than 1.00 x; shorter runs of tst-20000 or longer ones of base-20000 would tell" in text
