@@ -35,6 +35,19 @@ class Corpus:
         lengths: NDArray[numpy.int32] = self.indexed.sequence_lengths
         return lengths
 
+    @property
+    def tokens(self) -> NDArray[numpy.uint16 | numpy.int32]:
+        """All data tokens end to end, mapped into memory; not to be kept longer than the corpus."""
+        index = self.indexed.index
+        count = index.sequence_pointers[-1] // index.dtype_size + index.sequence_lengths[-1]
+        tokens: NDArray[numpy.uint16 | numpy.int32] = self.indexed.bin_reader.read(index.dtype, count, 0)
+        return tokens
+
+    def places(self, documents: NDArray[numpy.int32]) -> tuple[NDArray[numpy.int64], NDArray[numpy.int64]]:
+        """Return where each of these documents begins in ``tokens``, and one past its end."""
+        starts = self.indexed.index.sequence_pointers[documents] // self.indexed.index.dtype_size
+        return starts, starts + self.lengths[documents]
+
 
 def open_blend(names: tuple[str, ...], flag: str) -> list[Corpus]:
     """Open the corpora of a blend.

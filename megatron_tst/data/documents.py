@@ -154,4 +154,8 @@ def _parse_line(line: bytes, json_key: str) -> tuple[str, str]:
     text = entry.get(json_key) if isinstance(entry, dict) else None
     if not isinstance(text, str):
         return "", f"no text under {json_key!r}"
+    try:
+        text.encode()  # JSON can spell half a surrogate pair, which is no character
+    except UnicodeEncodeError:
+        return "", "not UTF-8"
     return text, "empty"

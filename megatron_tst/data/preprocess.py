@@ -1,7 +1,6 @@
 """Turn text into megatron-core's ``.bin``/``.idx`` files: streaming, in several processes, all or nothing."""
 
 import functools
-import itertools
 import multiprocessing
 import os
 from collections import deque
@@ -23,7 +22,7 @@ BATCH_CHARACTERS = 1 << 20
 BATCHES_AHEAD_PER_WORKER = 3
 
 # (token ids of all documents end to end, length of each document, bytes of input they took)
-_Encoded = tuple[NDArray[numpy.uint32], list[int], int]
+_Encoded = tuple[NDArray[numpy.uint32], NDArray[numpy.int64], int]
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def write_indexed(
 def _encode_all(
     documents: Iterable[Document], tokenizer: Tokenizer, append_eod: bool, workers: int
 ) -> Iterator[_Encoded]:
-    end = [tokenizer.eod] if append_eod else []
+    end = tokenizer.eod if append_eod else None
     batches = _batches(documents)
     if workers == 1:
         yield from (_encode(batch, tokenizer, end) for batch in batches)
@@ -128,20 +127,21 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(batch: list[Document], tokenizer: Tokenizer, end: list[int]) -> _Encoded:
-    encoded = [ids + end for ids in tokenizer.encode_batch([document.text for document in batch])]
-    lengths = [len(document) for document in encoded]
-    ids = numpy.fromiter(itertools.chain.from_iterable(encoded), dtype=numpy.uint32, count=sum(lengths))
+def _encode(batch: list[Document], tokenizer: Tokenizer, end: int | None) -> _Encoded:
+    ids, lengths = tokenizer.encode_flat([document.text for document in batch])
+    if end is not None:
+        ids, lengths = numpy.insert(ids, numpy.cumsum(lengths), end), lengths + 1
     return ids, lengths, sum(document.num_bytes for document in batch)
 
 
 def _start_worker() -> None:
-    # One process is one worker: the tokenizer's own threads would fight over the same cores.
+    # One process is one worker: the libraries' own threads would fight over the same cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"
 
 
 _load_once = functools.cache(load_tokenizer)
 
 
-def _encode_in_worker(batch: list[Document], tokenizer_path: str, end: list[int]) -> _Encoded:
+def _encode_in_worker(batch: list[Document], tokenizer_path: str, end: int | None) -> _Encoded:
     return _encode(batch, _load_once(tokenizer_path), end)

@@ -16,7 +16,6 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megatron_tst.config import UserError
 from megatron_tst.data.corpus import Corpus
@@ -58,6 +57,7 @@ class EpochedText:
         Raises:
             UserError: if the share is too small for one sample.
         """
+        self._corpus = corpus
         tokens = int(corpus.lengths[documents].sum(dtype=numpy.int64))
         self.samples_per_epoch = (tokens - 1) // spec.num_tokens
         if self.samples_per_epoch < 1:
@@ -71,11 +71,22 @@ class EpochedText:
             for epoch in range(num_epochs)
         ]
 
-    def __getitem__(self, index: int) -> Tensor:
-        """Return the text of a sample, ``[T + 1]`` int64."""
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        """Return the text of a sample, ``[T + 1]`` in the integers of the corpus.
+
+        It is what the epoch's GPTDataset gives as ``tokens`` and the last of ``labels``, read through the same indices
+        without the masks, positions and 64-bit copies that take most of the time there.
+        """
         epoch, place = divmod(int(index), self.samples_per_epoch)
-        sample: dict[str, Tensor] = self._epochs[epoch][place]
-        return torch.cat((sample["tokens"], sample["labels"][-1:]))
+        indices = self._epochs[epoch]
+        shuffled = indices.shuffle_index[place]
+        (first, first_offset), (last, last_offset) = indices.sample_index[shuffled : shuffled + 2].tolist()
+        starts, ends = self._corpus.places(indices.document_index[first : last + 1])
+        ends[-1] = starts[-1] + last_offset + 1
+        starts[0] += first_offset
+        tokens = self._corpus.tokens
+        parts = [tokens[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return numpy.concatenate(parts)
 
 
 def _build_epoch(
@@ -147,7 +158,7 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     Path(file.name).rename(path)
 
 
-class PhaseText(torch.utils.data.Dataset[Tensor]):
+class PhaseText(torch.utils.data.Dataset[NDArray[Any]]):
     """The samples of one phase, blended from its shares of all corpora.
 
     Attributes:
@@ -164,8 +175,8 @@ class PhaseText(torch.utils.data.Dataset[Tensor]):
         """Return the samples of the phase."""
         return len(self.order)
 
-    def __getitem__(self, index: int) -> Tensor:
-        """Return the text of a sample, ``[T + 1]`` int64."""
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        """Return the text of a sample, ``[T + 1]`` in the integers of its corpus."""
         part, place = self.order[index]
         return self.parts[part][place]
 
@@ -176,14 +187,14 @@ class PhaseText(torch.utils.data.Dataset[Tensor]):
         return max(float(count) / part.samples_per_epoch for count, part in zip(read, self.parts, strict=True))
 
 
-class RunText(torch.utils.data.Dataset[Tensor]):
+class RunText(torch.utils.data.Dataset[NDArray[Any]]):
     """The samples of all phases, named by phase and index: one loader serves the whole run."""
 
     def __init__(self, phases: list[PhaseText]) -> None:
         """Hold the phases' samples."""
         self.phases = phases
 
-    def __getitem__(self, key: Any) -> Tensor:
-        """Return the text of sample ``(phase, index)``, ``[T + 1]`` int64."""
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        """Return the text of sample ``(phase, index)``, ``[T + 1]`` in the integers of its corpus."""
         phase, index = key
         return self.phases[phase][index]

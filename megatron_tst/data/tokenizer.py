@@ -1,14 +1,20 @@
 """Tokenizers: read from a Hugging Face ``tokenizer.json``, or trained on the spot as a byte-level BPE."""
 
+import functools
 import hashlib
+import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
+import fastokens
+import numpy
 import tokenizers
+from numpy.typing import NDArray
 
 from megatron_tst.config import UserError
+from megatron_tst.data.fast_encoder import LONG_S, find_fast_encoder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # Where no tokenizer_config.json names the end-of-sequence token, the first of these in the vocabulary is it.
@@ -44,6 +50,23 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode texts, without adding any special token."""
         return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_flat(self, texts: list[str]) -> tuple[NDArray[numpy.uint32], NDArray[numpy.int64]]:
+        """Encode texts to the same ids as :meth:`encode_batch`, much faster for the usual byte-level BPE.
+
+        Returns:
+            The ids of all texts end to end, and the length of each text in ids.
+        """
+        if self._fast is None or any(LONG_S in text for text in texts):
+            encoded = self.encode_batch(texts)
+            lengths = numpy.fromiter(map(len, encoded), numpy.int64, len(encoded))
+            return numpy.fromiter(itertools.chain.from_iterable(encoded), numpy.uint32, lengths.sum()), lengths
+        ids, ends = self._fast.encode_batch_flat(texts)
+        return numpy.frombuffer(ids, numpy.uint32), numpy.diff(numpy.frombuffer(ends, numpy.int64))
+
+    @functools.cached_property
+    def _fast(self) -> fastokens.Tokenizer | None:
+        return find_fast_encoder(self._model)
 
     def token_bytes(self) -> list[int] | None:
         """Return the bytes of text that each id stands for, or None where a token alone does not tell.

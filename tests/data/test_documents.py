@@ -32,11 +32,19 @@ def test_json_lines_plain_and_packed(tmp_path: Path, name):
 
 def test_bad_lines_are_left_out_counted_and_named(tmp_path: Path):
     file = tmp_path / "bad.jsonl"
-    bad = [b'{"text": "\xff"}', b"{broken", b'{"other": 1}', b'{"text": 3}', b'["text"]', b'{"text": ""}']
+    bad = [
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b"{broken",
+        b'{"other": 1}',
+        b'{"text": 3}',
+        b'["text"]',
+        b'{"text": ""}',
+    ]
     file.write_bytes(b"\n".join([LINES[0].encode(), *bad, b"", LINES[1].encode()]))
     found, skipped = texts([file])
     assert found == [json.loads(line)["text"] for line in LINES[:2]]
-    assert skipped.counts == {"not UTF-8": 1, "not JSON": 1, "no text under 'text'": 3, "empty": 1}
+    assert skipped.counts == {"not UTF-8": 2, "not JSON": 1, "no text under 'text'": 3, "empty": 1}
     assert skipped.examples[0] == f"{file}:2 (not UTF-8)"
 
 

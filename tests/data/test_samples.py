@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -142,6 +143,30 @@ def test_a_corpus_too_small_is_read_in_epochs_each_whole(rank, tokenizer, tmp_pa
         assert len(documents(0) ^ documents(1)) <= 8
 
 
+@pytest.mark.parametrize(("vocab_size", "stored"), [(COUNT, numpy.uint16), (100_000, numpy.int32)])
+def test_samples_are_what_megatron_core_reads(rank, tokenizer, tmp_path, vocab_size, stored):
+    """Short documents, and one that whole samples lie in."""
+    documents = [*traceable_documents(200), list(range(1000))]
+    data = build(write_corpus(tmp_path / "corpus", documents, vocab_size), tokenizer, tmp_path)
+    for part in (text.parts[0] for text in data.train.phases):
+        assert len(part._epochs) > 1
+        theirs = [epoch[k] for epoch in part._epochs for k in range(part.samples_per_epoch)]
+        theirs = [torch.cat((sample["tokens"], sample["labels"][-1:])).numpy() for sample in theirs]
+        ours = [part[k] for k in range(len(theirs))]
+        assert {sample.dtype for sample in ours} == {numpy.dtype(stored)}
+        assert all(numpy.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert not all(numpy.array_equal(a, b) for a, b in zip(ours[1:], theirs, strict=False))
+
+
+def test_a_blend_of_narrow_and_wide_integers_is_read(rank, tokenizer, tmp_path):
+    paths = [write_corpus(tmp_path / str(size), traceable_documents(COUNT), size) for size in (COUNT, 100_000)]
+    wide, mixed = (
+        build("", tokenizer, tmp_path, data_path=("1", path, "1", paths[1])) for path in (paths[1], paths[0])
+    )
+    assert {mixed.train[(0, k)].dtype for k in range(8)} == {numpy.dtype(numpy.uint16), numpy.dtype(numpy.int32)}
+    assert all(torch.equal(a, b) for a, b in zip(read(wide, rank), read(mixed, rank), strict=True))
+
+
 def test_a_blend_keeps_its_weights_in_every_phase(rank, tokenizer, tmp_path):
     halves = traceable_documents(COUNT)
     low = write_corpus(tmp_path / "low", halves[:1000], COUNT)
@@ -205,5 +230,5 @@ def test_two_runs_may_fill_one_cache_at_a_time(rank, prefix, tokenizer, tmp_path
 
     monkeypatch.setattr(samples, "GPTDataset", build_beside)
     ours = build(prefix, tokenizer, tmp_path)
-    assert all(torch.equal(ours.train[(0, k)], others[1].train[(0, k)]) for k in range(8))
+    assert all((ours.train[(0, k)] == others[1].train[(0, k)]).all() for k in range(8))
     assert not list(tmp_path.glob("cache/*.partial-*"))
