@@ -88,9 +88,9 @@ def _tell(metrics: SwitchMetrics | RecoveryMetrics) -> str:
     if isinstance(metrics, SwitchMetrics):
         sizes = f"{metrics.switched_from_bag_size} to {metrics.switched_to_bag_size}"
         return f"bag size {sizes}: loss {metrics.loss_before_switch:.4f} before, {metrics.loss_after_switch:.4f} after"
-    rise = f"loss rose by {metrics.spike:.4f} at the switch"
     if metrics.spike <= 0:
-        rise = "loss did not rise at the switch"
+        return "loss did not rise at the switch"
+    rise = f"loss rose by {metrics.spike:.4f} at the switch"
     if metrics.recovery_steps is None:
         return f"{rise} and was not back by the end of the phase"
     return f"{rise} and was back after {metrics.recovery_steps} steps"

@@ -93,8 +93,8 @@ def _switch(group: Group) -> Iterator[str]:
         return
     rise = fmean(recovery["spike"] for recovery in found)
     back = f"was back after {fmean(steps):.3g} steps" if len(steps) == len(found) else "was not back at the phase's end"
-    rose = f"rose by {rise:.2f} nats" if rise > 0 else "did not rise"
-    yield f"Switch: the training loss of {group.name} {rose} and {back}."
+    rose = f"rose by {rise:.2f} nats and {back}" if rise > 0 else "did not rise"
+    yield f"Switch: the training loss of {group.name} {rose}."
 
 
 def report(methods: Sequence[Method], picture: str) -> str:

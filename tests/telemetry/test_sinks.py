@@ -11,7 +11,7 @@ from megatron_tst.config import UserError
 from megatron_tst.telemetry import ExpertMetrics, read_metrics, versions
 from megatron_tst.telemetry.sinks import BackgroundSink, check_sinks, numbers
 from tests.telemetry.lines import STEP
-from tests.training.runs import arguments, train_here
+from tests.training.runs import arguments, start, train_here
 
 pytest.importorskip("tensorboard", reason="the extra wandb brings tensorboard and wandb")
 wandb = pytest.importorskip("wandb")
@@ -174,3 +174,16 @@ def test_wandb_keeps_the_run_offline_without_a_key(here, corpus, tokenizer, tmp_
     ]
     assert [start["superposition"]["tst_bag_size"] for start in starts] == [4, 4]
     assert all(start["versions"]["git"] == versions()["git"] for start in starts)
+
+
+def test_the_real_wandb_without_its_server_stops_nothing(corpus, tokenizer, tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{RUN} --wandb-project tst")
+    # A port that nothing listens on.
+    done = start("pretrain_tst.py", *argv, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "the run goes on without it" in line]
+    assert "WARNING: Weights & Biases: Failed to authenticate" in line
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert f"Weights & Biases missed {len(lines)} lines; metrics.jsonl has them" in done.stderr
