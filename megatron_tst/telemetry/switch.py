@@ -23,7 +23,7 @@ class SwitchWatch:
         """
         self._ends = tuple(ends)
         self._losses: deque[float] = deque(maxlen=LEVEL_STEPS)
-        self._bag_size = 1
+        self._phase, self._bag_size = 0, 1
         self._switch: SwitchMetrics | None = None
         self._highest = 0.0
         for line in lines:
@@ -37,22 +37,23 @@ class SwitchWatch:
         elif "recovery_steps" in line:
             self._switch = None
         elif "loss" in line:
-            self._see(line["bag_size"], line["loss"])
+            self._see(line["phase"], line["bag_size"], line["loss"])
 
-    def add(self, step: int, bag_size: int, loss: float) -> Iterator[SwitchMetrics | RecoveryMetrics]:
+    def add(self, step: int, phase: int, bag_size: int, loss: float) -> Iterator[SwitchMetrics | RecoveryMetrics]:
         """Take the loss of a step, and yield what there is to tell.
 
         Args:
-            step: 1-based.
-            bag_size: of its phase.
+            step: 1-based; one that was not applied may be left out.
+            phase: 0-based.
+            bag_size: of the phase.
             loss: nats per position.
         """
-        if step - 1 in self._ends[:-1] and self._losses:
-            level = fmean(self._losses)
-            self._begin(SwitchMetrics(step, step - 1, self._bag_size, bag_size, level, loss))
+        if phase != self._phase and self._losses:
+            last = self._ends[phase - 1]
+            self._begin(SwitchMetrics(step, last, self._bag_size, bag_size, fmean(self._losses), loss))
             assert self._switch
             yield self._switch
-        self._see(bag_size, loss)
+        self._see(phase, bag_size, loss)
         switch = self._switch
         if switch is None:
             return
@@ -67,6 +68,6 @@ class SwitchWatch:
         self._switch, self._highest = switch, switch.loss_after_switch
         self._losses.clear()
 
-    def _see(self, bag_size: int, loss: float) -> None:
+    def _see(self, phase: int, bag_size: int, loss: float) -> None:
         self._losses.append(loss)
-        self._bag_size, self._highest = bag_size, max(self._highest, loss)
+        self._phase, self._bag_size, self._highest = phase, bag_size, max(self._highest, loss)

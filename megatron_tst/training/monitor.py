@@ -82,7 +82,7 @@ class Monitor:
             self._record_skipped(step, point, report)
             return
         if self._main:
-            for metrics in self._switches.add(step, point.bag_size, float(report.loss)):
+            for metrics in self._switches.add(step, point.index, point.bag_size, float(report.loss)):
                 self._write(metrics)
                 self.progress.show_switch(metrics)
         # The last step of a phase is logged too: its line is the phase's result.

@@ -16,8 +16,15 @@ def watch(losses, lines=(), first=1, ends=ENDS):
     return [
         told
         for step, loss in enumerate(losses, first)
-        for told in watching.add(step, 4 if step <= 20 else 1, float(loss))
+        if loss is not None
+        for told in watching.add(step, *phase_of(step, ends), float(loss))
     ]
+
+
+def phase_of(step, ends=ENDS):
+    """Number and bag size of a step's phase."""
+    is_first = step <= 20
+    return (0, 4 if len(ends) > 1 else 1) if is_first or len(ends) == 1 else (1, 1)
 
 
 # Falling to 4.0 in the last ten steps, up to 6, then down by a tenth a step.
@@ -47,12 +54,21 @@ def test_a_loss_that_never_comes_back():
     assert watch(BEFORE + [5.0] * 40)[1] == RecoveryMetrics(60, 20, 1.0, None)
 
 
+def test_a_first_step_that_is_not_applied_hides_no_switch():
+    switch, recovery = watch([*BEFORE, None, *AFTER[1:]])
+    assert (switch.step, switch.switched_after_step, switch.loss_after_switch) == (22, 20, AFTER[1])
+    assert recovery.spike == pytest.approx(1.9)
+
+
 def test_an_ordinary_run_has_no_switch():
     assert watch(BEFORE + AFTER, ends=(60,)) == []
 
 
 def as_lines(told, losses, last):
-    steps = [{"step": step, "bag_size": 4 if step <= 20 else 1, "loss": loss} for step, loss in enumerate(losses, 1)]
+    steps = [
+        {"step": step, "phase": phase_of(step)[0], "bag_size": phase_of(step)[1], "loss": loss}
+        for step, loss in enumerate(losses, 1)
+    ]
     lines = steps + [dataclasses.asdict(metrics) for metrics in told]
     return sorted((line for line in lines if line["step"] <= last), key=lambda line: line["step"])
 
@@ -69,6 +85,6 @@ def test_a_run_that_was_stopped_tells_the_same(stopped_after):
 
 def test_lines_of_long_ago_are_no_level():
     """With a line every fifteen steps, only the phase's last step is near enough to the switch."""
-    lines = [{"step": step, "bag_size": 4, "loss": loss} for step, loss in ((5, 9.0), (20, 4.0))]
+    lines = [{"step": step, "phase": 0, "bag_size": 4, "loss": loss} for step, loss in ((5, 9.0), (20, 4.0))]
     (switch, *_) = watch(AFTER, lines, first=21)
     assert switch.loss_before_switch == 4.0
