@@ -1,5 +1,6 @@
 """A run that was stopped and goes on is the run that was not: bitwise, wherever it stopped."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def argv(corpus, tokenizer, tmp_path: Path):
 def curve(run) -> list[dict]:
     """All that was logged, but for times."""
     lines = read_metrics(run.directory.metrics)
-    timed = ("_time_s", "_per_s", "tflops_per_gpu", "memory_gib")
+    timed = ("_time_s", "_per_s", "tflops_per_gpu", "memory_gib", "gpu_hours")
     return [{name: value for name, value in line.items() if not name.endswith(timed)} for line in lines]
 
 
@@ -53,6 +54,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(here, argv, kind, stop):
     resumed = train_here(argv("stopped", kind, load="stopped"))
     assert resumed.first_step == stop
     assert_same_run(resumed, whole)
+
+
+def test_hours_are_counted_over_all_starts(here, argv):
+    train_here(argv("stopped", "--exit-interval 3"))
+    run = train_here(argv("stopped", load="stopped"))
+    steps = [line for line in read_metrics(run.directory.metrics) if "loss" in line]
+    hours = list(itertools.accumulate(line["step_time_s"] / 3600 for line in steps))
+    assert [line["gpu_hours"] for line in steps] == pytest.approx(hours, rel=0.01)
 
 
 @pytest.mark.parametrize("forgotten", ["--no-load-optim", "--no-load-rng"])
