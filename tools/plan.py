@@ -7,6 +7,7 @@ python tools/plan.py --config launch/configs/moe_10b_tst.yaml --gpu b200 --num-g
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_tst.planning.layouts import USABLE_MEMORY, Layout, distinct, judge
 from megatron_tst.planning.plan import complete, find_speed, make_plan
 from megatron_tst.planning.published import advise
 from megatron_tst.planning.scale import Assumptions, scale_run
+from megatron_tst.planning.step_time import calibrate
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -47,21 +49,27 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
     for flag, count in (("--num-gpus", number), *(("--simulate", count) for count in arguments.simulate)):
         if count < 1:
             raise UserError(f"{flag} {count}: must be at least 1")
+    if not 0 < usable <= 1:
+        raise UserError(f"--usable-memory {usable:g}: must lie between 0 and 1")
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise UserError(f"--json {arguments.json}: {arguments.json.parent} is no folder")
     config = complete(read_config(argv), number)
     speed = find_speed(config, gpu, arguments.mfu, arguments.measured)
     plan = make_plan(config, gpu, number, speed)
     chosen = judge_layout(config, gpu, number, speed.mfu, usable)
-    recomputed = [judge_layout(way, gpu, number, speed.mfu, usable) for way in recomputations(config)]
-    fitting, others = search_layouts(config, gpu, number, speed.mfu, usable)
+    efficiency = calibrate(config, gpu, number, speed.mfu) if chosen.step else speed.mfu
+    chosen = judge_layout(config, gpu, number, efficiency, usable)
+    recomputed = [judge_layout(way, gpu, number, efficiency, usable) for way in recomputations(config)]
+    fitting, others = search_layouts(config, gpu, number, efficiency, usable)
     limit = float("inf") if arguments.data_tokens is None else arguments.data_tokens / plan.positions
     advices = advise(config.model, plan.num_steps, limit)
     assumptions = Assumptions()
-    scaled = [scale_run(config, gpu, count, speed.mfu, usable, assumptions) for count in arguments.simulate]
+    scaled = [scale_run(config, gpu, count, efficiency, usable, assumptions) for count in arguments.simulate]
     for part in (
         *report.describe_run(plan, gpu, number, arguments.price_per_gpu_hour),
         *report.describe_memory(chosen, gpu, usable),
         *report.describe_recomputation(recomputed),
-        *report.describe_layouts(chosen, distinct(fitting)[: arguments.layouts], others),
+        *report.describe_layouts(chosen, distinct(fitting)[: arguments.layouts], others, efficiency),
         *report.describe_advice(advices, plan.positions),
         *(report.describe_scaled(scaled, assumptions) if scaled else ()),
     ):
@@ -77,7 +85,16 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
             "assumptions": dataclasses.asdict(assumptions),
             "scaled": [{**vars(run), "layout": run.layout and _as_json(run.layout)} for run in scaled],
         }
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Write what is not a number, as of a run that fits nowhere, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_json(layout: Layout) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from rich.table import Table
 from megatron_tst.config import EXIT_CODE, UserError
 from megatron_tst.planning.sweep import Runner, SweepResult, SweepRun, losses_by_point, plan_sweep, read_result
 from megatron_tst.platform.device import visible_gpus
+from megatron_tst.telemetry.pictures import check_picture
 
+PICTURE = "u_curves.png"
 PROGRAM = Path(__file__).parents[1] / "pretrain_tst.py"
 
 
@@ -45,18 +47,18 @@ def main(arguments: argparse.Namespace, flags: list[str]) -> int:
     if arguments.draw:
         if flags:
             raise UserError(f"{flags[0]}: is not taken with --draw, which trains nothing")
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.output)
         show([read_result(path) for path in arguments.draw], arguments.output)
         return 0
     runs = plan_sweep(
         arguments.bag_sizes, arguments.step_ratios, arguments.bag_weights, arguments.seeds, arguments.output, flags
     )
     missing = [run for run in runs if not run.is_complete]
-    arguments.output.mkdir(parents=True, exist_ok=True)
     gpus = visible_gpus()
-    workers = arguments.workers or max(len(gpus), 1)
+    workers = max(len(gpus), 1) if arguments.workers is None else arguments.workers
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
+    make_folder(arguments.output)
     print(f"{len(runs)} runs, {len(missing)} of them to train, {workers} at a time", flush=True)
     failures = train(missing, Runner(PROGRAM, workers, gpus))
     for run, failure in failures:
@@ -65,6 +67,11 @@ def main(arguments: argparse.Namespace, flags: list[str]) -> int:
     if ended:
         show(ended, arguments.output)
     return 1 if failures else 0
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the results, once it is known that they can be drawn."""
+    check_picture(folder / PICTURE, "--output")
 
 
 def train(runs: Sequence[SweepRun], runner: Runner) -> list[tuple[SweepRun, str]]:
@@ -81,11 +88,16 @@ def train(runs: Sequence[SweepRun], runner: Runner) -> list[tuple[SweepRun, str]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(runs))
         for run, failure in runner.run_all(runs):
+            told = failure
+            if failure is None:
+                try:
+                    told = f"final loss {read_result(run.directory.path).final_loss:.4f}"
+                except UserError as error:
+                    told = failure = str(error)
             if failure:
                 failures.append((run, failure))
             progress.update(task, advance=1, description=f"training {', '.join(runner.running)}")
-            loss = failure or f"final loss {read_result(run.directory.path).final_loss:.4f}"
-            console.print(f"{run.name}: {loss}", highlight=False, soft_wrap=True)
+            console.print(f"{run.name}: {told}", highlight=False, soft_wrap=True)
     return failures
 
 
@@ -93,6 +105,7 @@ def show(results: Sequence[SweepResult], output: Path) -> None:
     """Write sweep.csv and u_curves.png, and print the table."""
     from megatron_tst.telemetry.plots import draw_u_curves
 
+    losses = losses_by_point(results)
     with (output / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("bag_weights", "step_ratio", "bag_size", "seed", "data_tokens", "gpu_hours", "final_loss"))
@@ -100,7 +113,6 @@ def show(results: Sequence[SweepResult], output: Path) -> None:
             point = result.point
             setting = (point.bag_weights, point.step_ratio, point.bag_size, result.seed)
             writer.writerow((*setting, result.data_tokens, f"{result.gpu_hours:.4g}", f"{result.final_loss:.4f}"))
-    losses = losses_by_point(results)
     table = Table("bag weights", "r", "s", "final loss, nats per token", "less baseline")
     baseline = next((loss.value for point, loss in losses.items() if point.bag_size == 1), None)
     best = min(losses, key=lambda point: losses[point].value)
@@ -110,12 +122,8 @@ def show(results: Sequence[SweepResult], output: Path) -> None:
         table.add_row(*setting, loss.write(4), gap, style="bold" if point == best else None)
     console = Console()
     console.print(table)
-    draw_u_curves(
-        {(p.bag_weights, p.step_ratio, p.bag_size): loss for p, loss in losses.items()}, output / "u_curves.png"
-    )
-    console.print(
-        f"results: {output / 'sweep.csv'}  picture: {output / 'u_curves.png'}", highlight=False, soft_wrap=True
-    )
+    draw_u_curves({(p.bag_weights, p.step_ratio, p.bag_size): loss for p, loss in losses.items()}, output / PICTURE)
+    console.print(f"results: {output / 'sweep.csv'}  picture: {output / PICTURE}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class RunState:
         layout: sizes of the parallel layout that saved; generators' states fit no other.
         is_permanent: whether retention leaves this checkpoint alone.
         versions: of the packages that computed.
+        gpu_hours: of training, over all ranks and all starts.
     """
 
     iteration: int
@@ -41,6 +42,7 @@ class RunState:
     layout: dict[str, int]
     is_permanent: bool
     versions: dict[str, str | None]
+    gpu_hours: float = 0.0
 
 
 def write_run_state(folder: Path, state: RunState, config_yaml: str) -> None:

@@ -2,7 +2,7 @@
 
 from megatron_tst.config.errors import EXIT_CODE, EXIT_RESUMABLE, DivergedError, UserError
 from megatron_tst.config.parse import config_from_mapping, dump_config, load_config, parse_config, read_config
-from megatron_tst.config.rules import check_config, check_layout, global_batch_size, padded_vocab_size
+from megatron_tst.config.rules import check_config, check_layout, check_sizes, global_batch_size, padded_vocab_size
 from megatron_tst.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -33,6 +33,7 @@ __all__ = [
     "UserError",
     "check_config",
     "check_layout",
+    "check_sizes",
     "config_from_mapping",
     "dump_config",
     "global_batch_size",

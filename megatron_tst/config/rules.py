@@ -77,6 +77,17 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
+def check_sizes(config: RunConfig) -> None:
+    """Refuse phases, a batch or parallel sizes that make no sense on any number of ranks.
+
+    Raises:
+        UserError: one line naming the flag, its value and the rule.
+    """
+    _refuse_broken(_superposition_rules(config.superposition, config))
+    _refuse_broken(_batch_rules(config.training))
+    _refuse_broken(_size_rules(config.parallel))
+
+
 def check_layout(config: RunConfig) -> None:
     """Refuse a shape that its layout, batch or recomputation does not suit, whatever else is missing.
 
@@ -217,15 +228,19 @@ def _optimizer_rules(optimizer: OptimizerSettings, training: TrainingSettings) -
         )
 
 
+def _size_rules(parallel: ParallelSettings) -> Iterator[_Rule]:
+    for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "expert_model_parallel"):
+        size = getattr(parallel, f"{name}_size")
+        yield size >= 1, f"--{name.replace('_', '-')}-size {size}", "must be at least 1"
+
+
 def _parallel_rules(parallel: ParallelSettings, model: ModelSettings) -> Iterator[_Rule]:
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "expert_model_parallel"):
-        size = getattr(parallel, f"{name}_size")
-        yield size >= 1, f"--{name.replace('_', '-')}-size {size}", "must be at least 1"
+    yield from _size_rules(parallel)
     heads, length, layers = model.num_attention_heads or 0, model.seq_length or 0, model.num_layers or 0
     groups = model.num_query_groups if model.group_query_attention else heads
     yield heads % tp == 0, f"--tensor-model-parallel-size {tp}", f"must divide --num-attention-heads {heads}"

@@ -129,6 +129,15 @@ def search_layouts(
     return fitting, [layout for layout in judged if layout.refusal is not None]
 
 
+def group_refusals(layouts: Sequence[Layout]) -> list[list[str]]:
+    """Return the reasons why layouts cannot be used, those of one kind together, the most common kind first."""
+    groups: dict[str, list[str]] = {}
+    for layout in layouts:
+        if layout.refusal:
+            groups.setdefault(layout.refusal.split()[0], []).append(layout.refusal)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
 def distinct(layouts: Sequence[Layout]) -> list[Layout]:
     """Return the first of those that differ in their micro-batch alone."""
     found: dict[object, Layout] = {}

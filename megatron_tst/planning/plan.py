@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from megatron_tst.config import RunConfig, UserError, padded_vocab_size
+from megatron_tst.config import RunConfig, UserError, check_sizes, padded_vocab_size
 from megatron_tst.planning.hardware import Gpu
 from megatron_tst.planning.memory import data_parallel_size
 from megatron_tst.planning.published import implied_mfu
@@ -106,8 +106,11 @@ def complete(config: RunConfig, num_gpus: int) -> RunConfig:
     }.items():
         if not value or value < 0:
             raise UserError(f"{flag} {value}: a plan needs a number above 0, in the YAML file or as a flag")
+    check_sizes(config)
     assert training.micro_batch_size
     batch = training.global_batch_size or training.micro_batch_size * data_parallel_size(config, num_gpus)
+    if batch < 1:
+        raise UserError(f"--num-gpus {num_gpus}: is fewer than tp x pp x cp of the configured layout")
     return dataclasses.replace(config, training=dataclasses.replace(training, global_batch_size=batch))
 
 

@@ -6,7 +6,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from megatron_tst.planning.hardware import Gpu
-from megatron_tst.planning.layouts import Layout
+from megatron_tst.planning.layouts import Layout, group_refusals
 from megatron_tst.planning.memory import describe_parts
 from megatron_tst.planning.plan import Plan
 from megatron_tst.planning.published import Advice
@@ -78,7 +78,9 @@ def describe_recomputation(layouts: Sequence[Layout]) -> Iterator[RenderableType
     yield "selective: attention alone, which keeps little anyway where it is fused. full: every layer (uniform, 1).\n"
 
 
-def describe_layouts(chosen: Layout, fastest: Sequence[Layout], others: Sequence[Layout]) -> Iterator[RenderableType]:
+def describe_layouts(
+    chosen: Layout, fastest: Sequence[Layout], others: Sequence[Layout], efficiency: float
+) -> Iterator[RenderableType]:
     """Tell which layouts fit, the fastest first, and why the others do not."""
     columns = "layout", "step, s", "bubble", "exposed", "GiB", "speed"
     table = _numbers(*columns, title="The fastest layouts that fit")
@@ -95,14 +97,14 @@ def describe_layouts(chosen: Layout, fastest: Sequence[Layout], others: Sequence
             style="bold" if layout is chosen else None,
         )
     yield table
-    yield "Exposed: communication that nothing hides. Estimated, with multiplications equally fast at any size."
-    groups: dict[str, list[str]] = {}
-    for layout in others:
-        assert layout.refusal
-        groups.setdefault(layout.refusal.split()[0], []).append(layout.refusal)
+    yield (
+        "Exposed: communication that nothing hides. So that the configured layout takes the hours above, "
+        f"multiplications run at {efficiency:.1%} of the peak, whatever their size."
+    )
+    groups = group_refusals(others)
     if groups:
         yield "Why others cannot be used:"
-    for group in sorted(groups.values(), key=len, reverse=True):
+    for group in groups:
         yield f"  {len(group):5d}  {'such as ' if len(set(group)) > 1 else ''}{group[0]}"
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_tst.config import RunConfig, padded_vocab_size
 from megatron_tst.planning.hardware import Gpu
-from megatron_tst.planning.layouts import Layout, search_layouts
+from megatron_tst.planning.layouts import Layout, group_refusals, search_layouts
 from megatron_tst.telemetry.parameters import checkpoint_bytes, count_parameters
 
 
@@ -68,7 +68,7 @@ def scale_run(
     """
     fitting, others = search_layouts(config, gpu, num_gpus, efficiency, usable)
     if not fitting:
-        return ScaledRun(num_gpus, None, most_common_refusal(others))
+        return ScaledRun(num_gpus, None, group_refusals(others)[0][0])
     step = fitting[0].step
     assert step and config.model.vocab_size
     model = config.model
@@ -91,9 +91,3 @@ def scale_run(
         save_interval_steps=max(round(interval_s / step.total), 1),
         goodput=goodput,
     )
-
-
-def most_common_refusal(layouts: list[Layout]) -> str:
-    """Return the reason that excludes most layouts."""
-    reasons = [layout.refusal or "" for layout in layouts]
-    return max(set(reasons), key=reasons.count)

@@ -19,12 +19,16 @@ from megatron_tst.planning.memory import (
     stage_parameters,
     virtual_chunks,
 )
-from megatron_tst.telemetry.flops import PASSES, forward_flops_per_sequence
+from megatron_tst.telemetry.flops import PASSES, attention_flops_per_sequence, forward_flops_per_sequence
 
-# Forward and backward pass each gather and scatter once per matrix pair; the backward pass gathers its input again.
-TENSOR_COLLECTIVES_PER_BLOCK = 5
+# Passes of hidden states over the tensor-parallel ranks, per block (attention, MLP) and micro-batch. With sequence
+# parallelism each pass gathers and scatters, and the backward pass gathers its input again; else each pass reduces,
+# which is a scatter and a gather.
+SEQUENCE_PARALLEL_COLLECTIVES, TENSOR_PARALLEL_COLLECTIVES = 5, 4
 # Dispatch and combine, in both passes.
 EXPERT_EXCHANGES = 4
+REDUCTIONS = ("gradient reduction", "experts' gradient reduction")
+GATHERS = ("parameter all-gather", "experts' parameter all-gather")
 
 
 @dataclass(frozen=True)
@@ -60,62 +64,108 @@ def estimate_step(config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float)
         num_gpus: ranks in all.
         efficiency: share of the card's peak that multiplications run at.
     """
-    assert config.training.global_batch_size
-    flops = PASSES * config.training.global_batch_size * forward_flops_per_sequence(config.model, _vocabulary(config))
-    passes = (PASSES + (1 if config.training.recompute_granularity == "full" else 0)) / PASSES
-    compute = passes * flops / (num_gpus * gpu.peak_tflops * 1e12 * efficiency)
+    flops = step_flops(config)
+    compute = (1 + _recomputed(config) / PASSES) * flops / (num_gpus * gpu.peak_tflops * 1e12 * efficiency)
     count, stages = num_micro_batches(config, num_gpus), config.parallel.pipeline_model_parallel_size
     volumes = communication_volumes(config, num_gpus)
-    times = {name: size / (1e9 * _bandwidths(config, gpu, num_gpus)[name]) for name, size in volumes.items()}
+    bandwidths = _bandwidths(config, gpu, num_gpus)
+    times = {name: size / (1e9 * bandwidths[name]) for name, size in volumes.items()}
     # Gradients are reduced while the last micro-batch's backward pass, two thirds of it, runs; parameters are gathered
     # while the first one's forward pass does.
     last_pass = compute / count
-    hidden = {
-        "gradient reduce-scatter": last_pass * 2 / 3 if config.parallel.overlap_grad_reduce else 0.0,
-        "parameter all-gather": last_pass / 3 if config.parallel.overlap_param_gather else 0.0,
-    }
-    exposed = sum(max(time - hidden.get(name, 0.0), 0.0) for name, time in times.items())
+    hidden_reduction = last_pass * 2 / 3 if config.parallel.overlap_grad_reduce else 0.0
+    hidden_gather = last_pass / 3 if config.parallel.overlap_param_gather else 0.0
+    reduction, gather = (sum(times.get(name, 0.0) for name in names) for names in (REDUCTIONS, GATHERS))
+    inside = sum(time for name, time in times.items() if name not in (*REDUCTIONS, *GATHERS))
     return StepTime(
         compute=compute,
         bubble=compute * (stages - 1) / (count * virtual_chunks(config)),
-        exposed=exposed,
+        exposed=inside + max(reduction - hidden_reduction, 0.0) + max(gather - hidden_gather, 0.0),
         volumes=volumes,
         times=times,
     )
 
 
+def step_flops(config: RunConfig) -> int:
+    """Return the model FLOPs of a step over all ranks."""
+    assert config.training.global_batch_size
+    return PASSES * config.training.global_batch_size * forward_flops_per_sequence(config.model, _vocabulary(config))
+
+
+def calibrate(config: RunConfig, gpu: Gpu, num_gpus: int, mfu: float) -> float:
+    """Return the share of the peak that multiplications must run at for a layout's whole step to have an MFU.
+
+    An MFU counts bubbles and communication too, so it is lower than this share. Where communication alone takes
+    longer than such a step, multiplications are taken to run at the peak.
+    """
+    wanted = step_flops(config) / (num_gpus * gpu.peak_tflops * 1e12 * mfu)
+    low, high = mfu, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        is_slow = estimate_step(config, gpu, num_gpus, middle).total > wanted
+        low, high = (middle, high) if is_slow else (low, middle)
+    return high
+
+
+def _recomputed(config: RunConfig) -> float:
+    """Return the share of a forward pass that is run again in the backward pass."""
+    training, model = config.training, config.model
+    assert model.num_layers
+    forward = forward_flops_per_sequence(model, _vocabulary(config))
+    if training.recompute_granularity == "selective":
+        return model.num_layers * attention_flops_per_sequence(model) / forward
+    if training.recompute_granularity is None:
+        return 0.0
+    share = 1.0
+    if training.recompute_method == "block":
+        assert training.recompute_num_layers
+        share = min(training.recompute_num_layers * config.parallel.pipeline_model_parallel_size / model.num_layers, 1)
+    assert model.hidden_size and model.seq_length
+    # The head is not of the layers.
+    head = 2 * model.seq_length * model.hidden_size * _vocabulary(config)
+    return share * (forward - head) / forward
+
+
 def communication_volumes(config: RunConfig, num_gpus: int) -> dict[str, float]:
-    """Return the bytes that a rank of the widest stage sends per step, by collective.
+    """Return the bytes that a rank of the first stage sends per step, by collective.
 
-    With n ranks in a group and A bytes of one micro-batch's hidden states on one rank::
+    With n ranks in a group and A bytes of one micro-batch's hidden states, as long as a rank of the group holds them
+    between the blocks::
 
-        tensor parallel          m layers/P * (2 blocks, 1 with experts) * 5 A (n - 1) / n
-        expert all-to-all        m layers/P * 4 k A / tp * (n - 1) / n
-        pipeline                 m v * 2 A (1 - 1/P)
-        gradient reduce-scatter  bytes of the gradients * (n - 1) / n
-        parameter all-gather     bytes of the weights * (n - 1) / n
+        tensor parallel          m layers/P * (2 blocks, 1 with experts) * (5 with sequence parallelism, else 4) A
+                                 * (n - 1) / n
+        expert exchange          m layers/P * 4 (k A / tp * (n - 1) / n all-to-all, A / tp * (n - 1) gathered)
+        pipeline                 m v * 2 A / (tp with sequence parallelism, else 1) * (1 - 1/P)
+        gradient reduction       bytes of the gradients * (n - 1) / n, twice where the optimizer is not distributed
+        parameter all-gather     bytes of the weights * (n - 1) / n, with a distributed optimizer
     """
     model, training, parallel = config.model, config.training, config.parallel
     assert model.num_layers and model.hidden_size and model.seq_length and training.micro_batch_size
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep, width = parallel.expert_model_parallel_size, 2 if training.bf16 else 4
-    count, layers = num_micro_batches(config, num_gpus), model.num_layers // pp
+    tp, pp, ep = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+    )
+    count, layers, width = num_micro_batches(config, num_gpus), model.num_layers // pp, 2 if training.bf16 else 4
     positions = training.micro_batch_size * model.seq_length // parallel.context_parallel_size
     hidden = positions * model.hidden_size * width
     blocks = 1 if model.num_experts else 2
+    is_split = parallel.sequence_parallel
+    passes = SEQUENCE_PARALLEL_COLLECTIVES if is_split else TENSOR_PARALLEL_COLLECTIVES
     volumes = {
-        "tensor parallel": count * layers * blocks * TENSOR_COLLECTIVES_PER_BLOCK * hidden * _others(tp),
-        "pipeline": count * virtual_chunks(config) * 2 * hidden / tp * _others(pp),
+        "tensor parallel": count * layers * blocks * passes * hidden * _others(tp),
+        "pipeline": count * virtual_chunks(config) * 2 * hidden / (tp if is_split else 1) * _others(pp),
     }
     if model.num_experts:
-        routed = model.moe_router_topk * hidden / tp
-        volumes["expert all-to-all"] = count * layers * EXPERT_EXCHANGES * routed * _others(ep)
+        is_gathered = model.moe_token_dispatcher_type == "allgather"
+        exchanged = ep - 1 if is_gathered else model.moe_router_topk * _others(ep)
+        volumes["expert exchange"] = count * layers * EXPERT_EXCHANGES * hidden / tp * exchanged
     replicas = data_parallel_size(config, num_gpus) * parallel.context_parallel_size
-    expert_replicas = num_gpus // (pp * ep)
-    shared, experts = stage_parameters(config, 0)
-    spread = shared * _others(replicas) + experts * _others(expert_replicas)
-    volumes["gradient reduce-scatter"] = gradient_bytes(training) * spread
-    volumes["parameter all-gather"] = width * spread
+    is_sharded = config.optimizer.use_distributed_optimizer
+    groups = zip(stage_parameters(config, 0), (replicas, num_gpus // (pp * ep)), REDUCTIONS, GATHERS, strict=True)
+    for parameters, group, reduction, gather in groups:
+        volumes[reduction] = gradient_bytes(training) * parameters * _others(group) * (1 if is_sharded else 2)
+        volumes[gather] = width * parameters * _others(group) if is_sharded else 0
     return {name: size for name, size in volumes.items() if size}
 
 
@@ -126,21 +176,23 @@ def _bandwidths(config: RunConfig, gpu: Gpu, num_gpus: int) -> dict[str, float]:
     member alike, so only the part for other nodes crosses the network.
     """
     parallel = config.parallel
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    model_group = tp * cp
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     stage = num_gpus // parallel.pipeline_model_parallel_size
-    per_node = max(gpu.per_node // model_group, 1)
-    data = gpu.nvlink_gb_per_s if stage <= gpu.per_node else gpu.network_gb_per_s * per_node
-    tensor = gpu.nvlink_gb_per_s if tp <= gpu.per_node else gpu.network_gb_per_s
-    experts = parallel.expert_model_parallel_size
-    outside = max(1 - gpu.per_node / experts, 0.0)
-    exchange = 1 / (outside / gpu.network_gb_per_s + (1 - outside) / gpu.nvlink_gb_per_s)
+
+    def replicas(stride: int) -> float:
+        """Return the bandwidth of a group whose members lie this many ranks apart, over a whole stage."""
+        if stage <= gpu.per_node:
+            return gpu.nvlink_gb_per_s
+        return min(gpu.network_gb_per_s * max(gpu.per_node // stride, 1), gpu.nvlink_gb_per_s)
+
+    outside = max(1 - gpu.per_node / ep, 0.0)
+    shared, experts = replicas(tp), replicas(ep)
     return {
-        "tensor parallel": tensor,
+        "tensor parallel": gpu.nvlink_gb_per_s if tp <= gpu.per_node else gpu.network_gb_per_s,
         "pipeline": gpu.nvlink_gb_per_s if num_gpus <= gpu.per_node else gpu.network_gb_per_s,
-        "expert all-to-all": exchange,
-        "gradient reduce-scatter": min(data, gpu.nvlink_gb_per_s),
-        "parameter all-gather": min(data, gpu.nvlink_gb_per_s),
+        "expert exchange": 1 / (outside / gpu.network_gb_per_s + (1 - outside) / gpu.nvlink_gb_per_s),
+        **dict(zip(REDUCTIONS, (shared, experts), strict=True)),
+        **dict(zip(GATHERS, (shared, experts), strict=True)),
     }
 
 

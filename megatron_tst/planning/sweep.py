@@ -13,7 +13,6 @@ from megatron_tst.config import RunConfig, UserError, dump_config, load_config, 
 from megatron_tst.telemetry import RunDirectory
 from megatron_tst.telemetry.compare import Estimate
 from megatron_tst.telemetry.curves import read_curve
-from megatron_tst.telemetry.status import read_status
 
 
 @dataclass(frozen=True, order=True)
@@ -61,9 +60,10 @@ class SweepRun:
         if directory.config.read_text(encoding="utf-8") != dump_config(self.config):
             raise UserError(f"{directory.path}: holds a run with other settings; choose another --output")
         try:
-            return read_status(directory.path).is_complete
-        except UserError:  # no step is logged yet
+            read_curve(directory.path)
+        except UserError:  # not evaluated at its end
             return False
+        return True
 
 
 def plan_sweep(
@@ -87,6 +87,11 @@ def plan_sweep(
     Raises:
         UserError: if a value lies outside the grid, or makes no run with the flags.
     """
+    for flag, values in (
+        ("bag-sizes", bag_sizes), ("step-ratios", step_ratios), ("bag-weights", bag_weights), ("seeds", seeds)
+    ):  # fmt: skip
+        if len(set(values)) < len(values):
+            raise UserError(f"--{flag} {' '.join(map(str, values))}: names a value twice")
     for size in bag_sizes:
         if size < 2:
             raise UserError(f"--bag-sizes {size}: must be above 1; the baseline, bag size 1, is always run")
@@ -108,7 +113,12 @@ def _plan_run(point: SweepPoint, seed: int, output: Path, flags: Sequence[str]) 
     }  # fmt: skip
     argv = [*flags, *(text for name, value in own.items() for text in (f"--tst-{name}", str(value)))]
     argv += ["--seed", str(seed), "--load", str(RunDirectory(folder).checkpoints)]
-    return SweepRun(point, seed, RunDirectory(folder), parse_config(argv), tuple(argv))
+    config = parse_config(argv)
+    if point.bag_size > 1 and all(phase.bag_size == 1 for phase in config.schedule.phases):
+        raise UserError(f"--step-ratios {point.step_ratio:g}: is less than one of {config.schedule.num_steps} steps")
+    if not config.training.eval_iters:
+        raise UserError("--eval-iters 0: a grid compares validation losses")
+    return SweepRun(point, seed, RunDirectory(folder), config, tuple(argv))
 
 
 class Runner:
@@ -156,7 +166,7 @@ class Runner:
         try:
             if self._is_stopped:
                 return "not started"
-            log = run.directory.path.with_suffix(".out")
+            log = run.directory.path.with_name(f"{run.name}.out")
             with log.open("wb") as file:
                 command = (sys.executable, str(self._program), *run.argv)
                 environment = {**os.environ, **slot}
@@ -178,15 +188,19 @@ class SweepResult:
     """How a run of a grid ended.
 
     Attributes:
+        name: of the run directory.
         point: its setting.
         seed: of the run.
+        rest: all else that runs of a grid have in common.
         final_loss: next-token validation loss, nats per token.
         data_tokens: read.
         gpu_hours: of training.
     """
 
+    name: str
     point: SweepPoint
     seed: int
+    rest: str
     final_loss: float
     data_tokens: int
     gpu_hours: float
@@ -206,14 +220,30 @@ def read_result(path: Path) -> SweepResult:
     ratio = round(sum(phase.num_steps for phase in superposed) / config.schedule.num_steps, 3)
     weights = config.superposition.loss_weights if superposed else "uniform"
     point = SweepPoint(weights, ratio, superposed[0].bag_size if superposed else 1)
+    optimizer = config.optimizer
+    decay = optimizer.lr_warmup_iters, optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters
     return SweepResult(
-        point, config.training.seed, curve.final_loss, int(curve.total("data_tokens")), curve.total("gpu_hours")
+        name=path.name,
+        point=point,
+        seed=curve.seed,
+        rest=repr((curve.setting, curve.num_steps, decay)),
+        final_loss=curve.final_loss,
+        data_tokens=int(curve.total("data_tokens")),
+        gpu_hours=curve.total("gpu_hours"),
     )
 
 
 def losses_by_point(results: Sequence[SweepResult]) -> Mapping[SweepPoint, Estimate]:
-    """Return the final loss of each setting over its seeds, the baseline's first."""
-    found: dict[SweepPoint, list[float]] = {}
+    """Return the final loss of each setting over its seeds, the baseline's first.
+
+    Raises:
+        UserError: if the runs are not of one grid, or one of them is there twice.
+    """
+    found: dict[SweepPoint, dict[int, SweepResult]] = {}
     for result in sorted(results, key=lambda result: (result.point.bag_size > 1, result.point, result.seed)):
-        found.setdefault(result.point, []).append(result.final_loss)
-    return {point: Estimate.of(losses) for point, losses in found.items()}
+        if result.rest != results[0].rest:
+            raise UserError(f"{result.name}: differs from {results[0].name} in more than a grid does")
+        twin = found.setdefault(result.point, {}).setdefault(result.seed, result)
+        if twin is not result:
+            raise UserError(f"{result.name}: has the setting and seed of {twin.name}")
+    return {point: Estimate.of([run.final_loss for run in runs.values()]) for point, runs in found.items()}

@@ -7,11 +7,13 @@ runs of different lengths.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TypeVar
 
+from megatron_tst.config import UserError
 from megatron_tst.telemetry.curves import RunCurve
 
 # Two runs have equal FLOPs or data when these differ by less than this share.
@@ -92,16 +94,25 @@ class Method:
         ]
 
 
-def find_methods(curves: Sequence[RunCurve]) -> list[Method]:
-    """Sort runs into methods, and each method's runs into groups of one length, in the order they come in."""
+def find_methods(curves: Iterable[RunCurve]) -> list[Method]:
+    """Sort runs into methods, and each method's runs into groups of one length, in the order they come in.
+
+    Raises:
+        UserError: if two runs differ in nothing, not even their seed.
+    """
     methods = []
     for runs in _gather(curves, lambda curve: curve.method):
-        lengths = sorted(_gather(runs, lambda curve: curve.num_steps), key=lambda same: same[0].num_steps)
+        lengths = sorted(_gather(runs, lambda curve: curve.length), key=lambda same: same[0].num_steps)
+        for same in lengths:
+            for twins in _gather(same, lambda curve: curve.seed):
+                if len(twins) > 1:
+                    names = " and ".join(run.name for run in twins)
+                    raise UserError(f"{names}: have the same settings and seed {twins[0].seed}; name one of them")
         methods.append(Method(tuple(Group(_common_name([run.name for run in same]), tuple(same)) for same in lengths)))
     return methods
 
 
-def _gather(items: Sequence[_Item], key: Callable[[_Item], object]) -> list[list[_Item]]:
+def _gather(items: Iterable[_Item], key: Callable[[_Item], object]) -> list[list[_Item]]:
     found: dict[object, list[_Item]] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)
@@ -109,11 +120,11 @@ def _gather(items: Sequence[_Item], key: Callable[[_Item], object]) -> list[list
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """Return what names begin with alike, without what the difference leaves hanging: tst-seed1, tst-seed2 are tst."""
+    """Return the whole words and numbers that names begin with alike: tst-seed10 and tst-seed11 are tst."""
     if len(set(names)) == 1:
         return names[0]
-    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    prefix = "".join(letters[0] for letters in alike)
+    parts = zip(*(re.findall(r"[A-Za-z]+|[0-9]+|[^A-Za-z0-9]+", name) for name in names), strict=False)
+    prefix = "".join(part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
     return prefix.rstrip("-_. ").removesuffix("seed").rstrip("-_. ") or names[0]
 
 
@@ -123,9 +134,9 @@ def difference(group: Group, baseline: Group) -> Estimate:
     pairs = [run.final_loss - before[run.seed] for run in group.runs if run.seed in before]
     if pairs:
         return Estimate.of(pairs)
-    both = group.final_loss, baseline.final_loss
-    errors = [estimate.error for estimate in both if estimate.error is not None]
-    return Estimate(both[0].value - both[1].value, math.hypot(*errors) if errors else None)
+    ours, theirs = group.final_loss, baseline.final_loss
+    known = ours.error is not None and theirs.error is not None
+    return Estimate(ours.value - theirs.value, math.hypot(ours.error or 0, theirs.error or 0) if known else None)
 
 
 def counterpart(group: Group, method: Method, axis: str) -> Group | None:
@@ -156,7 +167,8 @@ def speed_ups(method: Method, baseline: Method) -> list[SpeedUp]:
     """Return the speed-ups at equal loss that the ends of two methods' runs show.
 
     Where a final loss of one lies between those of two lengths of the other, FLOPs are interpolated between these, for
-    each seed by itself: logarithm of the FLOPs against loss. Where none does, the tightest bounds.
+    each seed by itself: logarithm of the FLOPs against loss. Where none does, the tightest bounds. There is an error
+    where every seed was run with both methods and lies between two lengths.
     """
     anchored = [
         *(_speed_up(group, baseline, 1) for group in method.groups),
@@ -180,7 +192,9 @@ def _speed_up(anchor: Group, other: Method, sign: int) -> SpeedUp:
     by_seed = [_interpolate(other.ends(run.seed), run.final_loss) for run in anchor.runs]
     found = [ratio(flops) for flops in by_seed if flops]
     if len(found) == len(by_seed):
-        return SpeedUp(anchor, Estimate.of(found))
+        seeds = {run.seed for run in anchor.runs}
+        are_paired = all(seeds <= {run.seed for run in group.runs} for group in other.groups)
+        return SpeedUp(anchor, Estimate.of(found) if are_paired else Estimate(fmean(found), None))
     ends, loss = other.ends(None), anchor.final_loss.value
     between = _interpolate(ends, loss)
     if between:

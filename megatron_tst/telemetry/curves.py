@@ -1,5 +1,6 @@
 """The course of a run, read from its directory."""
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ class RunCurve:
     Attributes:
         name: of the run directory.
         seed: of the run.
-        method: all settings that make it another kind of run: neither seed nor length.
+        setting: what runs share that differ in superposition, seed and length alone.
+        superposition: bag sizes, with their share of the steps, and the objective.
+        length: all that is counted in steps.
         losses: next-token validation loss of each evaluation, nats per token.
         axes: where each evaluation lies on each of :data:`AXES`.
         switches: steps after which the bag size changes.
@@ -29,7 +32,9 @@ class RunCurve:
 
     name: str
     seed: int
-    method: str
+    setting: str
+    superposition: str
+    length: str
     losses: list[float]
     axes: dict[str, list[float]]
     switches: list[int]
@@ -39,6 +44,11 @@ class RunCurve:
     def total(self, axis: str) -> float:
         """Return what the whole run took on an axis."""
         return self.axes[axis][-1]
+
+    @property
+    def method(self) -> str:
+        """What runs share that differ in seed and length alone."""
+        return f"{self.setting} {self.superposition}"
 
     @property
     def num_steps(self) -> int:
@@ -72,11 +82,16 @@ def read_curve(path: Path) -> RunCurve:
             f"{path}: was evaluated last after step {valid[-1]['step']} of {config.schedule.num_steps}; runs are "
             "compared at their ends"
         )
+    absent = [name for name in AXES[1:] if name not in valid[-1]]
+    if absent:
+        raise UserError(f"{path}: has no {absent[0]} in its metrics; another version of this program wrote them")
     changes = [(a, b) for a, b in itertools.pairwise(steps) if a["phase"] != b["phase"]]
     return RunCurve(
         name=path.name,
         seed=config.training.seed,
-        method=_method(config, steps[-1]["positions"] / steps[-1]["step"]),
+        setting=_setting(config, steps[-1]["positions"] / steps[-1]["step"]),
+        superposition=_superposition(config),
+        length=_length(config),
         losses=[line["valid_loss"] for line in valid],
         axes={axis: [line["step" if axis == "steps" else axis] for line in valid] for axis in AXES},
         switches=[before["step"] for before, _ in changes],
@@ -85,12 +100,35 @@ def read_curve(path: Path) -> RunCurve:
     )
 
 
-def _method(config: RunConfig, positions_per_step: float) -> str:
-    """Return what runs share that differ in seed and length alone; phases count by their share of the steps."""
-    optimizer, total = config.optimizer, config.schedule.num_steps
-    phases = [(phase.bag_size, phase.reads_bags, round(phase.num_steps / total, 2)) for phase in config.schedule.phases]
-    is_superposed = any(bag_size > 1 for bag_size, _, _ in phases)
-    objective = (config.superposition.loss_weights, config.superposition.tst_objective) if is_superposed else None
-    rates = (optimizer.lr, optimizer.min_lr, optimizer.lr_decay_style, optimizer.lr_wsd_decay_style)
-    others = (optimizer.weight_decay, optimizer.adam_beta1, optimizer.adam_beta2, optimizer.clip_grad)
-    return repr((config.model, phases, objective, rates, others, positions_per_step, config.training.bf16))
+# What changes neither the model that a run trains nor what it reads.
+_FREE = {
+    "training": ("seed", "train_iters", "micro_batch_size", "global_batch_size", "eval_interval", "eval_iters",
+                 "max_nan_steps", "recompute_granularity", "recompute_method", "recompute_num_layers",
+                 "cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "deterministic_mode"),
+    "data": ("num_workers", "data_cache_path"),
+    "optimizer": ("lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters", "use_distributed_optimizer"),
+}  # fmt: skip
+_ELSEWHERE = ("config", "parallel", "logging", "checkpoint", "superposition", "phases")
+
+
+def _setting(config: RunConfig, positions_per_step: float) -> str:
+    """Return what runs share that differ in superposition, seed and length alone."""
+    sections = {name: section for name, section in dataclasses.asdict(config).items() if name not in _ELSEWHERE}
+    for name, free in _FREE.items():
+        sections[name] = {key: value for key, value in sections[name].items() if key not in free}
+    return repr((positions_per_step, config.checkpoint.finetune, sections))
+
+
+def _superposition(config: RunConfig) -> str:
+    """Return how a run superposes: its phases by their share of the steps, and the objective of those with bags."""
+    total = config.schedule.num_steps
+    shares = [(phase.bag_size, phase.reads_bags, round(phase.num_steps / total, 2)) for phase in config.schedule.phases]
+    settings = config.superposition
+    is_superposed = any(bag_size > 1 for bag_size, _, _ in shares)
+    return repr((shares, (settings.loss_weights, settings.tst_objective) if is_superposed else None))
+
+
+def _length(config: RunConfig) -> str:
+    """Return all that is counted in steps."""
+    optimizer, phases = config.optimizer, [phase.num_steps for phase in config.schedule.phases]
+    return repr((phases, optimizer.lr_warmup_iters, optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters))

@@ -11,6 +11,13 @@ PASSES = 3
 PEAK_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
+def attention_flops_per_sequence(model: ModelSettings) -> int:
+    """Return what scores and values of one layer take in a forward pass over one sequence, causal."""
+    assert model.hidden_size and model.num_attention_heads and model.seq_length
+    queries = model.num_attention_heads * (model.kv_channels or model.hidden_size // model.num_attention_heads)
+    return 2 * 2 * (model.seq_length * (model.seq_length + 1) // 2) * queries
+
+
 def forward_flops_per_sequence(model: ModelSettings, padded_vocab_size: int) -> int:
     """Return the multiply-adds, times two, of one forward pass over one sequence.
 
@@ -33,7 +40,7 @@ def forward_flops_per_sequence(model: ModelSettings, padded_vocab_size: int) -> 
     queries = model.num_attention_heads * head_width
     groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
     projections = 2 * length * hidden * (queries + 2 * groups * head_width) + 2 * length * queries * hidden
-    attention = 2 * 2 * (length * (length + 1) // 2) * queries
+    attention = attention_flops_per_sequence(model)
     matrices = 3 if model.swiglu else 2
     inner = model.ffn_hidden_size or 4 * hidden
     if model.num_experts:

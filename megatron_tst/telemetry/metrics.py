@@ -45,7 +45,14 @@ class StepMetrics:
         dict[str, float], About("", "learning rate of each group of parameters; vectors are not decayed")
     ]
     grad_norm: Annotated[float, About("", "global norm of the gradient before clipping", "sqrt(sum of squares)")]
-    data_tokens: Annotated[int, About("data tokens", "read since the start", "sum over phases: steps x batch x L x s")]
+    data_tokens: Annotated[
+        int,
+        About(
+            "data tokens",
+            "read since the start",
+            "sum over phases: steps x batch x L x s (x 1 where tokens are read, not bags)",
+        ),
+    ]
     positions: Annotated[int, About("positions", "computed since the start", "steps x batch x L")]
     flops: Annotated[float, About("FLOP", "model FLOPs since the start", "steps x FLOPs per step")]
     gpu_hours: Annotated[

@@ -74,8 +74,10 @@ def _draw_curves(plot: Any, group: Group, axis: str, style: dict[str, Any]) -> N
 def _limit(plot: Any, groups: Sequence[Group]) -> None:
     """Leave out the first evaluations, several nats above the rest: they would flatten all differences."""
     runs = [run for group in groups for run in group.runs]
-    lowest, early = min(run.final_loss for run in runs), sorted(loss for run in runs for loss in run.losses)
-    plot.set_ylim(lowest - 0.05 * (early[-1] - lowest), early[int(0.9 * (len(early) - 1))])
+    finals, losses = [run.final_loss for run in runs], sorted(loss for run in runs for loss in run.losses)
+    lowest, highest = min(finals), max(*finals, losses[int(0.9 * (len(losses) - 1))])
+    margin = 0.05 * (highest - lowest) or 0.01
+    plot.set_ylim(lowest - margin, highest + margin)
 
 
 def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:

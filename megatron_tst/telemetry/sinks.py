@@ -70,16 +70,30 @@ class BackgroundSink:
             logger.warning("WARNING: %s missed %d lines; metrics.jsonl has them", self._name, left)
 
     def _run(self) -> None:
+        """Write what is offered until the end is; after an error, take and forget it."""
+        writer: Writer | None = None
         try:
             writer = self._connect()
-            while (values := self._lines.get()) is not None:
-                writer.write(values)
-            writer.close()
         except Exception as error:  # whatever a service does, the run goes on
-            logger.warning("WARNING: %s: %s; the run goes on without it", self._name, _first_line(error))
-            # Take and forget what is still offered.
-            while self._lines.get() is not None:
+            self._give_up(error)
+        while (values := self._lines.get()) is not None:
+            if writer is None:
                 self._dropped += 1
+                continue
+            try:
+                writer.write(values)
+            except Exception as error:
+                self._give_up(error)
+                self._dropped += 1
+                writer = None
+        if writer is not None:
+            try:
+                writer.close()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("WARNING: %s: %s; the run goes on without it", self._name, _first_line(error))
 
 
 class TensorBoard:

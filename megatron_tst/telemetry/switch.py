@@ -22,13 +22,12 @@ class SwitchWatch:
             lines: of ``metrics.jsonl`` so far.
         """
         self._ends = tuple(ends)
-        self._losses: deque[float] = deque(maxlen=LEVEL_STEPS)
+        self._losses: deque[tuple[int, float]] = deque(maxlen=LEVEL_STEPS)  # with their steps
         self._phase, self._bag_size = 0, 1
         self._switch: SwitchMetrics | None = None
         self._highest = 0.0
         for line in lines:
-            if "loss" not in line or line["step"] > lines[-1]["step"] - LEVEL_STEPS:
-                self._remember(line)
+            self._remember(line)
 
     def _remember(self, line: Mapping[str, Any]) -> None:
         if "switched_to_bag_size" in line:
@@ -37,7 +36,7 @@ class SwitchWatch:
         elif "recovery_steps" in line:
             self._switch = None
         elif "loss" in line:
-            self._see(line["phase"], line["bag_size"], line["loss"])
+            self._see(line["step"], line["phase"], line["bag_size"], line["loss"])
 
     def add(self, step: int, phase: int, bag_size: int, loss: float) -> Iterator[SwitchMetrics | RecoveryMetrics]:
         """Take the loss of a step, and yield what there is to tell.
@@ -48,26 +47,37 @@ class SwitchWatch:
             bag_size: of the phase.
             loss: nats per position.
         """
-        if phase != self._phase and self._losses:
+        if phase != self._phase:
             last = self._ends[phase - 1]
-            self._begin(SwitchMetrics(step, last, self._bag_size, bag_size, fmean(self._losses), loss))
-            assert self._switch
-            yield self._switch
-        self._see(phase, bag_size, loss)
-        switch = self._switch
-        if switch is None:
-            return
-        is_back = fmean(self._losses) <= switch.loss_before_switch
-        if is_back or step in self._ends:
-            self._switch = None
-            after = switch.switched_after_step
-            spike = self._highest - switch.loss_before_switch
-            yield RecoveryMetrics(step, after, spike, step - after if is_back else None)
+            before = self._level(last)
+            if self._switch:
+                yield self._end(step, is_back=False)
+            if before is not None:
+                self._begin(SwitchMetrics(step, last, self._bag_size, bag_size, before, loss))
+                assert self._switch
+                yield self._switch
+        self._see(step, phase, bag_size, loss)
+        level = self._level(step)
+        if self._switch and level is not None:
+            is_back = level <= self._switch.loss_before_switch
+            if is_back or step in self._ends:
+                yield self._end(step, is_back)
+
+    def _level(self, step: int) -> float | None:
+        """Return the mean loss of the last ten steps up to this one, as far as they are known."""
+        losses = [loss for at, loss in self._losses if step - LEVEL_STEPS < at <= step]
+        return fmean(losses) if losses else None
+
+    def _end(self, step: int, is_back: bool) -> RecoveryMetrics:
+        switch, self._switch = self._switch, None
+        assert switch
+        after, spike = switch.switched_after_step, self._highest - switch.loss_before_switch
+        return RecoveryMetrics(step, after, spike, step - after if is_back else None)
 
     def _begin(self, switch: SwitchMetrics) -> None:
         self._switch, self._highest = switch, switch.loss_after_switch
         self._losses.clear()
 
-    def _see(self, phase: int, bag_size: int, loss: float) -> None:
-        self._losses.append(loss)
+    def _see(self, step: int, phase: int, bag_size: int, loss: float) -> None:
+        self._losses.append((step, loss))
         self._phase, self._bag_size, self._highest = phase, bag_size, max(self._highest, loss)

@@ -74,7 +74,7 @@ def _at_equal_loss(speed_up: SpeedUp, method: Method, baseline: Method) -> str:
         anchor = speed_up.anchor
         seeds = "one seed, uncertainty unknown" if len(anchor.runs) == 1 else f"{len(anchor.runs)} seeds"
         if len(anchor.runs) > 1 and speed_up.ratio.error is None:
-            seeds = f"the mean of {seeds}; not each of them lies between two lengths"
+            seeds = f"the mean of {seeds}, uncertainty unknown"
         return (
             f"{what} {speed_up.ratio.write(2)} x at the {anchor.final_loss.value:.4f} nats of {anchor.name} ({seeds})."
         )
@@ -92,7 +92,9 @@ def _switch(group: Group) -> Iterator[str]:
     if not found:
         return
     rise = fmean(recovery["spike"] for recovery in found)
-    back = f"was back after {fmean(steps):.3g} steps" if len(steps) == len(found) else "was not back at the phase's end"
+    back = f"was back after {fmean(steps):.3g} steps" if steps else "was not back at the phase's end"
+    if 0 < len(steps) < len(found):
+        back += f" in {len(steps)} of {len(found)} runs"
     rose = f"rose by {rise:.2f} nats and {back}" if rise > 0 else "did not rise"
     yield f"Switch: the training loss of {group.name} {rose}."
 

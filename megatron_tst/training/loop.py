@@ -67,7 +67,7 @@ def _save_and_ask(run: Run, monitor: Monitor, conditions: StopConditions, step: 
     if is_asked or step in run.schedule.ends or (interval is not None and step % interval == 0):
         with monitor.pace.paused():
             monitor.sync()
-            run.save(step)
+            run.save(step, monitor.gpu_hours)
     if is_asked or is_end:
         run.saver.finish()
     if is_asked and not is_end:

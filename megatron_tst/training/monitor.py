@@ -43,7 +43,7 @@ class Monitor:
         self._file = MetricsFile(run.directory.metrics) if self._main else None
         lines = read_metrics(run.directory.metrics) if self._main else []
         self._switches = SwitchWatch(run.schedule.ends, lines)
-        self._gpu_hours = next((line["gpu_hours"] for line in reversed(lines) if "gpu_hours" in line), 0.0)
+        self._logged_gpu_hours = run.gpu_hours
         self.progress = TrainingProgress(
             run.schedule.num_steps, len(run.schedule.phases), visible=self._main, first_step=run.first_step
         )
@@ -64,6 +64,11 @@ class Monitor:
         positions = run.first_step * self._positions_per_step
         done = {"step": run.first_step, "data_tokens": self._last_tokens, "positions": positions}
         return open_sinks(run.config.logging, run.directory, facts, done)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of training over all ranks and all starts of the run, as the main rank counts them."""
+        return self._logged_gpu_hours + self.pace.seconds * self._run.ranks.world_size / 3600
 
     def record(self, step: int, point: PhasePoint, report: StepReport, data_s: float) -> None:
         """Count a step, and log it if a line is due or it was not applied.
@@ -98,7 +103,7 @@ class Monitor:
         tokens = run.schedule.data_tokens(step, self._positions_per_step)
         tflops = pace.steps * run.flops_per_step / pace.seconds / run.ranks.world_size / 1e12
         peak = peak_tflops(run.device.name)
-        self._gpu_hours += pace.seconds * run.ranks.world_size / 3600
+        self._logged_gpu_hours += pace.seconds * run.ranks.world_size / 3600
         metrics = StepMetrics(
             step=step,
             phase=point.index,
@@ -111,7 +116,7 @@ class Monitor:
             data_tokens=tokens,
             positions=step * self._positions_per_step,
             flops=float(step * run.flops_per_step),
-            gpu_hours=self._gpu_hours,
+            gpu_hours=self._logged_gpu_hours,
             step_time_s=pace.seconds / pace.steps,
             data_tokens_per_s=(tokens - self._last_tokens) / pace.seconds,
             positions_per_s=pace.steps * self._positions_per_step / pace.seconds,
@@ -172,7 +177,7 @@ class Monitor:
                 data_tokens=self._run.schedule.data_tokens(step, self._positions_per_step),
                 positions=step * self._positions_per_step,
                 flops=float(step * self._run.flops_per_step),
-                gpu_hours=self._gpu_hours + self.pace.seconds * self._run.ranks.world_size / 3600,
+                gpu_hours=self.gpu_hours,
             )
             self._write(metrics)
             self.progress.show_valid(metrics)

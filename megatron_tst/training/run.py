@@ -58,6 +58,7 @@ class Run:
         expert_counter: positions per expert, of a mixture-of-experts model.
         directory: what it leaves behind.
         first_step: optimizer steps done already.
+        gpu_hours: that these took, over all ranks.
         saver: of its checkpoints.
     """
 
@@ -75,6 +76,7 @@ class Run:
     expert_counter: ExpertCounter | None
     directory: RunDirectory
     first_step: int
+    gpu_hours: float
     saver: CheckpointSaver
 
     def batch_shape(self, phase: Phase) -> BatchShape:
@@ -114,10 +116,14 @@ class Run:
         shape, count = self.batch_shape(phase), self.stepper.num_microbatches
         return [reader.read(shape) if self.ranks.owns_text else None for _ in range(count)]
 
-    def save(self, step: int) -> None:
-        """Save a checkpoint after ``step`` steps.
+    def save(self, step: int, gpu_hours: float) -> None:
+        """Save a checkpoint.
 
         Collective: every rank of the world calls it.
+
+        Args:
+            step: optimizer steps done.
+            gpu_hours: that they took; the main rank's count.
 
         Raises:
             UserError: if it cannot be written.
@@ -134,6 +140,7 @@ class Run:
             layout=self.ranks.layout,
             is_permanent=step in self.schedule.ends,
             versions=versions(),
+            gpu_hours=gpu_hours,
         )
         samples = step * self.global_batch_size
         self.saver.save(state, lambda: list_all(self.stepper.trainables, step, self.config.model, samples))
@@ -203,6 +210,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
         expert_counter=_expert_counter(model, stepper.trainables.chunks, ranks),
         directory=directory,
         first_step=start.step,
+        gpu_hours=start.gpu_hours,
         saver=saver,
     )
     _announce(run, libraries)

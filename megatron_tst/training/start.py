@@ -20,12 +20,14 @@ class Start:
     Attributes:
         schedule: the phases to run.
         step: optimizer steps done already.
+        gpu_hours: that these took.
         found: the checkpoint to load, or None.
         cuts: how the text was dealt to the phases, where that is to be continued.
     """
 
     schedule: Schedule
     step: int = 0
+    gpu_hours: float = 0.0
     found: FoundCheckpoint | None = None
     cuts: list[SourceCut] | None = None
 
@@ -46,11 +48,13 @@ def find_start(config: RunConfig, ranks: Ranks) -> Start:
     state, saved = found.state, found.config
     _check_changes(find_changes(saved, config), config, is_main=ranks.is_main)
     if config.checkpoint.override_run_config:
-        start = Start(config.schedule, state.iteration, found)
+        start = Start(config.schedule, state.iteration, state.gpu_hours, found)
     else:
         _check_phases(saved.phases, config.phases)
         schedule = _prolonged(state.schedule, config.training.train_iters or 0)
-        start = Start(schedule, state.iteration, found, [SourceCut(**source) for source in state.sources])
+        start = Start(
+            schedule, state.iteration, state.gpu_hours, found, [SourceCut(**source) for source in state.sources]
+        )
     if start.schedule.num_steps < state.iteration:
         raise UserError(f"--train-iters {start.schedule.num_steps}: {found.folder} has {state.iteration} steps done")
     return start

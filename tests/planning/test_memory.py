@@ -44,6 +44,7 @@ TOGETHER = {
     "--global-batch-size 32",
     "tp2": "--tensor-model-parallel-size 2",
     "tp2-sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "ep2-allgather": MOE + "--expert-model-parallel-size 2",
     "ep2": MOE + "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
     "sharded": "--use-distributed-optimizer --bf16",
 }

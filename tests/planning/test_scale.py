@@ -63,4 +63,4 @@ def test_a_batch_that_no_layout_spreads_is_refused_with_the_reason():
     small = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, global_batch_size=1))
     run = scaled(16384, config=small)
     assert run.layout is None
-    assert run.refusal
+    assert run.refusal.startswith("--global-batch-size 1")

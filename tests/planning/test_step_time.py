@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_tst.config import check_layout, parse_config, read_config
 from megatron_tst.planning.hardware import find_gpu
-from megatron_tst.planning.step_time import communication_volumes, estimate_step
+from megatron_tst.planning.step_time import calibrate, communication_volumes, estimate_step, step_flops
 from megatron_tst.telemetry import forward_flops_per_sequence
 from megatron_tst.training import build_run
 from tests.distributed.launch import run_distributed
 from tests.training.runs import arguments
 
-MOE = "--num-experts 4 --moe-ffn-hidden-size 16 --moe-token-dispatcher-type alltoall "
+MOE = "--num-experts 4 --moe-ffn-hidden-size 16 "
 RUN = "--micro-batch-size 2 --global-batch-size 8 --eval-iters 0 --vocab-size 300 "
 PRESET = (
     "--tst-preset 3b --micro-batch-size 2 --global-batch-size 512 --train-iters 10 --bf16 --use-distributed-optimizer "
@@ -25,6 +25,7 @@ PRESET = (
 
 
 GATHERED = ("_allgather_base_", "allgather_into_tensor_coalesced_")
+REDUCED = ("allreduce_", "allreduce_coalesced_")
 SCATTERED = ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_")
 
 
@@ -37,8 +38,10 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in (*GATHERED, *SCATTERED, "alltoall_base_"):
-            self.sent[name] += max(tensor.nbytes for tensor in tree_leaves(args[:2]) if isinstance(tensor, Tensor)) // 2
+        if name in (*GATHERED, *SCATTERED, *REDUCED, "alltoall_base_"):
+            # A reduction to all is a scatter and a gather.
+            size = max(tensor.nbytes for tensor in tree_leaves(args[:2]) if isinstance(tensor, Tensor))
+            self.sent[name] += size if name in REDUCED else size // 2
         return func(*args, **(kwargs or {}))
 
 
@@ -63,21 +66,28 @@ def more(configs, name):
 
 
 @pytest.mark.distributed
-def test_a_layer_gathers_and_scatters_five_times_per_block(corpus, tokenizer, tmp_path):
-    layout = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers "
+@pytest.mark.parametrize("split", ["--sequence-parallel", ""], ids=["gathers and scatters", "reduces"])
+def test_what_a_layer_sends_to_tensor_parallel_ranks(corpus, tokenizer, tmp_path, split):
+    layout = f"--tensor-model-parallel-size 2 {split} --num-layers "
     configs, ranks = counted(corpus, tokenizer, tmp_path, [layout + "2", layout + "4"])
     for few, many in ranks:
-        sent = sum((many - few).values())
-        assert sent == more(configs, "tensor parallel")
+        sent = many - few
+        # Norms' gradients, which sequence parallelism reduces once per step, are not of hidden states.
+        reduced = 0 if split else sent["allreduce_"]
+        assert sum(sent[name] for name in (*GATHERED, *SCATTERED)) + reduced == more(configs, "tensor parallel")
 
 
 @pytest.mark.distributed
-def test_a_layer_of_experts_exchanges_four_times(corpus, tokenizer, tmp_path):
-    layout = MOE + "--expert-model-parallel-size 2 --num-layers "
+@pytest.mark.parametrize(
+    ("dispatcher", "names", "rel"), [("alltoall", ("alltoall_base_",), 0.1), ("allgather", GATHERED + SCATTERED, 0.15)]
+)
+def test_a_layer_of_experts_exchanges_four_times(corpus, tokenizer, tmp_path, dispatcher, names, rel):
+    """Beside hidden states the routers' probabilities travel, which are small."""
+    layout = f"{MOE} --moe-token-dispatcher-type {dispatcher} --expert-model-parallel-size 2 --num-layers "
     configs, ranks = counted(corpus, tokenizer, tmp_path, [layout + "2", layout + "4"])
     # What is received may be more or less than what is sent, by how the router spreads: the ranks' mean is meant.
-    sent = sum((many - few)["alltoall_base_"] for few, many in ranks) / 2
-    assert sent == pytest.approx(more(configs, "expert all-to-all"), rel=0.1)
+    sent = sum((many - few)[name] for few, many in ranks for name in names) / 2
+    assert sent == pytest.approx(more(configs, "expert exchange"), rel=rel)
 
 
 @pytest.mark.distributed
@@ -85,8 +95,17 @@ def test_gradients_are_scattered_and_parameters_gathered_once(corpus, tokenizer,
     (config,), ranks = counted(corpus, tokenizer, tmp_path, ["--use-distributed-optimizer --bf16"])
     volumes = communication_volumes(config, 2)
     for (sent,) in ranks:
-        assert sum(sent[name] for name in SCATTERED) == pytest.approx(volumes["gradient reduce-scatter"], rel=0.01)
+        assert sum(sent[name] for name in SCATTERED) == pytest.approx(volumes["gradient reduction"], rel=0.01)
         assert sum(sent[name] for name in GATHERED) == pytest.approx(volumes["parameter all-gather"], rel=0.01)
+
+
+@pytest.mark.distributed
+def test_without_a_distributed_optimizer_gradients_are_reduced_to_all(corpus, tokenizer, tmp_path):
+    (config,), ranks = counted(corpus, tokenizer, tmp_path, ["--bf16"])
+    volumes = communication_volumes(config, 2)
+    assert set(volumes) == {"gradient reduction"}
+    for (sent,) in ranks:
+        assert sum(sent[name] for name in REDUCED) == pytest.approx(volumes["gradient reduction"], rel=0.01)
 
 
 def layout(extra=""):
@@ -109,7 +128,16 @@ def test_full_recomputation_is_a_fourth_pass():
         estimate_step(layout(extra), find_gpu("b200"), 1, 0.5)
         for extra in ("", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
     )
-    assert again.compute == pytest.approx(plain.compute * 4 / 3)
+    # All but the head, which is not of the layers.
+    model = layout().model
+    head = 2 * model.seq_length * model.hidden_size * 128256
+    share = 1 - head / forward_flops_per_sequence(model, 128256)
+    assert again.compute == pytest.approx(plain.compute * (1 + share / 3))
+    block = "--recompute-granularity full --recompute-method block --recompute-num-layers 9"
+    some = estimate_step(layout(block), find_gpu("b200"), 1, 0.5)
+    assert some.compute == pytest.approx(plain.compute * (1 + share / 4 / 3))
+    selective = estimate_step(layout("--recompute-granularity selective"), find_gpu("b200"), 1, 0.5)
+    assert plain.compute < selective.compute < some.compute
 
 
 @pytest.mark.parametrize(("virtual", "share"), [("", 3 / 64), ("--num-layers-per-virtual-pipeline-stage 3", 1 / 64)])
@@ -126,22 +154,56 @@ def test_overlap_hides_the_reduction_behind_the_last_pass():
     assert shown.exposed == pytest.approx(sum(shown.times.values()))
     assert hidden.exposed < shown.exposed
     # All eight network cards of a node carry the reduction of its eight ranks.
-    parameters = communication_volumes(layout(), 64)["gradient reduce-scatter"]
-    assert shown.times["gradient reduce-scatter"] == pytest.approx(parameters / (8 * gpu.network_gb_per_s * 1e9))
+    gradients = communication_volumes(layout(), 64)["gradient reduction"]
+    assert shown.times["gradient reduction"] == pytest.approx(gradients / (8 * gpu.network_gb_per_s * 1e9))
 
 
 def test_an_exchange_beyond_the_node_goes_through_the_network():
     moe = "--tst-preset 10b-a1b --micro-batch-size 1 --global-batch-size 1024 --train-iters 10 --bf16 "
+    moe += "--use-distributed-optimizer --moe-token-dispatcher-type alltoall"
     inside, outside = (
         estimate_step(read_config(f"{moe} --expert-model-parallel-size {ep}".split()), find_gpu("b200"), 64, 0.2)
         for ep in (8, 64)
     )
-    name = "expert all-to-all"
+    name = "expert exchange"
     assert outside.times[name] / inside.times[name] > 10
     assert inside.times[name] == pytest.approx(inside.volumes[name] / 900e9)
 
 
-def test_half_the_layers_send_half(corpus, tokenizer, tmp_path):
+def test_an_experts_replicas_meet_over_fewer_cards_of_a_node():
+    """64 cards in nodes of 8, ep 8: of the 8 replicas of an expert, each lies on another node."""
+    moe = read_config(
+        "--tst-preset 10b-a1b --micro-batch-size 1 --global-batch-size 1024 --train-iters 10 --bf16 "
+        "--use-distributed-optimizer --expert-model-parallel-size 8".split()
+    )
+    gpu = find_gpu("b200")
+    step = estimate_step(moe, gpu, 64, 0.2)
+    for part, cards in (("gradient reduction", 8), ("experts' gradient reduction", 1)):
+        bytes_per_s = cards * gpu.network_gb_per_s * 1e9
+        assert step.times[part] == pytest.approx(step.volumes[part] / bytes_per_s)
+
+
+def test_sequences_that_are_shared_do_not_narrow_the_reduction():
+    gpu = find_gpu("b200")
+    one, eight = (
+        estimate_step(layout(f"--context-parallel-size {cp} --global-batch-size 512"), gpu, 64, 0.5) for cp in (1, 8)
+    )
+    assert eight.times["gradient reduction"] == pytest.approx(one.times["gradient reduction"])
+
+
+def test_an_mfu_counts_the_whole_step():
+    config, gpu = layout("--pipeline-model-parallel-size 4"), find_gpu("b200")
+    efficiency = calibrate(config, gpu, 64, 0.3)
+    step = estimate_step(config, gpu, 64, efficiency)
+    assert step.bubble > 0 < step.exposed
+    assert step_flops(config) / (64 * gpu.peak_tflops * 1e12 * step.total) == pytest.approx(0.3)
+    assert efficiency > 0.31
+    assert calibrate(layout(), gpu, 1, 0.3) == pytest.approx(0.3)
+    # A step that communication alone makes longer.
+    assert calibrate(config, gpu, 64, 0.99) == pytest.approx(1.0)
+
+
+def test_half_the_layers_send_half():
     config = layout("--tensor-model-parallel-size 2 --sequence-parallel")
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=18))
     name = "tensor parallel"

@@ -35,6 +35,9 @@ def test_all_settings_are_checked_before_anything_runs(tmp_path: Path):
         ({"sizes": (1,)}, "--bag-sizes 1: must be above 1"),
         ({"ratios": (1.5,)}, "--step-ratios 1.5: must lie"),
         ({"weights": ("odd",)}, "--tst-bag-weights"),
+        ({"seeds": (1, 1)}, "--seeds 1 1: names a value twice"),
+        ({"ratios": (0.01,)}, "--step-ratios 0.01: is less than one of 8 steps"),
+        ({"flags": [*FLAGS, "--eval-iters", "0"]}, "--eval-iters 0: a grid compares"),
         ({"flags": [*FLAGS, "--global-batch-size", "3"]}, "--global-batch-size 3"),
     ):
         with pytest.raises(UserError, match=message):
@@ -50,7 +53,11 @@ def test_what_has_ended_is_not_run_again_and_other_settings_are_refused(tmp_path
         _ = run.is_complete
     run.directory.config.write_text(dump_config(run.config))
     assert run.is_complete
-    run.directory.metrics.write_text(run.directory.metrics.read_text().splitlines(keepends=True)[0].replace("10", "5"))
+    # Killed in its last evaluation: all steps are logged.
+    lines = run.directory.metrics.read_text().splitlines(keepends=True)
+    steps = [line for line in lines if "valid_loss" not in line]
+    assert len(steps) < len(lines)
+    run.directory.metrics.write_text("".join(steps))
     assert not run.is_complete
 
 
@@ -62,7 +69,7 @@ if "s4" in name:
     signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(name + ".stopped").write_text(""), os._exit(75)))
     pathlib.Path(name + ".begun").write_text("")
     signal.pause()
-print("the last word")
+print("the last word of", name)
 sys.exit(2 if "s2" in name else 0)
 """
 
@@ -75,10 +82,11 @@ def program(tmp_path: Path) -> Path:
 
 
 def test_runs_end_well_or_with_their_last_line(tmp_path: Path, program):
-    runs = planned(tmp_path, sizes=(2,), ratios=(0.5,), seeds=(1,))
-    ends = {run.name: failure for run, failure in Runner(program, 1, []).run_all(runs)}
+    runs = planned(tmp_path, sizes=(2,), ratios=(0.25, 0.5), seeds=(1,))
+    ends = {run.name: failure for run, failure in Runner(program, 2, []).run_all(runs)}
     assert ends["baseline-seed1"] is None
-    assert ends["s2-r0.5-seed1"].startswith("exit code 2: the last word (")
+    for name in ("s2-r0.25-seed1", "s2-r0.5-seed1"):
+        assert ends[name] == f"exit code 2: the last word of {tmp_path / name} ({tmp_path / name}.out)"
 
 
 def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, program):
@@ -117,6 +125,20 @@ def test_a_finished_run_is_a_point(tmp_path: Path):
         (1, pytest.approx(2.8)), (4, pytest.approx(2.5))
     ]  # fmt: skip
     assert losses[SweepPoint("uniform", 0.25, 4)].error == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"valid": [5.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 2.0], "superposed": 2, "seed": 2}, "more than a grid does"),
+        ({"valid": [5.0, 3.0, 3.0, 2.0], "superposed": 1, "seed": 1}, "has the setting and seed of one"),
+    ],
+)
+def test_runs_of_another_grid_or_twice_are_refused(tmp_path: Path, other, message):
+    write_run(tmp_path / "one", [5.0, 3.0, 3.0, 2.4], bag_size=4, superposed=1)
+    write_run(tmp_path / "other", bag_size=4, **other)
+    with pytest.raises(UserError, match=message):
+        losses_by_point([read_result(tmp_path / name) for name in ("one", "other")])
 
 
 def test_a_run_of_many_phases_is_no_point(tmp_path: Path):

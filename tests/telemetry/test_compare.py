@@ -1,11 +1,12 @@
 """Comparisons against arithmetic done by hand, and against what the paper says of its own runs."""
 
+import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 
-from megatron_tst.config import UserError
+from megatron_tst.config import UserError, dump_config, load_config
 from megatron_tst.telemetry.compare import Estimate, counterpart, difference, find_methods, speed_ups
 from megatron_tst.telemetry.curves import RunCurve, read_curve
 from megatron_tst.telemetry.verdict import sentences
@@ -14,7 +15,7 @@ from tests.telemetry.finished import write_run
 
 def run(method, steps, loss, seed=1, tokens_per_step=1.0, name=None):
     axes = {"steps": [steps], "data_tokens": [steps * tokens_per_step], "flops": [7.0 * steps], "gpu_hours": [steps]}
-    return RunCurve(name or f"{method}-{steps}", seed, method, [loss], axes, [], [1], None)
+    return RunCurve(name or f"{method}-{steps}", seed, "", method, str(steps), [loss], axes, [], [1], None)
 
 
 def methods(*runs):
@@ -67,6 +68,20 @@ def test_each_seed_has_its_own_speed_up_and_their_spread_is_the_uncertainty():
     assert difference(tst.groups[1], baseline.groups[0]).value == pytest.approx((-0.1 - 0.2 - 0.15) / 3)
 
 
+def test_seeds_that_are_not_shared_leave_the_uncertainty_open():
+    """Three runs of one method against a baseline of another seed: what the baseline's seed changes is not known."""
+    runs = [pair for seed in SEEDED for pair in seed[1:]]
+    baseline, tst = methods(run("base", 100, 2.5, seed=7), *runs)
+    assert difference(tst.groups[1], baseline.groups[0]).error is None
+    (speed_up,) = speed_ups(tst, baseline)
+    assert (speed_up.ratio.value > 1, speed_up.ratio.error) == (True, None)
+    both = methods(run("base", 100, 2.5, seed=7), run("base", 100, 2.6, seed=8), *runs)
+    baseline, tst = both
+    # Two independent means: their errors add up in squares.
+    errors = [tst.groups[1].final_loss.error, 0.05]
+    assert difference(tst.groups[1], baseline.groups[0]).error == pytest.approx(math.hypot(*errors))
+
+
 def test_a_seed_that_does_not_get_there_leaves_the_mean_without_an_error():
     (base, *_), (_, short, long) = SEEDED[0], SEEDED[1]
     baseline, tst = methods(base, run("base", 100, 2.9, 2), run("tst", 50, 2.75), run("tst", 80, 2.6), short, long)
@@ -108,6 +123,62 @@ def test_runs_of_one_method_differ_in_seed_and_length(tmp_path: Path):
     assert base.final_loss == Estimate(2.5, pytest.approx(0.1))
     assert base.final_loss.write(3) == "2.500 ± 0.100"
     assert find_methods([read_curve(tmp_path / "s2")])[0].groups[0].final_loss.error is None
+
+
+OTHER = {
+    "data": {"data_path": ("other",)},
+    "optimizer": {"adam_eps": 1e-6},
+    "model": {"hidden_dropout": 0.0},
+    "training": {"bf16": True},
+}
+
+
+@pytest.mark.parametrize("section", OTHER)
+def test_runs_with_other_settings_are_not_taken_for_seeds(tmp_path: Path, section):
+    first, second = write_run(tmp_path / "a", [3.0, 2.5]), write_run(tmp_path / "b", [3.0, 2.7], seed=2)
+    config = load_config(second / "config.yaml")
+    assert len(find_methods(map(read_curve, (first, second)))) == 1
+    changed = dataclasses.replace(getattr(config, section), **OTHER[section])
+    (second / "config.yaml").write_text(dump_config(dataclasses.replace(config, **{section: changed})))
+    assert len(find_methods(map(read_curve, (first, second)))) == 2
+
+
+def test_another_warm_up_is_another_group_of_the_same_method(tmp_path: Path):
+    first, second = write_run(tmp_path / "a", [3.0, 2.5]), write_run(tmp_path / "b", [3.0, 2.7], seed=2)
+    config = load_config(second / "config.yaml")
+    warm = dataclasses.replace(config.optimizer, lr_warmup_iters=3)
+    (second / "config.yaml").write_text(dump_config(dataclasses.replace(config, optimizer=warm)))
+    (method,) = find_methods(map(read_curve, (first, second)))
+    assert [len(group.runs) for group in method.groups] == [1, 1]
+
+
+def test_the_same_run_twice_is_refused():
+    with pytest.raises(UserError, match="a and b: have the same settings and seed 1"):
+        methods(run("base", 100, 2.5, name="a"), run("base", 100, 2.6, name="b"))
+
+
+@pytest.mark.parametrize(
+    ("names", "common"),
+    [
+        (("tst-seed10", "tst-seed11"), "tst"),
+        (("tst-500", "tst-5000"), "tst"),
+        (("tst50-seed1", "tst50-seed2"), "tst50"),
+        (("tst50", "tst100"), "tst"),
+        (("run", "run"), "run"),
+        (("a", "b"), "a"),
+    ],
+)
+def test_what_names_have_in_common_ends_with_a_word(names, common):
+    (method,) = methods(*(run("m", 100, 2.5, seed=seed, name=name) for seed, name in enumerate(names)))
+    assert method.groups[0].name == common
+
+
+def test_metrics_of_another_version_are_named(tmp_path: Path):
+    folder = write_run(tmp_path / "run", [3.0, 2.5])
+    text = (folder / "metrics.jsonl").read_text().replace('"flops"', '"work"')
+    (folder / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match="has no flops in its metrics"):
+        read_curve(folder)
 
 
 def test_a_curve_is_read_back(tmp_path: Path):

@@ -63,6 +63,20 @@ def test_a_service_that_dies_is_told_and_left(caplog):
     assert "test: the network is gone; the run goes on without it" in caplog.text
 
 
+class FailingAtTheEnd(Recording):
+    def close(self):
+        raise ConnectionError("the network is gone")
+
+
+def test_a_service_that_dies_at_the_end_does_not_hold_it_up(caplog):
+    sink = BackgroundSink("test", FailingAtTheEnd)
+    sink.offer({"step": 1})
+    sink.close()
+    assert "test: the network is gone" in caplog.text
+    assert not sink._thread.is_alive()
+    assert "missed" not in caplog.text
+
+
 def test_lists_and_mappings_become_numbers():
     assert numbers(ExpertMetrics(3, [1.5, 2.0], [0.5, 0.0], [0.0, 0.25])) == {
         "step": 3, "expert_load_max/layer0": 1.5, "expert_load_max/layer1": 2.0,

@@ -83,6 +83,26 @@ def test_a_run_that_was_stopped_tells_the_same(stopped_after):
     assert rest == [metrics for metrics in whole if metrics.step > stopped_after]
 
 
+def test_the_level_is_of_the_steps_before_the_switch_not_before_the_stop():
+    """Stopped after 15 steps, with a line at the tenth: of steps 11 to 20, which count, 16 to 20 are known."""
+    lines = [{"step": 10, "phase": 0, "bag_size": 4, "loss": 9.0}]
+    (switch, *_) = watch([4.0] * 5 + AFTER, lines, first=16)
+    assert switch.loss_before_switch == 4.0
+
+
+def test_a_switch_that_is_not_overcome_is_closed_by_the_next():
+    """Three phases; the second one's last step is not applied."""
+    watching = SwitchWatch((20, 40, 60))
+    told = []
+    for step in range(1, 61):
+        if step != 40:
+            phase = (step - 1) // 20
+            told += watching.add(step, phase, (4, 2, 1)[phase], (3.0, 5.0, 4.0)[phase])
+    assert [type(metrics).__name__ for metrics in told] == ["SwitchMetrics", "RecoveryMetrics"] * 2
+    assert (told[1].switched_after_step, told[1].recovery_steps) == (20, None)
+    assert (told[3].switched_after_step, told[3].recovery_steps) == (40, 1)
+
+
 def test_lines_of_long_ago_are_no_level():
     """With a line every fifteen steps, only the phase's last step is near enough to the switch."""
     lines = [{"step": step, "phase": 0, "bag_size": 4, "loss": loss} for step, loss in ((5, 9.0), (20, 4.0))]

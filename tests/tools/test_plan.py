@@ -36,6 +36,20 @@ def test_every_shipped_run_fits_its_cards(tmp_path, config):
     assert "It fits" in text
 
 
+def test_the_configured_layouts_step_is_the_one_the_hours_count(tmp_path):
+    content, _ = planned(tmp_path, "--config", "launch/configs/moe_10b_tst.yaml")
+    step = content["layout"]["step_s"]
+    total = step["compute"] + step["bubble"] + step["exposed"]
+    assert total * 49983 * 64 / 3600 == pytest.approx(content["plan"]["gpu_hours"], rel=1e-6)
+
+
+def test_what_fits_nowhere_is_null(tmp_path):
+    small = ("--config", "launch/configs/dense_3b_tst.yaml", "--global-batch-size", "8", "--simulate", "16384")
+    content, text = planned(tmp_path, *small)
+    assert content["scaled"][0]["days"] is None
+    assert "On 16384 GPUs no layout can be used; most often:" in text
+
+
 def test_flags_change_the_plan(tmp_path):
     config = ("--config", "launch/configs/dense_3b_tst.yaml")
     plain, _ = planned(tmp_path, *config, "--mfu", "0.4")
@@ -54,7 +68,7 @@ def test_what_is_printed(tmp_path):
     )  # fmt: skip
     for part in (
         "10.5B parameters", "1.99T", "Cost: 19,6", "micro-batch 2  (configured)", "--num-query-groups 4",
-        "10B-A1B MoE run", "16384 GPUs", "expert all-to-all, GB per step", "Assumed:",
+        "10B-A1B MoE run", "16384 GPUs", "expert exchange, GB per step", "Assumed:",
     ):  # fmt: skip
         assert part in text, part
 
@@ -64,7 +78,7 @@ def test_recomputation_trades_memory_for_time(tmp_path):
     none, selective, full = content["recomputation"]
     activations = [way["memory_bytes"][0]["activations"] for way in (none, selective, full)]
     assert activations[0] >= activations[1] > 5 * activations[2]
-    assert full["step_s"]["compute"] == pytest.approx(4 / 3 * none["step_s"]["compute"])
+    assert 1.2 < full["step_s"]["compute"] / none["step_s"]["compute"] < 4 / 3
     assert "selective" in text
 
 
@@ -86,6 +100,12 @@ def test_a_measured_runs_speed_is_taken(tmp_path):
         ("--tst-preset 3b --train-iters 9", "--micro-batch-size None: a plan needs a number above 0"),
         ("--tst-preset 3b --measured nowhere", "--measured nowhere: holds no run with a logged step"),
         ("--tst-preset 3b --fp8", "--fp8"),
+        ("--tst-preset 3b --num-gpus 4 --pipeline-model-parallel-size 6", "--num-gpus 4: is fewer than tp x pp x cp"),
+        ("--tst-preset 3b --tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: must be at least 1"),
+        ("--tst-preset 3b --global-batch-size -8", "--global-batch-size -8: must be a multiple"),
+        ("--tst-preset 3b --tst-bag-size 4", "--tst-bag-size 4: needs --tst-step-ratio"),
+        ("--tst-preset 3b --usable-memory 90", "--usable-memory 90: must lie between 0 and 1"),
+        ("--tst-preset 3b --json nowhere/plan.json", "--json nowhere/plan.json: nowhere is no folder"),
     ],
 )
 def test_mistakes_are_named(argv, line):

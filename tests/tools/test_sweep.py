@@ -40,6 +40,13 @@ def test_a_grid_is_trained_once_and_drawn(corpus, tokenizer, tmp_path: Path):
     assert len((tmp_path / "drawn" / "sweep.csv").read_text().splitlines()) == 3
 
 
+def test_a_run_that_is_not_evaluated_is_named_and_the_others_are_run(tmp_path: Path, corpus, tokenizer):
+    done = sweep(tmp_path, corpus, tokenizer, "--split", "100,0,0")
+    assert done.returncode == 1
+    assert done.stderr.count("did not end: ") == 4
+    assert "has no logged step or no evaluation yet" in done.stderr
+
+
 def test_a_mistake_is_one_line(tmp_path: Path, corpus, tokenizer):
     done = sweep(tmp_path, corpus, tokenizer, "--lr", "-1")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

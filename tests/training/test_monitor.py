@@ -1,0 +1,122 @@
+"""Every figure of a line against arithmetic by hand, with a clock that is set."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tst.config import padded_vocab_size
+from megatron_tst.telemetry import read_metrics, step_flops
+from megatron_tst.training.evaluation import Evaluation
+from megatron_tst.training.monitor import Monitor
+from megatron_tst.training.step import StepReport
+from tests.training.runs import arguments, build_here
+
+# 8 steps of 4 sequences of 16 positions, the first 4 with bags of 4; a line every other step.
+EXTRA = "--tst-bag-size 4 --tst-steps 4 --log-interval 2"
+POSITIONS = 4 * 16
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("megatron_tst.training.pace.time", clock)
+    return clock
+
+
+@pytest.fixture
+def run(here, corpus, tokenizer, tmp_path: Path):
+    run = build_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", EXTRA))
+    device = dataclasses.replace(run.device, name="NVIDIA H100 80GB HBM3")
+    yield dataclasses.replace(run, device=device, gpu_hours=5.0)
+    run.directory.leave()
+
+
+def report(loss):
+    return StepReport(
+        loss=torch.tensor(loss), grad_norm=0.5, lr=2e-3, lr_by_group={"matrices": 2e-3, "vectors": 1e-3},
+        is_applied=True, forward_backward_s=2.0, optimizer_s=0.5, communication_s=0.25,
+    )  # fmt: skip
+
+
+def record_all(run, clock, step_s=lambda step: 4.0):
+    """Record all steps; between steps 3 and 4 an evaluation of 1000 seconds."""
+    monitor = Monitor(run)
+    with monitor.progress:
+        for step in range(1, 9):
+            clock.now += step_s(step)
+            monitor.record(step, run.schedule.phase_at(step - 1), report(float(step)), data_s=1.0)
+            if step == 3:
+                with monitor.pace.paused():
+                    clock.now += 1000.0
+                    monitor.record_valid(step, Evaluation(3.0, 1.5))
+    monitor.close()
+    return read_metrics(run.directory.metrics)
+
+
+def test_a_line_by_hand(run, clock):
+    lines = record_all(run, clock)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [2, 4, 6, 8]
+    model = run.config.model
+    padded = padded_vocab_size(run.vocab_size, model.make_vocab_size_divisible_by, 1)
+    flops = step_flops(model, padded, 4)
+    last = steps[-1]
+    tflops = flops / 4.0 / 1e12
+    expected = {
+        "step_time_s": 4.0, "positions_per_s": POSITIONS / 4, "data_tokens_per_s": POSITIONS / 4,
+        "tflops_per_gpu": tflops, "mfu": tflops / 989, "data_time_s": 1.0, "forward_backward_time_s": 2.0,
+        "optimizer_time_s": 0.5, "communication_time_s": 0.25, "flops": 8 * flops, "gpu_hours": 5 + 32 / 3600,
+        "loss": 8.0, "lr": 2e-3, "grad_norm": 0.5, "positions": 8 * POSITIONS, "data_tokens": 20 * POSITIONS,
+    }  # fmt: skip
+    assert {name: last[name] for name in expected} == {name: pytest.approx(value) for name, value in expected.items()}
+    assert last["lr_by_group"] == {"matrices": 2e-3, "vectors": 1e-3}
+    # Bags of four tokens: four times the text in the same time.
+    assert steps[0]["data_tokens_per_s"] == pytest.approx(4 * POSITIONS / 4)
+    # The evaluation's 1000 seconds belong to no step.
+    assert steps[1]["step_time_s"] == pytest.approx(4.0)
+    for phase, line in ((0, steps[0]), (1, steps[-1])):
+        read = (2 if phase == 0 else 4) * 4 / run.data.train.phases[phase].parts[0].samples_per_epoch
+        assert line["data_epochs"] == pytest.approx(read, rel=0.01)
+    assert 0.05 < last["memory_gib"] < 20
+
+
+def test_an_evaluations_line(run, clock):
+    (line,) = [line for line in record_all(run, clock) if "valid_loss" in line]
+    assert (line["step"], line["valid_loss"], line["bits_per_byte"]) == (3, 3.0, 1.5)
+    assert (line["data_tokens"], line["positions"]) == (3 * 4 * POSITIONS, 3 * POSITIONS)
+    assert line["gpu_hours"] == pytest.approx(5 + 12 / 3600)
+
+
+def test_the_time_left_counts_phases_and_pauses(run, clock, monkeypatch):
+    shown = []
+    monkeypatch.setattr("megatron_tst.telemetry.TrainingProgress.show_step", lambda _, line, left: shown.append(left))
+    record_all(run, clock, step_s=lambda step: 4.0 if step <= 4 else 3.0)
+    # After 2 steps: nothing is known of the second phase. After 4: a pause of 1000 s in 4 steps. After 6: its own pace.
+    assert shown == pytest.approx([6 * 4.0, 4 * 4.0 + 4 * 250, 2 * 3.0 + 2 * 1000 / 6, 0.0])
+
+
+def test_a_card_that_is_not_known_has_no_mfu(run, clock):
+    run = dataclasses.replace(run, device=dataclasses.replace(run.device, name="CPU, 1 threads"))
+    assert all(line["mfu"] is None for line in record_all(run, clock) if "loss" in line)
+
+
+def test_a_step_that_is_not_applied_is_named_with_its_text(run, clock):
+    monitor = Monitor(run)
+    broken = dataclasses.replace(report(math.nan), is_applied=False, grad_norm=math.inf)
+    with monitor.progress:
+        monitor.record(6, run.schedule.phase_at(5), broken, data_s=0.0)
+    monitor.close()
+    (line,) = read_metrics(run.directory.metrics)
+    assert (line["step"], line["phase"], line["first_sample"], line["last_sample"]) == (6, 1, 4, 7)
+    assert (line["skipped_loss"], line["skipped_grad_norm"]) == ("nan", "inf")
