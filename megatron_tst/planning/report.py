@@ -97,9 +97,10 @@ def describe_layouts(
             style="bold" if layout is chosen else None,
         )
     yield table
+    reason = ": then the configured layout takes the hours above" if chosen.step else ""
     yield (
-        "Exposed: communication that nothing hides. So that the configured layout takes the hours above, "
-        f"multiplications run at {efficiency:.1%} of the peak, whatever their size."
+        "Exposed: communication that nothing hides. Multiplications are taken to run at "
+        f"{efficiency:.1%} of the peak, whatever their size{reason}."
     )
     groups = group_refusals(others)
     if groups:
