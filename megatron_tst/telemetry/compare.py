@@ -7,6 +7,7 @@ runs of different lengths.
 
 import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -152,37 +153,46 @@ class SpeedUp:
 
     Attributes:
         anchor: the group whose final loss it is.
-        ratio: the baseline's FLOPs over the method's, one of them interpolated between two lengths; or None.
-        at_least: lower bound where there is no ratio.
-        at_most: upper bound where there is no ratio; None where nothing bounds it.
+        ratio: the baseline's FLOPs over the method's, one of them interpolated between two lengths.
     """
 
     anchor: Group
-    ratio: Estimate | None
-    at_least: float = 0.0
-    at_most: float | None = None
+    ratio: Estimate
 
 
-def speed_ups(method: Method, baseline: Method) -> list[SpeedUp]:
+@dataclass(frozen=True)
+class SpeedUpBound:
+    """What two ends alone say of the speed-up.
+
+    Attributes:
+        ratio: the FLOPs of the baseline's end over those of the method's.
+        is_lower: whether the speed-up is at least this, because the method's end is no higher; else it is less.
+        group: of the method.
+        baseline: the baseline's.
+    """
+
+    ratio: float
+    is_lower: bool
+    group: Group
+    baseline: Group
+
+
+def speed_ups(method: Method, baseline: Method) -> list[SpeedUp] | list[SpeedUpBound]:
     """Return the speed-ups at equal loss that the ends of two methods' runs show.
 
     Where a final loss of one lies between those of two lengths of the other, FLOPs are interpolated between these, for
-    each seed by itself: logarithm of the FLOPs against loss. Where none does, the tightest bounds. There is an error
-    where every seed was run with both methods and lies between two lengths.
+    each seed by itself: logarithm of the FLOPs against loss. There is an error where every seed was run with both
+    methods and lies between two lengths. Where no loss lies so, the tightest bounds, from means over seeds.
     """
-    anchored = [
+    found = [
         *(_speed_up(group, baseline, 1) for group in method.groups),
         *(_speed_up(group, method, -1) for group in baseline.groups),
     ]
-    found = [speed_up for speed_up in anchored if speed_up.ratio]
-    if found:
-        return found
-    tightest = max(anchored, key=lambda speed_up: speed_up.at_least)
-    upper = [speed_up.at_most for speed_up in anchored if speed_up.at_most is not None]
-    return [SpeedUp(tightest.anchor, None, tightest.at_least, min(upper, default=None))]
+    between = [speed_up for speed_up in found if speed_up]
+    return between or _bounds(method, baseline)
 
 
-def _speed_up(anchor: Group, other: Method, sign: int) -> SpeedUp:
+def _speed_up(anchor: Group, other: Method, sign: int) -> SpeedUp | None:
     """Compare an end with another method; ``sign`` is 1 where the other one is the baseline, else -1."""
 
     def ratio(flops: float) -> float:
@@ -195,14 +205,21 @@ def _speed_up(anchor: Group, other: Method, sign: int) -> SpeedUp:
         seeds = {run.seed for run in anchor.runs}
         are_paired = all(seeds <= {run.seed for run in group.runs} for group in other.groups)
         return SpeedUp(anchor, Estimate.of(found) if are_paired else Estimate(fmean(found), None))
-    ends, loss = other.ends(None), anchor.final_loss.value
-    between = _interpolate(ends, loss)
-    if between:
-        return SpeedUp(anchor, Estimate(ratio(between), None))
-    # The other method needs at most its shortest run, or more than its longest.
-    is_reached = ends[0][1] <= loss
-    bound = ratio(ends[0][0] if is_reached else ends[-1][0])
-    return SpeedUp(anchor, None, at_most=bound) if is_reached == (sign > 0) else SpeedUp(anchor, None, at_least=bound)
+    between = _interpolate(other.ends(None), anchor.final_loss.value)
+    return SpeedUp(anchor, Estimate(ratio(between), None)) if between else None
+
+
+def _bounds(method: Method, baseline: Method) -> list[SpeedUpBound]:
+    """Return the tightest lower and upper bound that there are: every pair of ends gives one."""
+    bounds = [
+        SpeedUpBound(theirs.total("flops") / ours.total("flops"), difference(ours, theirs).value <= 0, ours, theirs)
+        for ours in method.groups
+        for theirs in baseline.groups
+    ]
+    lower = [bound for bound in bounds if bound.is_lower]
+    upper = [bound for bound in bounds if not bound.is_lower]
+    key = operator.attrgetter("ratio")
+    return [*([max(lower, key=key)] if lower else []), *([min(upper, key=key)] if upper else [])]
 
 
 def _interpolate(ends: Sequence[tuple[float, float]], loss: float) -> float | None:

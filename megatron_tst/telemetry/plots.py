@@ -87,9 +87,12 @@ def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:
         errors = [group.final_loss.error or 0.0 for group in method.groups]
         plot.errorbar(flops, losses, errors, marker="s", capsize=3, label=method.name, **_style(number))
     plot.set_xscale("log")
+    ends = sorted({flops for method in methods for flops, _ in method.ends(None)})
+    plot.set_xticks(ends, [f"{flops:.3g}" for flops in ends], rotation=45, ha="right", fontsize="small")
+    plot.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     plot.set_xlabel(AXES["flops"])
     plot.set_title("where runs end", fontsize="medium")
-    plot.legend()
+    plot.legend(loc="upper right")
 
 
 def draw_u_curves(losses: Mapping[tuple[str, float, int], Estimate], path: Path) -> None:
@@ -121,5 +124,5 @@ def draw_u_curves(losses: Mapping[tuple[str, float, int], Estimate], path: Path)
         plot.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         plot.grid(alpha=0.3)
     plots[0].set_ylabel("final next-token validation loss\n(nats per token)")
-    plots[0].legend(title="step ratio")
+    plots[0].legend(title="step ratio", loc="upper right")
     figure.savefig(path)

@@ -8,6 +8,7 @@ from megatron_tst.telemetry.compare import (
     Group,
     Method,
     SpeedUp,
+    SpeedUpBound,
     counterpart,
     difference,
     speed_ups,
@@ -68,21 +69,22 @@ def _ends(group: Group, baseline: Group) -> str:
     return f"{group.name} ends {gap} nats {side} {baseline.name}"
 
 
-def _at_equal_loss(speed_up: SpeedUp, method: Method, baseline: Method) -> str:
+def _at_equal_loss(speed_up: SpeedUp | SpeedUpBound, method: Method, baseline: Method) -> str:
     what = f"Equal loss: the speed-up of {method.name} over {baseline.name} is"
-    if speed_up.ratio:
-        anchor = speed_up.anchor
-        seeds = "one seed, uncertainty unknown" if len(anchor.runs) == 1 else f"{len(anchor.runs)} seeds"
-        if len(anchor.runs) > 1 and speed_up.ratio.error is None:
-            seeds = f"the mean of {seeds}, uncertainty unknown"
+    if isinstance(speed_up, SpeedUp):
+        anchor, seeds = speed_up.anchor, len(speed_up.anchor.runs)
+        told = "one seed, uncertainty unknown" if seeds == 1 else f"{seeds} seeds"
+        if seeds > 1 and speed_up.ratio.error is None:
+            told = f"the mean of {told}, uncertainty unknown"
         return (
-            f"{what} {speed_up.ratio.write(2)} x at the {anchor.final_loss.value:.4f} nats of {anchor.name} ({seeds})."
+            f"{what} {speed_up.ratio.write(2)} x at the {anchor.final_loss.value:.4f} nats of {anchor.name} ({told})."
         )
-    bounds = [f"at least {speed_up.at_least:.2f} x"] if speed_up.at_least else []
-    bounds += [f"less than {speed_up.at_most:.2f} x"] if speed_up.at_most is not None else []
-    # The side on which the loss of one lies beyond all lengths of the other.
-    longer, shorter = (baseline, method) if speed_up.at_least else (method, baseline)
-    return f"{what} {' and '.join(bounds)}; shorter runs of {shorter.name} or longer ones of {longer.name} would tell."
+    side = "at least" if speed_up.is_lower else "less than"
+    shorter, longer = (method, baseline) if speed_up.is_lower else (baseline, method)
+    return (
+        f"{what} {side} {speed_up.ratio:.2f} x: {_ends(speed_up.group, speed_up.baseline)}. Shorter runs of "
+        f"{shorter.name} or longer ones of {longer.name} would tell."
+    )
 
 
 def _switch(group: Group) -> Iterator[str]:

@@ -92,14 +92,20 @@ def test_a_seed_that_does_not_get_there_leaves_the_mean_without_an_error():
 
 
 @pytest.mark.parametrize(
-    ("losses", "bounds"),
-    [({50: 2.4, 100: 2.3}, (2.0, None)), ({50: 2.7, 100: 2.6}, (0.0, 1.0)), ({200: 2.4}, (0.5, None))],
+    ("losses", "ratio", "is_lower"),
+    [({50: 2.4, 100: 2.3}, 2.0, True), ({50: 2.7, 100: 2.6}, 1.0, False), ({200: 2.4}, 0.5, True)],
 )
-def test_where_nothing_lies_between_there_are_bounds(losses, bounds):
+def test_where_nothing_lies_between_there_are_bounds(losses, ratio, is_lower):
     baseline, tst = methods(run("base", 100, 2.5), *(run("tst", steps, loss) for steps, loss in losses.items()))
-    (speed_up,) = speed_ups(tst, baseline)
-    assert speed_up.ratio is None
-    assert (speed_up.at_least, speed_up.at_most) == bounds
+    (bound,) = speed_ups(tst, baseline)
+    assert (bound.ratio, bound.is_lower) == (ratio, is_lower)
+
+
+def test_ends_that_do_not_follow_their_length_bound_from_both_sides():
+    """The longer run ended higher: that it should have is noise, and both bounds are told."""
+    baseline, tst = methods(run("base", 100, 2.5), run("tst", 50, 2.4), run("tst", 80, 2.6))
+    lower, upper = speed_ups(tst, baseline)
+    assert (lower.ratio, lower.is_lower, upper.ratio, upper.is_lower) == (2.0, True, 1.25, False)
 
 
 def test_a_crossing_in_the_middle_of_a_decay_is_no_speed_up(tmp_path: Path):
@@ -107,8 +113,8 @@ def test_a_crossing_in_the_middle_of_a_decay_is_no_speed_up(tmp_path: Path):
     write_run(tmp_path / "base", [4.0, 3.0, 2.8, 2.5])
     write_run(tmp_path / "tst", [4.0, 2.4, 2.4, 2.3], bag_size=4, superposed=1)
     baseline, tst = find_methods([read_curve(tmp_path / name) for name in ("base", "tst")])
-    (speed_up,) = speed_ups(tst, baseline)
-    assert (speed_up.ratio, speed_up.at_least) == (None, 1.0)
+    (bound,) = speed_ups(tst, baseline)
+    assert (bound.ratio, bound.is_lower) == (1.0, True)
 
 
 def test_runs_of_one_method_differ_in_seed_and_length(tmp_path: Path):
@@ -203,6 +209,8 @@ def test_what_is_said():
     assert "the speed-up of tst-20000 over base is 1.82 x at the 2.6760 nats of tst-20000 (one seed" in text
     text = "\n".join(sentences(methods(PAPER_3B[0], PAPER_3B[3])))
     assert "tst-20000 read as much as base-20000 would in 50000 steps" in text
-    assert "is at least 1.00 x; shorter runs of tst-20000 or longer ones of base-20000 would tell" in text
+    ends = "tst-20000 ends 0.1320 nats below base-20000"
+    assert f"at least 1.00 x: {ends}. Shorter runs of tst-20000 or longer ones of base-20000 would tell" in text
     text = "\n".join(sentences(methods(PAPER_3B[3], PAPER_3B[0])))
-    assert "is less than 1.00 x; shorter runs of tst-20000 or longer ones of base-20000 would tell" in text
+    ends = "base-20000 ends 0.1320 nats above tst-20000"
+    assert f"less than 1.00 x: {ends}. Shorter runs of tst-20000 or longer ones of base-20000 would tell" in text
