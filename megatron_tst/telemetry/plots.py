@@ -83,9 +83,9 @@ def _limit(plot: Any, groups: Sequence[Group]) -> None:
 def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:
     """Draw final losses over FLOPs, a line per method, bars for the standard error over seeds."""
     for number, method in enumerate(methods):
-        flops, losses = zip(*method.ends(None), strict=True)
-        errors = [group.final_loss.error or 0.0 for group in method.groups]
-        plot.errorbar(flops, losses, errors, marker="s", capsize=3, label=method.name, **_style(number))
+        flops = [group.total("flops") for group in method.groups]
+        losses = [group.final_loss for group in method.groups]
+        _draw_estimates(plot, flops, losses, label=method.name, **_style(number))
     plot.set_xscale("log")
     ends = sorted({flops for method in methods for flops, _ in method.ends(None)})
     plot.set_xticks(ends, [f"{flops:.3g}" for flops in ends], rotation=45, ha="right", fontsize="small")
@@ -93,6 +93,13 @@ def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:
     plot.set_xlabel(AXES["flops"])
     plot.set_title("where runs end", fontsize="medium")
     plot.legend(loc="upper right")
+
+
+def _draw_estimates(plot: Any, places: Sequence[float], losses: Sequence[Estimate], **style: Any) -> None:
+    """Draw losses as a line, with bars for the errors that are known."""
+    errors = [loss.error or 0.0 for loss in losses]
+    values = [loss.value for loss in losses]
+    plot.errorbar(places, values, errors if any(errors) else None, marker="o", markersize=4, capsize=3, **style)
 
 
 def draw_u_curves(losses: Mapping[tuple[str, float, int], Estimate], path: Path) -> None:
@@ -113,10 +120,7 @@ def draw_u_curves(losses: Mapping[tuple[str, float, int], Estimate], path: Path)
                 size: loss for (kind, r, size), loss in losses.items() if (kind, r) == (weights, ratio) and size > 1
             }
             line = sorted(chosen)
-            values, errors = [chosen[size].value for size in line], [chosen[size].error or 0.0 for size in line]
-            plot.errorbar(
-                line, values, errors, marker="o", markersize=4, capsize=3, label=f"r = {ratio:g}", **_style(number)
-            )
+            _draw_estimates(plot, line, [chosen[size] for size in line], label=f"r = {ratio:g}", **_style(number))
         if baseline:
             plot.axhline(baseline.value, color="black", linestyle="--", linewidth=1.2, label="baseline (s = 1)")
         plot.set_title(f"{weights.replace('_', ' ')} bag weights", fontsize="medium")
