@@ -17,8 +17,8 @@ from rich.table import Table
 
 from megatron_tst.config import EXIT_CODE, UserError
 from megatron_tst.telemetry.compare import find_methods
-from megatron_tst.telemetry.curves import AXES, read_curve
-from megatron_tst.telemetry.pictures import check_picture
+from megatron_tst.telemetry.curves import AXES, read_curves
+from megatron_tst.telemetry.outputs import check_output, check_picture
 from megatron_tst.telemetry.verdict import CAPTION, COLUMNS, report, sentences, table_rows
 
 
@@ -37,11 +37,11 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     """Print the table and the verdict, and draw the picture."""
     check_picture(arguments.output, "--output")
-    if arguments.report and not arguments.report.parent.is_dir():
-        raise UserError(f"--report {arguments.report}: {arguments.report.parent} is no folder")
+    if arguments.report:
+        check_output(arguments.report, "--report")
     from megatron_tst.telemetry.plots import draw_comparison
 
-    methods = find_methods([read_curve(path) for path in arguments.runs])
+    methods = find_methods(read_curves(arguments.runs))
     console = Console()
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column(COLUMNS[0], overflow="fold", min_width=9)

@@ -22,6 +22,7 @@ from megatron_tst.planning.plan import complete, find_speed, make_plan
 from megatron_tst.planning.published import advise
 from megatron_tst.planning.scale import Assumptions, scale_run
 from megatron_tst.planning.step_time import calibrate
+from megatron_tst.telemetry.outputs import check_output
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -51,8 +52,15 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
             raise UserError(f"{flag} {count}: must be at least 1")
     if not 0 < usable <= 1:
         raise UserError(f"--usable-memory {usable:g}: must lie between 0 and 1")
-    if arguments.json and not arguments.json.parent.is_dir():
-        raise UserError(f"--json {arguments.json}: {arguments.json.parent} is no folder")
+    if not arguments.layouts > 0:
+        raise UserError(f"--layouts {arguments.layouts}: must be at least 1")
+    for flag, amount in (
+        ("--price-per-gpu-hour", arguments.price_per_gpu_hour), ("--data-tokens", arguments.data_tokens)
+    ):  # fmt: skip
+        if amount is not None and not 0 < amount < math.inf:
+            raise UserError(f"{flag} {amount:g}: must be above 0")
+    if arguments.json:
+        check_output(arguments.json, "--json")
     config = complete(read_config(argv), number)
     speed = find_speed(config, gpu, arguments.mfu, arguments.measured)
     plan = make_plan(config, gpu, number, speed)
@@ -69,8 +77,8 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
         *report.describe_run(plan, gpu, number, arguments.price_per_gpu_hour),
         *report.describe_memory(chosen, gpu, usable),
         *report.describe_recomputation(recomputed),
-        *report.describe_layouts(chosen, distinct(fitting)[: arguments.layouts], others, efficiency),
-        *report.describe_advice(advices, plan.positions),
+        *report.describe_layouts(chosen, distinct(fitting)[: arguments.layouts], others, efficiency, plan),
+        *report.describe_advice(advices, plan, arguments.data_tokens),
         *(report.describe_scaled(scaled, assumptions) if scaled else ()),
     ):
         Console().print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)

@@ -19,9 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_tst.config import EXIT_CODE, UserError
-from megatron_tst.planning.sweep import Runner, SweepResult, SweepRun, losses_by_point, plan_sweep, read_result
+from megatron_tst.planning.sweep import (
+    NOT_STARTED,
+    Runner,
+    SweepResult,
+    SweepRun,
+    losses_by_point,
+    plan_sweep,
+    read_result,
+)
 from megatron_tst.platform.device import visible_gpus
-from megatron_tst.telemetry.pictures import check_picture
+from megatron_tst.telemetry.outputs import check_picture
 
 PICTURE = "u_curves.png"
 PROGRAM = Path(__file__).parents[1] / "pretrain_tst.py"
@@ -60,13 +68,11 @@ def main(arguments: argparse.Namespace, flags: list[str]) -> int:
         raise UserError(f"--workers {workers}: must be at least 1")
     make_folder(arguments.output)
     print(f"{len(runs)} runs, {len(missing)} of them to train, {workers} at a time", flush=True)
-    failures = train(missing, Runner(PROGRAM, workers, gpus))
-    for run, failure in failures:
-        print(f"sweep.py: {run.name} did not end: {failure}", file=sys.stderr)
+    is_done = train(missing, Runner(PROGRAM, workers, gpus))
     ended = [read_result(run.directory.path) for run in runs if run.is_complete]
     if ended:
         show(ended, arguments.output)
-    return 1 if failures else 0
+    return 0 if is_done else 1
 
 
 def make_folder(folder: Path) -> None:
@@ -74,8 +80,8 @@ def make_folder(folder: Path) -> None:
     check_picture(folder / PICTURE, "--output")
 
 
-def train(runs: Sequence[SweepRun], runner: Runner) -> list[tuple[SweepRun, str]]:
-    """Train; return the runs that did not end, and why."""
+def train(runs: Sequence[SweepRun], runner: Runner) -> bool:
+    """Train, telling how each run ends; return whether all did."""
     console = Console(stderr=True)
     columns = (
         TextColumn("runs"),
@@ -84,21 +90,25 @@ def train(runs: Sequence[SweepRun], runner: Runner) -> list[tuple[SweepRun, str]
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    failures = []
+    num_ended = num_waiting = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(runs))
         for run, failure in runner.run_all(runs):
-            told = failure
+            progress.update(task, advance=1, description=f"training {', '.join(runner.running)}")
+            if failure == NOT_STARTED:
+                num_waiting += 1
+                continue
+            told = f"did not end: {failure}"
             if failure is None:
                 try:
                     told = f"final loss {read_result(run.directory.path).final_loss:.4f}"
+                    num_ended += 1
                 except UserError as error:
-                    told = failure = str(error)
-            if failure:
-                failures.append((run, failure))
-            progress.update(task, advance=1, description=f"training {', '.join(runner.running)}")
+                    told = f"did not end: {error}"
             console.print(f"{run.name}: {told}", highlight=False, soft_wrap=True)
-    return failures
+    if num_waiting:
+        console.print(f"{num_waiting} other runs were not started")
+    return num_ended == len(runs)
 
 
 def show(results: Sequence[SweepResult], output: Path) -> None:

@@ -162,7 +162,7 @@ def find_speed(config: RunConfig, gpu: Gpu, mfu: float | None, measured: Path | 
     """Return how fast a card is: as given, as measured in a run, or as the paper's hours imply.
 
     Raises:
-        UserError: if it is no share, or the run directory has no logged step.
+        UserError: if it is no share of the card's peak, or the run directory has no logged step.
     """
     if mfu is not None:
         if not 0 < mfu <= 1:
@@ -174,6 +174,11 @@ def find_speed(config: RunConfig, gpu: Gpu, mfu: float | None, measured: Path | 
         if not lines:
             raise UserError(f"--measured {measured}: holds no run with a logged step")
         tflops = median(line["tflops_per_gpu"] for line in lines)
+        if not 0 < tflops <= gpu.peak_tflops:
+            raise UserError(
+                f"--measured {measured}: ran at {tflops:.3g} TFLOP/s; must lie between 0 and the {gpu.peak_tflops:g} "
+                f"of {gpu.name}"
+            )
         return Speed(tflops / gpu.peak_tflops, f"measured in {measured}")
     share, name = implied_mfu(config.model)
     return Speed(share, f"implied by the paper's hours for {name} on B200")

@@ -1,6 +1,7 @@
 """The paper's runs and grids of final losses (arXiv 2605.06546, tables 1 and 4 to 7), and what follows from them."""
 
 import csv
+import dataclasses
 import importlib.resources
 import math
 from collections.abc import Mapping
@@ -202,17 +203,18 @@ def advise(model: ModelSettings, num_steps: int, max_data_ratio: float = math.in
         key=lambda grid: (_size_distance(model, grid.preset), abs(math.log(grid.num_steps / num_steps))),
     )
     advices = [
-        Advice(f"best of the grid {grid.name}", point.bag_size, point.step_ratio, grid.baseline - point.final_loss)
+        Advice(f"the grid {grid.name}", point.bag_size, point.step_ratio, grid.baseline - point.final_loss)
         for point in sorted(grid.points, key=lambda point: point.final_loss)
     ]
     affordable = [advice for advice in advices if advice.data_ratio <= max_data_ratio]
     if not affordable:
         return []
-    best = affordable[0]
+    rank = "best of" if affordable[0] == advices[0] else "best for the data at hand of"
+    best = dataclasses.replace(affordable[0], source=f"{rank} {affordable[0].source}")
     as_good = [advice for advice in affordable if advice.gain >= best.gain - NOISE_NATS]
     frugal = min(as_good, key=lambda advice: advice.data_ratio)
     found = [best]
-    if frugal != best:
+    if frugal != affordable[0]:
         source = f"least data within {NOISE_NATS} nats of it"
         found.append(Advice(source, frugal.bag_size, frugal.step_ratio, frugal.gain))
     own = _own_setting(model, grid)

@@ -79,16 +79,17 @@ def describe_recomputation(layouts: Sequence[Layout]) -> Iterator[RenderableType
 
 
 def describe_layouts(
-    chosen: Layout, fastest: Sequence[Layout], others: Sequence[Layout], efficiency: float
+    chosen: Layout, fastest: Sequence[Layout], others: Sequence[Layout], efficiency: float, plan: Plan
 ) -> Iterator[RenderableType]:
     """Tell which layouts fit, the fastest first, and why the others do not."""
     columns = "layout", "step, s", "bubble", "exposed", "GiB", "speed"
     table = _numbers(*columns, title="The fastest layouts that fit")
+    configured = "  (configured)" if chosen.refusal is None else "  (configured, does not fit)"
     for layout in (*fastest, *([chosen] if chosen.step else [])):
         assert layout.step
         step = layout.step
         table.add_row(
-            f"{layout.name}  (configured)" if layout is chosen else layout.name,
+            f"{layout.name}{configured}" if layout is chosen else layout.name,
             f"{step.total:.3g}",
             f"{step.bubble / step.total:.0%}",
             f"{step.exposed / step.total:.0%}",
@@ -97,7 +98,12 @@ def describe_layouts(
             style="bold" if layout is chosen else None,
         )
     yield table
-    reason = ": then the configured layout takes the hours above" if chosen.step else ""
+    reason = ""
+    if chosen.step:
+        hours = chosen.step.total * plan.num_steps / 3600
+        reason = ": then the configured layout takes the hours above"
+        if hours > 1.01 * plan.hours:
+            reason = f"; the configured layout takes {hours / plan.hours:.2f} times the hours above even so"
     yield (
         "Exposed: communication that nothing hides. Multiplications are taken to run at "
         f"{efficiency:.1%} of the peak, whatever their size{reason}."
@@ -109,12 +115,14 @@ def describe_layouts(
         yield f"  {len(group):5d}  {'such as ' if len(set(group)) > 1 else ''}{group[0]}"
 
 
-def describe_advice(advices: Sequence[Advice], positions: int) -> Iterator[RenderableType]:
-    """Tell which bag size and step ratio the paper's runs advise, and what they cost in text."""
+def describe_advice(advices: Sequence[Advice], plan: Plan, data_tokens: float | None) -> Iterator[RenderableType]:
+    """Tell which bag size and step ratio the paper's runs advise, what they cost in text, and whether that is there."""
     table = Table("s", "r", "data tokens", "gain, nats", "from", title="\nBag size and step ratio, from the paper")
     for advice in advices:
-        tokens = f"{short(advice.data_ratio * positions)} ({advice.data_ratio:.2f} x)"
+        tokens = f"{short(advice.data_ratio * plan.positions)} ({advice.data_ratio:.2f} x)"
         table.add_row(str(advice.bag_size), f"{advice.step_ratio:g}", tokens, f"{advice.gain:.3f}", advice.source)
+    if data_tokens is not None and plan.data_tokens > data_tokens:
+        yield f"\nThe run as configured reads {short(plan.data_tokens)} data tokens; {short(data_tokens)} are at hand."
     if not advices:
         yield "\nFor so few data tokens the paper has no run with bags of text: see --tst-superpose output."
         return

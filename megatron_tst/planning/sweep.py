@@ -9,10 +9,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tst.config import RunConfig, UserError, dump_config, load_config, parse_config
+from megatron_tst.config import EXIT_CODE, RunConfig, UserError, dump_config, load_config, parse_config
 from megatron_tst.telemetry import RunDirectory
 from megatron_tst.telemetry.compare import Estimate
-from megatron_tst.telemetry.curves import read_curve
+from megatron_tst.telemetry.curves import is_decayed, read_curve
+
+# What is said of a run that waited when all was stopped.
+NOT_STARTED = "not started"
 
 
 @dataclass(frozen=True, order=True)
@@ -116,6 +119,11 @@ def _plan_run(point: SweepPoint, seed: int, output: Path, flags: Sequence[str]) 
     config = parse_config(argv)
     if point.bag_size > 1 and all(phase.bag_size == 1 for phase in config.schedule.phases):
         raise UserError(f"--step-ratios {point.step_ratio:g}: is less than one of {config.schedule.num_steps} steps")
+    if not is_decayed(config):
+        raise UserError(
+            f"--lr-decay-iters {config.optimizer.lr_decay_iters}: is more than the runs' {config.schedule.num_steps} "
+            "steps; a grid compares losses after the decay"
+        )
     if not config.training.eval_iters:
         raise UserError("--eval-iters 0: a grid compares validation losses")
     return SweepRun(point, seed, RunDirectory(folder), config, tuple(argv))
@@ -149,7 +157,8 @@ class Runner:
     def run_all(self, runs: Sequence[SweepRun]) -> Iterator[tuple[SweepRun, str | None]]:
         """Yield each run at its end, with what went wrong, or None.
 
-        On an interruption, runs under way are told to save and stop, and waited for.
+        After a user's mistake no other run is started. On an interruption, runs under way are told to save and stop,
+        and waited for.
         """
         with ThreadPoolExecutor(self._workers) as pool:
             futures = {pool.submit(self._run, run): run for run in runs}
@@ -165,7 +174,7 @@ class Runner:
         slot = self._slots.get()
         try:
             if self._is_stopped:
-                return "not started"
+                return NOT_STARTED
             log = run.directory.path.with_name(f"{run.name}.out")
             with log.open("wb") as file:
                 command = (sys.executable, str(self._program), *run.argv)
@@ -176,6 +185,7 @@ class Runner:
                 if self._is_stopped:
                     process.terminate()
                 code = process.wait()
+            self._is_stopped |= code == EXIT_CODE
             last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
             return None if code == 0 else f"exit code {code}: {last} ({log})"
         finally:
@@ -192,6 +202,7 @@ class SweepResult:
         point: its setting.
         seed: of the run.
         rest: all else that runs of a grid have in common.
+        superposition: what its superposed runs have in common too.
         final_loss: next-token validation loss, nats per token.
         data_tokens: read.
         gpu_hours: of training.
@@ -201,6 +212,7 @@ class SweepResult:
     point: SweepPoint
     seed: int
     rest: str
+    superposition: str
     final_loss: float
     data_tokens: int
     gpu_hours: float
@@ -227,6 +239,7 @@ def read_result(path: Path) -> SweepResult:
         point=point,
         seed=curve.seed,
         rest=repr((curve.setting, curve.num_steps, decay)),
+        superposition=repr(([phase.reads_bags for phase in superposed], config.superposition.tst_objective)),
         final_loss=curve.final_loss,
         data_tokens=int(curve.total("data_tokens")),
         gpu_hours=curve.total("gpu_hours"),
@@ -240,9 +253,14 @@ def losses_by_point(results: Sequence[SweepResult]) -> Mapping[SweepPoint, Estim
         UserError: if the runs are not of one grid, or one of them is there twice.
     """
     found: dict[SweepPoint, dict[int, SweepResult]] = {}
+    superposed = [result for result in results if result.point.bag_size > 1]
     for result in sorted(results, key=lambda result: (result.point.bag_size > 1, result.point, result.seed)):
         if result.rest != results[0].rest:
             raise UserError(f"{result.name}: differs from {results[0].name} in more than a grid does")
+        if result.point.bag_size > 1 and result.superposition != superposed[0].superposition:
+            raise UserError(
+                f"{result.name}: superposes otherwise than {superposed[0].name}: another objective or input"
+            )
         twin = found.setdefault(result.point, {}).setdefault(result.seed, result)
         if twin is not result:
             raise UserError(f"{result.name}: has the setting and seed of {twin.name}")

@@ -71,9 +71,14 @@ class Group:
         """Return what a run took on an axis, in the mean."""
         return fmean(run.total(axis) for run in self.runs)
 
-    def loss_of(self, seed: int) -> float:
-        """Return the final loss with a seed, or the mean where there is no run with it."""
-        return next((run.final_loss for run in self.runs if run.seed == seed), self.final_loss.value)
+    @property
+    def seeds(self) -> set[int]:
+        """Of the runs."""
+        return {run.seed for run in self.runs}
+
+    def loss(self, without: int | None = None) -> float:
+        """Return the mean final loss, of all seeds or of all but one."""
+        return fmean(run.final_loss for run in self.runs if run.seed != without)
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,9 @@ class Method:
         """What the groups' names have in common."""
         return _common_name([group.name for group in self.groups])
 
-    def ends(self, seed: int | None) -> list[tuple[float, float]]:
-        """Return FLOPs and final loss of each length, with a seed or in the mean over the seeds."""
-        return [
-            (group.total("flops"), group.final_loss.value if seed is None else group.loss_of(seed))
-            for group in self.groups
-        ]
+    def ends(self, without: int | None = None) -> list[tuple[float, float]]:
+        """Return FLOPs and mean final loss of each length, of all seeds or of all but one."""
+        return [(group.total("flops"), group.loss(without)) for group in self.groups]
 
 
 def find_methods(curves: Iterable[RunCurve]) -> list[Method]:
@@ -126,15 +128,14 @@ def _common_name(names: Sequence[str]) -> str:
         return names[0]
     parts = zip(*(re.findall(r"[A-Za-z]+|[0-9]+|[^A-Za-z0-9]+", name) for name in names), strict=False)
     prefix = "".join(part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
-    return prefix.rstrip("-_. ").removesuffix("seed").rstrip("-_. ") or names[0]
+    return prefix.rstrip("-_. /").removesuffix("seed").rstrip("-_. /") or names[0]
 
 
 def difference(group: Group, baseline: Group) -> Estimate:
-    """Return a group's final loss less the baseline's: between runs of one seed, where seeds are shared."""
-    before = {run.seed: run.final_loss for run in baseline.runs}
-    pairs = [run.final_loss - before[run.seed] for run in group.runs if run.seed in before]
-    if pairs:
-        return Estimate.of(pairs)
+    """Return a group's mean final loss less the baseline's; its error is of seed by seed, where both have the same."""
+    if group.seeds == baseline.seeds:
+        before = {run.seed: run.final_loss for run in baseline.runs}
+        return Estimate.of([run.final_loss - before[run.seed] for run in group.runs])
     ours, theirs = group.final_loss, baseline.final_loss
     known = ours.error is not None and theirs.error is not None
     return Estimate(ours.value - theirs.value, math.hypot(ours.error or 0, theirs.error or 0) if known else None)
@@ -180,9 +181,10 @@ class SpeedUpBound:
 def speed_ups(method: Method, baseline: Method) -> list[SpeedUp] | list[SpeedUpBound]:
     """Return the speed-ups at equal loss that the ends of two methods' runs show.
 
-    Where a final loss of one lies between those of two lengths of the other, FLOPs are interpolated between these, for
-    each seed by itself: logarithm of the FLOPs against loss. There is an error where every seed was run with both
-    methods and lies between two lengths. Where no loss lies so, the tightest bounds, from means over seeds.
+    Where a final loss of one lies between those of two lengths of the other, FLOPs are interpolated between these:
+    logarithm of the FLOPs against loss, both means over seeds. The standard error is the jackknife's, each seed left
+    out in turn; it is known where all ends have the same seeds, two or more, and each such mean lies between two
+    lengths too. Where no loss lies so, the tightest bounds.
     """
     found = [
         *(_speed_up(group, baseline, 1) for group in method.groups),
@@ -195,18 +197,24 @@ def speed_ups(method: Method, baseline: Method) -> list[SpeedUp] | list[SpeedUpB
 def _speed_up(anchor: Group, other: Method, sign: int) -> SpeedUp | None:
     """Compare an end with another method; ``sign`` is 1 where the other one is the baseline, else -1."""
 
-    def ratio(flops: float) -> float:
-        """Return the speed-up that the other method's FLOPs mean."""
-        return float((flops / anchor.total("flops")) ** sign)
+    def ratio(without: int | None = None) -> float | None:
+        """Return the speed-up, of all seeds or of all but one."""
+        flops = _interpolate(other.ends(without), anchor.loss(without))
+        return None if flops is None else float((flops / anchor.total("flops")) ** sign)
 
-    by_seed = [_interpolate(other.ends(run.seed), run.final_loss) for run in anchor.runs]
-    found = [ratio(flops) for flops in by_seed if flops]
-    if len(found) == len(by_seed):
-        seeds = {run.seed for run in anchor.runs}
-        are_paired = all(seeds <= {run.seed for run in group.runs} for group in other.groups)
-        return SpeedUp(anchor, Estimate.of(found) if are_paired else Estimate(fmean(found), None))
-    between = _interpolate(other.ends(None), anchor.final_loss.value)
-    return SpeedUp(anchor, Estimate(ratio(between), None)) if between else None
+    value = ratio()
+    if value is None:
+        return None
+    seeds = anchor.seeds
+    are_paired = len(seeds) > 1 and all(group.seeds == seeds for group in other.groups)
+    return SpeedUp(anchor, Estimate(value, _jackknife([ratio(seed) for seed in seeds]) if are_paired else None))
+
+
+def _jackknife(left_out: Sequence[float | None]) -> float | None:
+    """Return the standard error of an estimate, from the estimates without each seed; None where one is missing."""
+    known = [value for value in left_out if value is not None]
+    count = len(left_out)
+    return stdev(known) * (count - 1) / math.sqrt(count) if len(known) == count else None
 
 
 def _bounds(method: Method, baseline: Method) -> list[SpeedUpBound]:
@@ -223,9 +231,15 @@ def _bounds(method: Method, baseline: Method) -> list[SpeedUpBound]:
 
 
 def _interpolate(ends: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Return the FLOPs at which ends, from the shortest run on, reach a loss; None outside them."""
-    for (less, above), (more, below) in itertools.pairwise(ends):
-        if above > loss >= below:
-            share = (above - loss) / (above - below)
-            return less * math.exp(share * math.log(more / less))
-    return None
+    """Return the FLOPs at which ends, from the shortest run on, reach a loss.
+
+    None where they never do, or more than once: noise then decides which of the places is the first.
+    """
+    crossings = [pair for pair in itertools.pairwise(ends) if (pair[0][1] > loss) != (pair[1][1] > loss)]
+    if len(crossings) != 1:
+        return None
+    ((less, above), (more, below)) = crossings[0]
+    if above < below:
+        return None
+    share = (above - loss) / (above - below)
+    return less * math.exp(share * math.log(more / less))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ class RunCurve:
     Attributes:
         name: of the run directory.
         seed: of the run.
-        setting: what runs share that differ in superposition, seed and length alone.
+        setting: what runs share that differ in superposition, seed and length alone: flags with their values.
         superposition: bag sizes, with their share of the steps, and the objective.
         length: all that is counted in steps.
         losses: next-token validation loss of each evaluation, nats per token.
@@ -32,7 +34,7 @@ class RunCurve:
 
     name: str
     seed: int
-    setting: str
+    setting: Mapping[str, Any]
     superposition: str
     length: str
     losses: list[float]
@@ -48,7 +50,7 @@ class RunCurve:
     @property
     def method(self) -> str:
         """What runs share that differ in seed and length alone."""
-        return f"{self.setting} {self.superposition}"
+        return f"{dict(self.setting)} {self.superposition}"
 
     @property
     def num_steps(self) -> int:
@@ -61,11 +63,30 @@ class RunCurve:
         return self.losses[-1]
 
 
+def read_curves(paths: Sequence[Path]) -> list[RunCurve]:
+    """Read run directories; runs of one name that differ in more than their seed get their folder's name in front.
+
+    Raises:
+        UserError: as :func:`read_curve`.
+    """
+    curves = [read_curve(path) for path in paths]
+    kinds: dict[str, set[str]] = {}
+    for curve in curves:
+        kinds.setdefault(curve.name, set()).add(curve.method + curve.length)
+    return [
+        dataclasses.replace(curve, name=f"{path.resolve().parent.name}/{curve.name}")
+        if len(kinds[curve.name]) > 1
+        else curve
+        for path, curve in zip(paths, curves, strict=True)
+    ]
+
+
 def read_curve(path: Path) -> RunCurve:
     """Read a run directory.
 
     Raises:
-        UserError: if it holds no run that was evaluated, or the run has not ended: its loss is then not a final one.
+        UserError: if it holds no run that was evaluated, or its loss is no final one: the run has not ended, its
+            learning rate has not decayed, or the loss is no number.
     """
     directory = RunDirectory(path)
     for file in (directory.metrics, directory.config):
@@ -82,6 +103,13 @@ def read_curve(path: Path) -> RunCurve:
             f"{path}: was evaluated last after step {valid[-1]['step']} of {config.schedule.num_steps}; runs are "
             "compared at their ends"
         )
+    if not is_decayed(config):
+        raise UserError(
+            f"{path}: --lr-decay-iters {config.optimizer.lr_decay_iters} is more than its {config.schedule.num_steps} "
+            "steps; runs are compared where their learning rate has decayed"
+        )
+    if not math.isfinite(valid[-1]["valid_loss"]):
+        raise UserError(f"{path}: ended with a validation loss of {valid[-1]['valid_loss']}")
     absent = [name for name in AXES[1:] if name not in valid[-1]]
     if absent:
         raise UserError(f"{path}: has no {absent[0]} in its metrics; another version of this program wrote them")
@@ -100,6 +128,12 @@ def read_curve(path: Path) -> RunCurve:
     )
 
 
+def is_decayed(config: RunConfig) -> bool:
+    """Return whether a run's learning rate has decayed when it ends, or never does."""
+    optimizer = config.optimizer
+    return optimizer.lr_decay_style == "constant" or (optimizer.lr_decay_iters or 0) <= config.schedule.num_steps
+
+
 # What changes neither the model that a run trains nor what it reads.
 _FREE = {
     "training": ("seed", "train_iters", "micro_batch_size", "global_batch_size", "eval_interval", "eval_iters",
@@ -111,12 +145,16 @@ _FREE = {
 _ELSEWHERE = ("config", "parallel", "logging", "checkpoint", "superposition", "phases")
 
 
-def _setting(config: RunConfig, positions_per_step: float) -> str:
-    """Return what runs share that differ in superposition, seed and length alone."""
+def _setting(config: RunConfig, positions_per_step: float) -> dict[str, Any]:
+    """Return what runs share that differ in superposition, seed and length alone: flags with their values."""
     sections = {name: section for name, section in dataclasses.asdict(config).items() if name not in _ELSEWHERE}
-    for name, free in _FREE.items():
-        sections[name] = {key: value for key, value in sections[name].items() if key not in free}
-    return repr((positions_per_step, config.checkpoint.finetune, sections))
+    flags = {
+        f"--{key.replace('_', '-')}": value
+        for name, section in sections.items()
+        for key, value in section.items()
+        if key not in _FREE.get(name, ())
+    }
+    return {"positions per step": positions_per_step, "--finetune": config.checkpoint.finetune, **flags}
 
 
 def _superposition(config: RunConfig) -> str:

@@ -7,8 +7,12 @@ from megatron_tst.config import ModelSettings
 
 # The backward pass multiplies once more for the inputs' gradients and once more for the weights'.
 PASSES = 3
-# Dense bfloat16 peak of a card in 1e12 FLOPs per second, by a part of its name (NVIDIA's data sheets).
-PEAK_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
+# Dense bfloat16 peak of a card in 1e12 FLOPs per second, by a part of its name (NVIDIA's data sheets). A card for PCI
+# Express comes before the faster one whose name its own begins with.
+PEAK_TFLOPS = {
+    "GB200": 2500.0, "B200": 2250.0, "H200 NVL": 835.0, "H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0,
+    "H100": 989.0, "A100": 312.0,
+}  # fmt: skip
 
 
 def attention_flops_per_sequence(model: ModelSettings) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+from megatron_tst.config import UserError
+
 
 @dataclass(frozen=True)
 class About:
@@ -207,6 +209,16 @@ def cut_metrics(path: Path, last_step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
-    """Read all lines of a ``metrics.jsonl``; a last line cut off by a crash is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Read all lines of a ``metrics.jsonl``; a last line cut off by a crash is left out.
+
+    Raises:
+        UserError: if another line is damaged.
+    """
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number} is damaged: {error}") from error
+    return found

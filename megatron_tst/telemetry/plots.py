@@ -11,7 +11,8 @@ from megatron_tst.telemetry.compare import Estimate, Group, Method
 from megatron_tst.telemetry.progress import short
 
 # Okabe and Ito's palette, told apart by colour-blind readers.
-LINES = ("-", "--", "-.", (0, (1, 1)))
+LINES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 AXES = {
     "steps": "optimizer steps (dotted: switch)",
@@ -51,13 +52,24 @@ def draw_comparison(methods: Sequence[Method], path: Path, axes: Sequence[str]) 
         plot.grid(alpha=0.3)
     plots[0].set_ylabel(LOSS)
     handles, labels = plots[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, min(len(labels), panels)), frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=max(1, min(len(labels), panels)),
+        frameon=False,
+        handlelength=4,
+    )
     figure.savefig(path)
 
 
 def _style(number: int, length: int = 0) -> dict[str, Any]:
-    """Return a method's colour, and a line for each of its lengths."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[length % len(LINES)]}
+    """Return a method's colour, and a line for each of its lengths; another marker where these come round again."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[length % len(LINES)],
+        "marker": MARKERS[(number // len(COLOURS) + length // len(LINES)) % len(MARKERS)],
+    }
 
 
 def _draw_curves(plot: Any, group: Group, axis: str, style: dict[str, Any]) -> None:
@@ -66,7 +78,7 @@ def _draw_curves(plot: Any, group: Group, axis: str, style: dict[str, Any]) -> N
     seeds = f", {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     for run in group.runs:
         label = f"{group.name} ({bags}{seeds})" if run is group.runs[0] else None
-        plot.plot(run.axes[axis], run.losses, marker="o", markersize=3, linewidth=1.2, label=label, **style)
+        plot.plot(run.axes[axis], run.losses, markersize=3, linewidth=1.2, label=label, **style)
     for switch in group.runs[0].switches if axis == "steps" else ():
         plot.axvline(switch, color=style["color"], linestyle=":", linewidth=1.2)
 
@@ -91,7 +103,8 @@ def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:
     plot.set_xticks(ends, [f"{flops:.3g}" for flops in ends], rotation=45, ha="right", fontsize="small")
     plot.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     plot.set_xlabel(AXES["flops"])
-    plot.set_title("where runs end", fontsize="medium")
+    plot.set_ylabel("final validation loss (nats per token)")
+    plot.set_title("± standard error over seeds", fontsize="medium")
     plot.legend(loc="upper right")
 
 
@@ -99,7 +112,7 @@ def _draw_estimates(plot: Any, places: Sequence[float], losses: Sequence[Estimat
     """Draw losses as a line, with bars for the errors that are known."""
     errors = [loss.error or 0.0 for loss in losses]
     values = [loss.value for loss in losses]
-    plot.errorbar(places, values, errors if any(errors) else None, marker="o", markersize=4, capsize=3, **style)
+    plot.errorbar(places, values, errors if any(errors) else None, markersize=4, capsize=3, **style)
 
 
 def draw_u_curves(losses: Mapping[tuple[str, float, int], Estimate], path: Path) -> None:
@@ -109,24 +122,27 @@ def draw_u_curves(losses: Mapping[tuple[str, float, int], Estimate], path: Path)
         losses: by bag weights, step ratio and bag size; bag size 1 is the baseline.
         path: PNG or SVG to write.
     """
-    kinds = sorted({weights for weights, _, size in losses if size > 1})
+    kinds = sorted({weights for weights, _, size in losses if size > 1}) or ["uniform"]
     ratios = sorted({ratio for _, ratio, size in losses if size > 1})
     figure = matplotlib.figure.Figure(figsize=(max(6.0, 5.0 * len(kinds)), 4.5), dpi=150, layout="constrained")
-    plots = figure.subplots(1, max(len(kinds), 1), sharey=True, squeeze=False)[0]
+    plots = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     baseline = next((loss for (_, _, size), loss in losses.items() if size == 1), None)
-    for plot, weights in zip(plots, kinds, strict=False):
+    for plot, weights in zip(plots, kinds, strict=True):
         for number, ratio in enumerate(ratios):
             chosen = {
                 size: loss for (kind, r, size), loss in losses.items() if (kind, r) == (weights, ratio) and size > 1
             }
             line = sorted(chosen)
-            _draw_estimates(plot, line, [chosen[size] for size in line], label=f"r = {ratio:g}", **_style(number))
+            _draw_estimates(
+                plot, line, [chosen[size] for size in line], label=f"step ratio r = {ratio:g}", **_style(number)
+            )
         if baseline:
             plot.axhline(baseline.value, color="black", linestyle="--", linewidth=1.2, label="baseline (s = 1)")
         plot.set_title(f"{weights.replace('_', ' ')} bag weights", fontsize="medium")
         plot.set_xlabel("bag size s (data tokens per position)")
         plot.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         plot.grid(alpha=0.3)
-    plots[0].set_ylabel("final next-token validation loss\n(nats per token)")
-    plots[0].legend(title="step ratio", loc="upper right")
+    plots[0].set_ylabel("final next-token validation loss\n(nats per token, ± standard error over seeds)")
+    handles, labels = plots[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
     figure.savefig(path)

@@ -16,6 +16,8 @@ from megatron_tst.telemetry.compare import (
 from megatron_tst.telemetry.progress import short
 
 COLUMNS = ("run", "seeds", "bag sizes", "steps", "FLOPs", "data tokens", "GPU-hours", "final loss")
+# Settings that decide which tokens a loss is the mean of.
+_TEXT = {"--data-path", "--train-data-path", "--valid-data-path", "--split", "--tokenizer-model", "--vocab-size"}
 CAPTION = "Final loss: next-token validation loss in nats per token, with its standard error over seeds."
 
 
@@ -39,12 +41,27 @@ def sentences(methods: Sequence[Method]) -> Iterator[str]:
     """Yield what holds of each method against the first one, the baseline."""
     baseline, *others = methods
     for method in others:
+        yield from _other_settings(method, baseline)
         for group in method.groups:
             yield from _at_equal_cost(group, baseline)
-        for speed_up in speed_ups(method, baseline):
-            yield _at_equal_loss(speed_up, method, baseline)
+        yield from _at_equal_loss(method, baseline)
         for group in method.groups:
             yield from _switch(group)
+
+
+def _other_settings(method: Method, baseline: Method) -> Iterator[str]:
+    """Tell in which settings, superposition apart, a method is another than the baseline."""
+    ours, theirs = (other.groups[0].runs[0].setting for other in (method, baseline))
+    differing = [flag for flag in ours if ours[flag] != theirs[flag]]
+    if differing:
+        told = ", ".join(f"{flag} {_value(ours[flag])} (there {_value(theirs[flag])})" for flag in differing)
+        yield f"Settings: {method.name} differs from {baseline.name} in {told}."
+    if not _TEXT.isdisjoint(differing):
+        yield "Losses per token compare where text and tokenizer are the same: what follows may not hold."
+
+
+def _value(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _at_equal_cost(group: Group, baseline: Method) -> Iterator[str]:
@@ -69,20 +86,29 @@ def _ends(group: Group, baseline: Group) -> str:
     return f"{group.name} ends {gap} nats {side} {baseline.name}"
 
 
-def _at_equal_loss(speed_up: SpeedUp | SpeedUpBound, method: Method, baseline: Method) -> str:
+def _at_equal_loss(method: Method, baseline: Method) -> Iterator[str]:
     what = f"Equal loss: the speed-up of {method.name} over {baseline.name} is"
+    match speed_ups(method, baseline):
+        case [SpeedUpBound() as lower, SpeedUpBound() as upper] if lower.ratio > upper.ratio:
+            yield (
+                f"{what} not known: {_ends(lower.group, lower.baseline)}, so at least {lower.ratio:.2f} x, but "
+                f"{_ends(upper.group, upper.baseline)}, so less than {upper.ratio:.2f} x. More seeds would tell."
+            )
+        case found:
+            yield from (f"{what} {_tell(speed_up, method, baseline)}" for speed_up in found)
+
+
+def _tell(speed_up: SpeedUp | SpeedUpBound, method: Method, baseline: Method) -> str:
     if isinstance(speed_up, SpeedUp):
         anchor, seeds = speed_up.anchor, len(speed_up.anchor.runs)
         told = "one seed, uncertainty unknown" if seeds == 1 else f"{seeds} seeds"
         if seeds > 1 and speed_up.ratio.error is None:
             told = f"the mean of {told}, uncertainty unknown"
-        return (
-            f"{what} {speed_up.ratio.write(2)} x at the {anchor.final_loss.value:.4f} nats of {anchor.name} ({told})."
-        )
+        return f"{speed_up.ratio.write(2)} x at the {anchor.final_loss.value:.4f} nats of {anchor.name} ({told})."
     side = "at least" if speed_up.is_lower else "less than"
     shorter, longer = (method, baseline) if speed_up.is_lower else (baseline, method)
     return (
-        f"{what} {side} {speed_up.ratio:.2f} x: {_ends(speed_up.group, speed_up.baseline)}. Shorter runs of "
+        f"{side} {speed_up.ratio:.2f} x: {_ends(speed_up.group, speed_up.baseline)}. Shorter runs of "
         f"{shorter.name} or longer ones of {longer.name} would tell."
     )
 
@@ -111,5 +137,6 @@ def report(methods: Sequence[Method], picture: str) -> str:
     rows = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(methods)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     lines = "\n".join(f"- {line}" for line in sentences(methods))
-    names = " against ".join([" and ".join(method.name for method in methods[1:]), methods[0].name])
-    return f"# {names}\n\n{table}\n\n{CAPTION}\n\n{lines}\n\n![loss curves]({picture})\n"
+    baseline, *others = (method.name for method in methods)
+    title = " against ".join([" and ".join(others), baseline] if others else [baseline])
+    return f"# {title}\n\n{table}\n\n{CAPTION}\n\n{lines}\n\n![loss curves]({picture})\n"

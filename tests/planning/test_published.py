@@ -104,6 +104,14 @@ def test_a_larger_model_is_told_what_the_paper_ran():
     assert (own.bag_size, own.step_ratio, own.gain) == (6, 0.3, pytest.approx(2.808 - 2.676))
 
 
+def test_the_best_that_the_data_allow_is_not_called_the_best():
+    model = ModelSettings(**PRESETS["270m"])
+    free, scarce = advise(model, 20000)[0], advise(model, 20000, max_data_ratio=1.5)[0]
+    assert free.source.startswith("best of the grid 270m")
+    assert scarce.source.startswith("best for the data at hand of the grid 270m")
+    assert scarce.gain < free.gain
+
+
 def test_advice_stays_within_the_data():
     model = ModelSettings(**PRESETS["600m"])
     assert all(advice.data_ratio <= 1.5 for advice in advise(model, 20000, max_data_ratio=1.5))

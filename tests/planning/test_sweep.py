@@ -1,13 +1,14 @@
 """A grid's runs, and what is read of them."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_tst.config import UserError, dump_config
-from megatron_tst.planning.sweep import Runner, SweepPoint, losses_by_point, plan_sweep, read_result
+from megatron_tst.config import UserError, dump_config, load_config
+from megatron_tst.planning.sweep import NOT_STARTED, Runner, SweepPoint, losses_by_point, plan_sweep, read_result
 from tests.telemetry.finished import write_run
 from tests.training.runs import arguments
 
@@ -38,6 +39,7 @@ def test_all_settings_are_checked_before_anything_runs(tmp_path: Path):
         ({"seeds": (1, 1)}, "--seeds 1 1: names a value twice"),
         ({"ratios": (0.01,)}, "--step-ratios 0.01: is less than one of 8 steps"),
         ({"flags": [*FLAGS, "--eval-iters", "0"]}, "--eval-iters 0: a grid compares"),
+        ({"flags": [*FLAGS, "--lr-decay-iters", "9"]}, "--lr-decay-iters 9: is more than the runs' 8 steps"),
         ({"flags": [*FLAGS, "--global-batch-size", "3"]}, "--global-batch-size 3"),
     ):
         with pytest.raises(UserError, match=message):
@@ -70,7 +72,7 @@ if "s4" in name:
     pathlib.Path(name + ".begun").write_text("")
     signal.pause()
 print("the last word of", name)
-sys.exit(2 if "s2" in name else 0)
+sys.exit(2 if "mistake" in name else 3 if "s2" in name else 0)
 """
 
 
@@ -86,7 +88,15 @@ def test_runs_end_well_or_with_their_last_line(tmp_path: Path, program):
     ends = {run.name: failure for run, failure in Runner(program, 2, []).run_all(runs)}
     assert ends["baseline-seed1"] is None
     for name in ("s2-r0.25-seed1", "s2-r0.5-seed1"):
-        assert ends[name] == f"exit code 2: the last word of {tmp_path / name} ({tmp_path / name}.out)"
+        assert ends[name] == f"exit code 3: the last word of {tmp_path / name} ({tmp_path / name}.out)"
+
+
+def test_a_users_mistake_is_met_once(tmp_path: Path, program):
+    runs = planned(tmp_path / "mistake", sizes=(2, 4), ratios=(0.25, 0.5), seeds=(1,))
+    (tmp_path / "mistake").mkdir()
+    first, *others = [failure for _, failure in Runner(program, 1, []).run_all(runs)]
+    assert first.startswith("exit code 2: the last word")
+    assert others == [NOT_STARTED] * 4
 
 
 def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, program):
@@ -139,6 +149,23 @@ def test_runs_of_another_grid_or_twice_are_refused(tmp_path: Path, other, messag
     write_run(tmp_path / "other", bag_size=4, **other)
     with pytest.raises(UserError, match=message):
         losses_by_point([read_result(tmp_path / name) for name in ("one", "other")])
+
+
+def test_runs_of_another_objective_are_no_seeds_of_a_point(tmp_path: Path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"base{seed}", [4.0, 3.0, 2.9, 2.8], seed=seed)
+        write_run(tmp_path / f"tst{seed}", [5.0, 3.0, 3.0, 2.4], bag_size=4, superposed=1, seed=seed)
+    assert len(losses_by_point([read_result(path) for path in tmp_path.iterdir()])) == 2
+    for changed, refused in (("base2", False), ("tst2", True)):
+        config = load_config(tmp_path / changed / "config.yaml")
+        other = dataclasses.replace(config.superposition, tst_objective="mce_alt")
+        (tmp_path / changed / "config.yaml").write_text(dump_config(dataclasses.replace(config, superposition=other)))
+        results = [read_result(path) for path in sorted(tmp_path.iterdir())]
+        if refused:
+            with pytest.raises(UserError, match="tst2: superposes otherwise than tst1"):
+                losses_by_point(results)
+        else:
+            assert len(losses_by_point(results)) == 2
 
 
 def test_a_run_of_many_phases_is_no_point(tmp_path: Path):

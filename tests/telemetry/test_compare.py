@@ -8,14 +8,14 @@ import pytest
 
 from megatron_tst.config import UserError, dump_config, load_config
 from megatron_tst.telemetry.compare import Estimate, counterpart, difference, find_methods, speed_ups
-from megatron_tst.telemetry.curves import RunCurve, read_curve
-from megatron_tst.telemetry.verdict import sentences
+from megatron_tst.telemetry.curves import RunCurve, read_curve, read_curves
+from megatron_tst.telemetry.verdict import report, sentences
 from tests.telemetry.finished import write_run
 
 
 def run(method, steps, loss, seed=1, tokens_per_step=1.0, name=None):
     axes = {"steps": [steps], "data_tokens": [steps * tokens_per_step], "flops": [7.0 * steps], "gpu_hours": [steps]}
-    return RunCurve(name or f"{method}-{steps}", seed, "", method, str(steps), [loss], axes, [], [1], None)
+    return RunCurve(name or f"{method}-{steps}", seed, {}, method, str(steps), [loss], axes, [], [1], None)
 
 
 def methods(*runs):
@@ -57,14 +57,20 @@ SEEDED = [
 ]
 
 
-def test_each_seed_has_its_own_speed_up_and_their_spread_is_the_uncertainty():
+def test_the_speed_up_of_the_means_has_the_jackknifes_uncertainty():
     baseline, tst = methods(*(run for seed in SEEDED for run in seed))
     (speed_up,) = speed_ups(tst, baseline)
-    by_hand = [100 / math.sqrt(4000), 100 / math.sqrt(4000), 100 / (50 * 1.6**0.25)]
-    mean = sum(by_hand) / 3
-    assert speed_up.ratio.value == pytest.approx(mean)
-    error = math.sqrt(sum((value - mean) ** 2 for value in by_hand) / 2 / 3)
+
+    def by_hand(*seeds):
+        loss, above, below = (sum(SEEDED[seed][place].final_loss for seed in seeds) / len(seeds) for place in range(3))
+        return 100 / (50 * 1.6 ** ((above - loss) / (above - below)))
+
+    assert speed_up.ratio.value == pytest.approx(by_hand(0, 1, 2))
+    left_out = [by_hand(1, 2), by_hand(0, 2), by_hand(0, 1)]
+    mean = sum(left_out) / 3
+    error = math.sqrt(2 / 3 * sum((value - mean) ** 2 for value in left_out))
     assert speed_up.ratio.error == pytest.approx(error)
+    assert error > 0.01
     assert difference(tst.groups[1], baseline.groups[0]).value == pytest.approx((-0.1 - 0.2 - 0.15) / 3)
 
 
@@ -80,6 +86,45 @@ def test_seeds_that_are_not_shared_leave_the_uncertainty_open():
     # Two independent means: their errors add up in squares.
     errors = [tst.groups[1].final_loss.error, 0.05]
     assert difference(tst.groups[1], baseline.groups[0]).error == pytest.approx(math.hypot(*errors))
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    """Where the speed-up follows a loss linearly, both must agree: here its logarithm does, over a small range."""
+    losses = (2.501, 2.499, 2.503)
+    runs = [
+        run(method, steps, loss, seed)
+        for seed, base in enumerate(losses)
+        for method, steps, loss in (("base", 100, base), ("tst", 50, 2.6), ("tst", 80, 2.4))
+    ]
+    baseline, tst = methods(*runs)
+    (speed_up,) = speed_ups(tst, baseline)
+    slope = speed_up.ratio.value * math.log(80 / 50) / 0.2
+    assert speed_up.ratio.error == pytest.approx(slope * baseline.groups[0].final_loss.error, rel=1e-2)
+
+
+def test_ends_that_cross_more_than_once_say_nothing_of_the_first_crossing():
+    noisy = {50: 2.7, 60: 2.6, 70: 2.7, 80: 2.4}
+    baseline, tst = methods(run("base", 100, 2.65), *(run("tst", steps, loss) for steps, loss in noisy.items()))
+    lower, upper = speed_ups(tst, baseline)
+    assert (lower.ratio, upper.ratio) == (pytest.approx(100 / 60), pytest.approx(100 / 70))
+    (said,) = (line for line in sentences([baseline, tst]) if line.startswith("Equal loss"))
+    assert "is not known: tst-60 ends 0.0500 nats below base-100, so at least 1.67 x, but tst-70 ends 0.0500" in said
+    # A second seed of the opposite noise: the means fall from length to length, and cross once.
+    other = {50: 2.7, 60: 2.7, 70: 2.5, 80: 2.5}
+    second = [run("base", 100, 2.65, seed=2), *(run("tst", steps, loss, seed=2) for steps, loss in other.items())]
+    baseline, tst = methods(*(one for method in (baseline, tst) for g in method.groups for one in g.runs), *second)
+    (speed_up,) = speed_ups(tst, baseline)
+    assert speed_up.ratio.value == pytest.approx(100 / 60)
+    assert speed_up.ratio.error is None
+    (said,) = (line for line in sentences([baseline, tst]) if line.startswith("Equal loss"))
+    assert "is 1.67 x at the 2.6500 nats of base-100 (the mean of 2 seeds, uncertainty unknown)" in said
+
+
+def test_a_baseline_with_fewer_seeds_is_compared_by_its_mean():
+    """As the table shows it: 2.5 for the baseline, the mean of three for the other."""
+    baseline, tst = methods(SEEDED[0][0], *(pair[2] for pair in SEEDED))
+    gap = difference(tst.groups[0], baseline.groups[0])
+    assert (gap.value, gap.error) == (pytest.approx((2.4 + 2.3 + 2.4) / 3 - 2.5), None)
 
 
 def test_a_seed_that_does_not_get_there_leaves_the_mean_without_an_error():
@@ -158,6 +203,33 @@ def test_another_warm_up_is_another_group_of_the_same_method(tmp_path: Path):
     assert [len(group.runs) for group in method.groups] == [1, 1]
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
+    for method, bag_size in (("base", 1), ("tst", 4)):
+        for seed in (1, 2):
+            superposed = int(bag_size > 1)
+            write_run(tmp_path / method / f"seed{seed}", [3.0, 2.5], bag_size, superposed, seed)
+    paths = sorted(tmp_path.glob("*/*"))
+    assert [method.name for method in find_methods(read_curves(paths))] == ["base", "tst"]
+    # Seeds of one method keep their own name.
+    assert [curve.name for curve in read_curves(paths[:2])] == ["seed1", "seed2"]
+
+
+def test_other_settings_and_other_text_are_said(tmp_path: Path):
+    first, second = write_run(tmp_path / "a", [3.0, 2.5]), write_run(tmp_path / "b", [3.0, 2.7])
+    config = load_config(second / "config.yaml")
+    optimizer = dataclasses.replace(config.optimizer, lr=0.5)
+    (second / "config.yaml").write_text(dump_config(dataclasses.replace(config, optimizer=optimizer)))
+    text = "\n".join(sentences(find_methods(read_curves([first, second]))))
+    assert f"Settings: b differs from a in --lr 0.5 (there {config.optimizer.lr})." in text
+    assert "Losses per token compare" not in text
+    data = dataclasses.replace(config.data, tokenizer_model="other.json")
+    (second / "config.yaml").write_text(dump_config(dataclasses.replace(config, data=data)))
+    text = "\n".join(sentences(find_methods(read_curves([first, second]))))
+    assert "--tokenizer-model other.json (there None)" in text
+    assert "Losses per token compare where text and tokenizer are the same" in text
+    assert "Settings" not in "\n".join(sentences(methods(*PAPER_3B)))
+
+
 def test_the_same_run_twice_is_refused():
     with pytest.raises(UserError, match="a and b: have the same settings and seed 1"):
         methods(run("base", 100, 2.5, name="a"), run("base", 100, 2.6, name="b"))
@@ -200,6 +272,34 @@ def test_a_run_that_has_not_ended_is_refused(tmp_path: Path):
     (folder / "metrics.jsonl").write_text("".join(lines[:2]))
     with pytest.raises(UserError, match="evaluated last after step 10 of 20"):
         read_curve(folder)
+
+
+@pytest.mark.parametrize(
+    ("decay_iters", "style", "is_refused"),
+    [(21, "linear", True), (20, "linear", False), (10, "cosine", False), (21, "constant", False)],
+)
+def test_a_learning_rate_that_has_not_decayed_leaves_no_final_loss(tmp_path: Path, decay_iters, style, is_refused):
+    folder = write_run(tmp_path / "run", [3.0, 2.5])
+    config = load_config(folder / "config.yaml")
+    optimizer = dataclasses.replace(config.optimizer, lr_decay_iters=decay_iters, lr_decay_style=style)
+    (folder / "config.yaml").write_text(dump_config(dataclasses.replace(config, optimizer=optimizer)))
+    if is_refused:
+        with pytest.raises(UserError, match="--lr-decay-iters 21 is more than its 20 steps"):
+            read_curve(folder)
+    else:
+        assert read_curve(folder).final_loss == 2.5
+
+
+def test_a_final_loss_that_is_no_number_is_refused(tmp_path: Path):
+    folder = write_run(tmp_path / "run", [3.0, math.nan])
+    with pytest.raises(UserError, match="ended with a validation loss of nan"):
+        read_curve(folder)
+    assert read_curve(write_run(tmp_path / "before", [math.nan, 2.5])).final_loss == 2.5
+
+
+def test_a_report_of_one_method_has_its_name_for_a_title():
+    assert report(methods(PAPER_3B[0]), "p.png").startswith("# base-20000\n")
+    assert report(methods(*PAPER_3B), "p.png").startswith("# tst-20000 against base\n")
 
 
 def test_what_is_said():

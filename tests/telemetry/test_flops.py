@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_tst.config import ModelSettings
 from megatron_tst.superposition import fold_labels, fold_tokens
 from megatron_tst.telemetry import forward_flops_per_sequence, step_flops
+from megatron_tst.telemetry.flops import peak_tflops
 from tests.model.small import DENSE, GPT2, LENGTH, MOE, VOCAB, small_model
 
 
@@ -39,3 +40,15 @@ def test_a_superposed_step_costs_what_an_ordinary_one_does(rank, bag_size):
 def test_a_step_is_three_passes_over_the_batch(rank):
     settings = ModelSettings(**DENSE)
     assert step_flops(settings, VOCAB, 8) == 3 * 8 * forward_flops_per_sequence(settings, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_a_card_is_known_by_its_name(name, peak):
+    assert peak_tflops(name) == peak

@@ -36,6 +36,13 @@ def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path:
     assert [sorted(line)[-1] for line in read_metrics(path)] == ["tflops_per_gpu", "valid_loss"]
 
 
+def test_a_damaged_line_is_named(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\x00\xff\x00\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        read_metrics(path)
+
+
 def test_a_run_directory_is_used_once(tmp_path: Path):
     directory = RunDirectory(tmp_path / "run")
     directory.occupy()

@@ -5,11 +5,9 @@ from pathlib import Path
 import matplotlib.figure
 import pytest
 
-from megatron_tst.config import UserError
 from megatron_tst.telemetry import plots
 from megatron_tst.telemetry.compare import Estimate, find_methods
 from megatron_tst.telemetry.curves import read_curve
-from megatron_tst.telemetry.pictures import check_picture
 from tests.telemetry.finished import write_run
 
 CURVES = {
@@ -45,15 +43,19 @@ def test_a_line_per_ratio_and_a_panel_per_weights(tmp_path: Path, monkeypatch):
     plots.draw_u_curves(losses, tmp_path / "u.svg")
     assert [plot.get_title() for plot in figures[0].axes] == ["power law bag weights", "uniform bag weights"]
     labels = figures[0].axes[0].get_legend_handles_labels()[1]
-    assert sorted(labels) == ["baseline (s = 1)", "r = 0.2", "r = 0.4"]
+    assert sorted(labels) == ["baseline (s = 1)", "step ratio r = 0.2", "step ratio r = 0.4"]
 
 
-def test_a_picture_that_cannot_be_drawn_is_refused_before_long_work(tmp_path: Path, monkeypatch):
-    check_picture(tmp_path / "new" / "c.svg", "--output")
-    assert (tmp_path / "new").is_dir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--output .*c\.svg: .*file is no folder"):
-        check_picture(tmp_path / "file" / "c.svg", "--output")
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UserError, match="needs the package matplotlib"):
-        check_picture(tmp_path / "c.svg", "--output")
+def test_a_grid_whose_baseline_alone_has_ended_is_drawn(tmp_path: Path, recwarn):
+    plots.draw_u_curves({("uniform", 0.0, 1): Estimate(3.0, None)}, tmp_path / "u.png")
+    assert (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_styles_of_many_methods_and_lengths_differ():
+    styles = [plots._style(number, length) for number in range(24) for length in range(4)]
+    assert len({str(style) for style in styles}) == len(styles)
+    lengths = [plots._style(0, length) for length in range(16)]
+    assert len({str(style) for style in lengths}) == 16
+    # Dotted lines mark the switch.
+    assert not {":", (0, (1, 1))} & {style["linestyle"] for style in styles}

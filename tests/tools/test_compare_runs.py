@@ -38,8 +38,8 @@ def test_any_number_of_runs_against_a_baseline(runs, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "reports.md").read_text()
     assert "| tst50 | 2 | 4 then 1 | 50 | 5e+09 | 7.04k | 1.25 | 2.6500 ± 0.0500 |" in report
-    # The baseline has seed 1 alone: its loss is compared with seed 1 of each length, a third of the way.
-    ratio = 50 / (50 * 2 ** (1 / 3))
+    # 2.5 lies three sevenths of the way from 2.65, the mean of the shorter runs, to 2.3.
+    ratio = 50 / (50 * 2 ** (3 / 7))
     assert f"speed-up of tst over baseline is {ratio:.2f} x at the 2.5000 nats of baseline" in report
     assert "![loss curves](c.svg)" in report
     assert "<svg" in (tmp_path / "c.svg").read_text()
@@ -50,6 +50,12 @@ def test_a_format_that_is_no_picture_is_refused(runs, tmp_path: Path):
     assert (done.returncode, done.stderr) == (
         2, f"compare_runs.py: error: --output {tmp_path / 'c.doc'}: must end in .png or .svg\n"
     )  # fmt: skip
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(runs, tmp_path: Path):
+    done = start("tools/compare_runs.py", *runs, "--output", str(tmp_path / "c.png"), "--report", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"compare_runs.py: error: --report {tmp_path}: is a folder; name a file\n"
 
 
 def test_a_missing_run_is_one_line(tmp_path: Path):

@@ -91,6 +91,40 @@ def test_a_measured_runs_speed_is_taken(tmp_path):
     assert "measured in" in text
 
 
+@pytest.mark.parametrize("tflops", [0.0, 900.0])
+def test_a_measured_speed_that_the_card_cannot_have_is_refused(tmp_path, tflops):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 9.0, "tflops_per_gpu": tflops}) + "\n")
+    config = ("--config", "launch/configs/dense_270m_tst.yaml", "--gpu", "a100")
+    done = plan(*config, "--measured", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"plan.py: error: --measured {tmp_path}: ran at {tflops:.3g} TFLOP/s; must lie between 0 and the 312 of a100\n"
+    )
+
+
+def test_an_mfu_that_communication_forbids_is_said(tmp_path):
+    config = ("--config", "launch/configs/moe_10b_tst.yaml", "--tensor-model-parallel-size", "4", "--sequence-parallel")
+    content, text = planned(tmp_path, *config, "--mfu", "0.9")
+    hours = sum(content["layout"]["step_s"][part] for part in ("compute", "bubble", "exposed")) * 49983 * 64 / 3600
+    times = hours / content["plan"]["gpu_hours"]
+    assert times > 1.5
+    assert f"the configured layout takes {times:.2f} times the hours above even so" in text
+    assert "then the configured layout takes the hours above" in planned(tmp_path, *config, "--mfu", "0.1")[1]
+
+
+def test_a_configured_layout_that_does_not_fit_is_marked(tmp_path):
+    config = ("--config", "launch/configs/dense_3b_tst.yaml")
+    assert "(configured, does not fit)" in planned(tmp_path, *config, "--gpu", "h100")[1]
+    assert "(configured, does not fit)" not in planned(tmp_path, *config)[1]
+
+
+def test_more_text_than_there_is_is_said(tmp_path):
+    config = ("--config", "launch/configs/moe_10b_tst.yaml")
+    text = planned(tmp_path, *config, "--data-tokens", "1e12")[1]
+    assert "The run as configured reads 1.99T data tokens; 1T are at hand." in text
+    assert "at hand" not in planned(tmp_path, *config, "--data-tokens", "2e12")[1]
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
@@ -105,7 +139,11 @@ def test_a_measured_runs_speed_is_taken(tmp_path):
         ("--tst-preset 3b --global-batch-size -8", "--global-batch-size -8: must be a multiple"),
         ("--tst-preset 3b --tst-bag-size 4", "--tst-bag-size 4: needs --tst-step-ratio"),
         ("--tst-preset 3b --usable-memory 90", "--usable-memory 90: must lie between 0 and 1"),
-        ("--tst-preset 3b --json nowhere/plan.json", "--json nowhere/plan.json: nowhere is no folder"),
+        ("--tst-preset 3b --json tests", "--json tests: is a folder; name a file"),
+        ("--tst-preset 3b --json README.md/plan.json", "--json README.md/plan.json: README.md is no folder"),
+        ("--tst-preset 3b --price-per-gpu-hour nan", "--price-per-gpu-hour nan: must be above 0"),
+        ("--tst-preset 3b --data-tokens -5", "--data-tokens -5: must be above 0"),
+        ("--tst-preset 3b --layouts 0", "--layouts 0: must be at least 1"),
     ],
 )
 def test_mistakes_are_named(argv, line):

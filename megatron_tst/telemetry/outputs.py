@@ -1,0 +1,46 @@
+"""Whether results can be written, found out before long work is done for them."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from megatron_tst.config import UserError
+
+
+def check_output(path: Path, flag: str) -> None:
+    """Make the folder of a file that will be written, and refuse a path at which none can be.
+
+    Args:
+        path: of the file.
+        flag: that named it, for messages.
+
+    Raises:
+        UserError: if it is a folder, cannot be written, or its folder cannot be made.
+    """
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{flag} {path}: {path.parent} is no folder and cannot be made one: {error.strerror}"
+        ) from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: cannot be written")
+
+
+def check_picture(path: Path, flag: str) -> None:
+    """Like :func:`check_output` for a picture.
+
+    Args:
+        path: of the picture.
+        flag: that named it, for messages.
+
+    Raises:
+        UserError: if it is neither PNG nor SVG, or matplotlib is missing.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"{flag} {path}: must end in .png or .svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"{flag} {path}: needs the package matplotlib: pip install matplotlib")
+    check_output(path, flag)
