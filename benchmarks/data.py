@@ -137,7 +137,7 @@ def preprocess(folder: Path, arguments: argparse.Namespace) -> list[dict[str, An
             return timed_command([*command, "--tokenizer-model", str(tokenizer), "--append-eod", "--workers", "1"])
 
         row: dict[str, Any] = {"tokenizer": name}
-        starts = {tool: run(tool, line)[1] for tool in tools}
+        starts = take_turns({tool: lambda tool=tool: run(tool, line)[1] for tool in tools}, arguments.rounds)
         runs = [{tool: run(tool, text) for tool in tools} for _ in range(arguments.rounds)]
         speeds = [{tool: text.stat().st_size / 1e6 / (one[tool][1] - starts[tool]) for tool in tools} for one in runs]
         for tool in tools:
