@@ -99,7 +99,7 @@ def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:
         losses = [group.final_loss for group in method.groups]
         _draw_estimates(plot, flops, losses, label=method.name, **_style(number))
     plot.set_xscale("log")
-    ends = sorted({flops for method in methods for flops, _ in method.ends(None)})
+    ends = sorted({flops for method in methods for flops, _ in method.ends()})
     plot.set_xticks(ends, [f"{flops:.3g}" for flops in ends], rotation=45, ha="right", fontsize="small")
     plot.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     plot.set_xlabel(AXES["flops"])
