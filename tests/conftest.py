@@ -13,6 +13,21 @@ from tests.corpora import FILES
 from tests.training.runs import real_text
 
 
+# What is too long for every run, and the command that runs it.
+ON_REQUEST = {
+    "docker": "builds images for some ten minutes: bash tests/run.sh -m docker",
+    "long": "takes minutes: bash .ci/long",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
+    for marker, reason in ON_REQUEST.items():
+        if marker not in config.getoption("markexpr"):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
