@@ -12,7 +12,6 @@ from megatron_tst.platform import ParallelSizes, Ranks, join_ranks, leave_ranks,
 from tests.corpora import FILES
 from tests.training.runs import real_text
 
-
 # What is too long for every run, and the command that runs it.
 ON_REQUEST = {
     "docker": "builds images for some ten minutes: bash tests/run.sh -m docker",
