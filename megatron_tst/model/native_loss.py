@@ -43,25 +43,25 @@ class NativeMultiHotCrossEntropy(torch.autograd.Function):
         target_logits_NS = logits_NVp.gather(-1, columns.index).float()
         ctx.holds_exponentials = ctx.needs_input_grad[0] and logits_NVp.dtype == torch.float32
         local_max_N, sum_exp_N = _exponentiate(logits_NVp, in_place=ctx.holds_exponentials)
-        max_N = local_max_N
+        max_N = local_max_N.clone()
         if tp_group.size() > 1:
-            max_N = local_max_N.clone()
             dist.all_reduce(max_N, op=dist.ReduceOp.MAX, group=tp_group)
-            # This shard's exponentials are relative to its own maximum.
-            sum_exp_N *= torch.exp(local_max_N - max_N)
+        # This shard's exponentials are relative to its own maximum.
+        to_common_N = torch.exp(local_max_N - max_N)
+        sum_exp_N *= to_common_N
         target_logits_NS = (target_logits_NS - max_N.unsqueeze(-1)).masked_fill_(~columns.is_here, 0.0)
         if tp_group.size() > 1:
             # One reduction carries the sum of exponentials and the target logits of every row.
             parts = torch.cat((sum_exp_N.unsqueeze(-1), target_logits_NS), dim=-1)
             dist.all_reduce(parts, group=tp_group)
             sum_exp_N, target_logits_NS = parts[:, 0], parts[:, 1:]
-        log_sum_N = sum_exp_N.log()
+        cross_entropy_NS = sum_exp_N.log().unsqueeze(-1) - target_logits_NS
         loss_N, row_weight_N, coefficients_NS = objective(
-            log_sum_N.unsqueeze(-1) - target_logits_NS, targets_NS, weights_LBS.flatten(0, 1), is_valid
+            cross_entropy_NS, targets_NS, weights_LBS.flatten(0, 1), is_valid
         )
         removed_NS = target_coefficients(columns.index, coefficients_NS * columns.is_here)
-        # Turns an exponential relative to this shard's maximum into omega times a probability.
-        scale_N = row_weight_N * torch.exp(local_max_N - max_N - log_sum_N)
+        # Turns this shard's exponentials into omega times the probabilities.
+        scale_N = row_weight_N * to_common_N / sum_exp_N
         ctx.save_for_backward(logits_LBVp, columns.index, removed_NS, local_max_N, scale_N)
         row_weight = row_weight_N.view(logits_LBVp.shape[:-1])
         ctx.mark_non_differentiable(row_weight)
