@@ -15,7 +15,7 @@ from megatron_tst.superposition import Objective, target_coefficients
 
 # Rows are worked through in float32 chunks of about this many logits: small enough for a CPU's cache, large enough
 # for a GPU to be busy.
-CHUNK_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 27}
+CHUNK_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 class NativeMultiHotCrossEntropy(torch.autograd.Function):
