@@ -52,6 +52,20 @@ def test_the_loss_falls_on_real_text(here, corpus, tokenizer, tmp_path: Path):
     assert lines[-1]["valid_loss"] < 4.7
 
 
+def test_deterministic_mode_trains_to_the_same_numbers(here, corpus, tokenizer, tmp_path: Path):
+    """No operation of a step refuses the mode."""
+
+    def losses(name: str) -> list[float]:
+        return [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+
+    plain, told = (arguments(corpus, str(tokenizer.path), tmp_path / name, SUPERPOSED) for name in ("plain", "told"))
+    train_here(plain)
+    done = start("pretrain_tst.py", *told, "--deterministic-mode")
+    assert done.returncode == 0, done.stderr
+    assert losses("told") == pytest.approx(losses("plain"), rel=1e-6)
+    assert losses("told") != pytest.approx(losses("plain")[::-1], rel=1e-3)
+
+
 VARIANTS = {
     "--tst-superpose input": (4, "mce"),
     "--tst-superpose output": (1, "mce"),
