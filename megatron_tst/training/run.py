@@ -276,9 +276,7 @@ def _check_device(config: RunConfig, device: Device) -> None:
     if device.torch_device.type == "cuda":
         return
     parallel = config.parallel
-    size = parallel.context_parallel_size
     for wanted, flag, reason in (
-        (size > 1, f"--context-parallel-size {size}", "needs Transformer Engine's attention, which needs CUDA"),
         (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "needs CUDA streams"),
         (parallel.overlap_param_gather, "--overlap-param-gather", "needs CUDA streams"),
     ):

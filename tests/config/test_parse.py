@@ -74,6 +74,10 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
             "--seq-length 127: with --sequence-parallel must be a multiple of --tensor-model-parallel-size 2",
         ),
         (
+            "--seq-length 4 --tensor-model-parallel-size 4 --sequence-parallel --context-parallel-size 2",
+            "must be a multiple of --tensor-model-parallel-size 4 x --context-parallel-size 2",
+        ),
+        (
             "--context-parallel-size 2 --seq-length 126",
             "--seq-length 126: must be a multiple of 2 x --context-parallel",
         ),
