@@ -279,8 +279,6 @@ def _check_device(config: RunConfig, device: Device) -> None:
     size = parallel.context_parallel_size
     for wanted, flag, reason in (
         (size > 1, f"--context-parallel-size {size}", "needs Transformer Engine's attention, which needs CUDA"),
-        (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "needs CUDA streams"),
-        (parallel.overlap_param_gather, "--overlap-param-gather", "needs CUDA streams"),
     ):
         if wanted:
             raise UserError(f"{flag}: {reason}, and this machine has no CUDA device")

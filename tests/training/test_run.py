@@ -78,7 +78,6 @@ MISTAKES = {
     "--tensor-model-parallel-size 2": "1 ranks cannot hold --tensor-model-parallel-size 2",
     "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te": "Transformer Engine none is usable; supported",
     "--context-parallel-size 2": "--context-parallel-size 2: needs Transformer Engine",
-    "--overlap-grad-reduce": "--overlap-grad-reduce: needs CUDA",
     "--data-path nowhere": "nowhere.bin does not exist",
     "--vocab-size 299": "--vocab-size 299: must be at least the tokenizer's 300",
     "--tokenizer-model nowhere": "--tokenizer-model nowhere: must be",
