@@ -254,9 +254,11 @@ class ParallelSettings:
     expert_model_parallel_size: int = 1
     """Ranks that share the experts."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients during the backward pass (CUDA)."""
+    """Reduce gradients during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather parameters during the forward pass (CUDA)."""
+    """Gather parameters during the forward pass."""
+    ddp_bucket_size: int | None = None
+    """With --overlap-grad-reduce: parameters that are reduced together; 40 million or more where not given."""
     distributed_timeout_minutes: int = 10
     """How long a collective waits for a missing rank."""
     preflight: bool = False

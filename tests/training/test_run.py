@@ -91,7 +91,6 @@ MISTAKES = {
     "--reset-attention-mask": "--reset-attention-mask: is not taken",
     "--tensor-model-parallel-size 2": "1 ranks cannot hold --tensor-model-parallel-size 2",
     "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te": "Transformer Engine none is usable; supported",
-    "--overlap-grad-reduce": "--overlap-grad-reduce: needs CUDA",
     "--data-path nowhere": "nowhere.bin does not exist",
     "--vocab-size 299": "--vocab-size 299: must be at least the tokenizer's 300",
     "--tokenizer-model nowhere": "--tokenizer-model nowhere: must be",
