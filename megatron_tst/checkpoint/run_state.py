@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tst.config import RunConfig, UserError, load_config
+from megatron_tst.config import RunConfig, UserError, load_config, write_json
 from megatron_tst.superposition import Phase, Schedule
 
 RUN_STATE, CONFIG = "run_state.json", "config.yaml"
@@ -49,7 +49,7 @@ def write_run_state(folder: Path, state: RunState, config_yaml: str) -> None:
     """Write a checkpoint's ``run_state.json`` and ``config.yaml``."""
     mapping = dataclasses.asdict(state)
     mapping["phases"] = mapping.pop("schedule")["phases"]
-    (folder / RUN_STATE).write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
+    (folder / RUN_STATE).write_text(write_json(mapping, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
 
 

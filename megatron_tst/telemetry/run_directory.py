@@ -2,7 +2,6 @@
 
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import platform as python_platform
@@ -12,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import IO, TextIO
 
-from megatron_tst.config import UserError
+from megatron_tst.config import UserError, write_json
 from megatron_tst.telemetry.metrics import cut_metrics
 
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "tokenizers")
@@ -93,7 +92,7 @@ class RunDirectory:
                     )
                 cut_metrics(self.metrics, continued_at)
             self.config.write_text(config_yaml, encoding="utf-8")
-            (self.path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+            (self.path / "versions.json").write_text(write_json(versions(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error}") from error
 
