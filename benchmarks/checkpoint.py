@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from megatron_tst.checkpoint.content import Trainables, list_all
+from megatron_tst.checkpoint.find import find_checkpoint
 from megatron_tst.checkpoint.folders import CheckpointFolders
-from megatron_tst.checkpoint.load import find_checkpoint, load_checkpoint
+from megatron_tst.checkpoint.load import load_checkpoint
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import CheckpointSettings, ModelSettings, OptimizerSettings, RunConfig, dump_config, write_json
