@@ -12,7 +12,6 @@ each variant in its own process.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_tst.config import write_json
 from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.platform import ParallelSizes, enter_device, find_libraries, join_ranks
 from megatron_tst.superposition import bag_weights
@@ -166,7 +166,7 @@ def main() -> None:
             f"{row['time_ratio']:.2f} | {row['mib']:.0f} | {row['memory_ratio']:.2f} |"
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        arguments.json.write_text(write_json(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
