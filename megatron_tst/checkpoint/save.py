@@ -122,13 +122,15 @@ class CheckpointSaver:
             write_run_state(folder, pending.state, self._config_yaml)
             write_checksums(folder, digests)
             size = sum(path.stat().st_size for path in folder.iterdir())
-        self.folders.publish(step)
+        later = self.folders.publish(step)
         seconds = time.perf_counter() - pending.started_s
         logger.info("saved %s: %.1f MB in %.1f s", self.folders.of(step), size / 1e6, seconds)
+        if later:
+            logger.info("checkpoints of the later steps %s are of a course that the run has left: .replaced", later)
         self._retire()
 
     def _retire(self) -> None:
-        """Delete the oldest checkpoints beyond those to keep."""
+        """Delete the oldest checkpoints beyond those to keep; the one just published is the newest."""
         if self._keep_last is None:
             return
         passing = []
