@@ -6,6 +6,8 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tst.checkpoint.content import (
@@ -51,7 +53,7 @@ def load_checkpoint(
         wanted["rng_state"] = list_generators(trainables.ranks)
     try:
         with safe_loading():
-            loaded = dist_checkpointing.load(wanted, str(found.folder))
+            loaded = dist_checkpointing.load(wanted, str(found.folder), _sharing(trainables.ranks))
     except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
         raise UserError(f"--load {found.folder}: cannot be loaded: {_reason(error)}", own_rank=True) from error
     for part, names in absent.items():
@@ -63,6 +65,16 @@ def load_checkpoint(
         trainables.optimizer.reload_model_params()
     if with_generators:
         put_generators(loaded["rng_state"])
+
+
+def _sharing(ranks: Ranks) -> FullyParallelLoadStrategyWrapper:
+    """Let data-parallel ranks share the reading of what they all need, and hand it on to each other.
+
+    Tensors travel one at a time, by broadcast: the other ways hold all of them twice, or gather tensors of unequal
+    sizes, which gloo does not.
+    """
+    strategy = TorchDistLoadShardedStrategy()
+    return FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp, exchange_algo="broadcast")
 
 
 def _take_absent_states(model: dict[str, Any], folder: Path) -> dict[str, list[str]]:

@@ -164,7 +164,6 @@ def build_run(config: RunConfig) -> Run:
     """
     device = enter_device()
     libraries = find_libraries()
-    _check_device(config, device)
     check_sinks(config.logging)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
     assert config.logging.tst_run_dir
@@ -269,21 +268,6 @@ def _expert_counter(model: ModelSettings, chunks: list[torch.nn.Module], ranks: 
         return None
     assert model.num_layers
     return ExpertCounter(chunks, model.num_layers, model.num_experts, ranks)
-
-
-def _check_device(config: RunConfig, device: Device) -> None:
-    """Refuse what only CUDA devices can do where there are none."""
-    if device.torch_device.type == "cuda":
-        return
-    parallel = config.parallel
-    size = parallel.context_parallel_size
-    for wanted, flag, reason in (
-        (size > 1, f"--context-parallel-size {size}", "needs Transformer Engine's attention, which needs CUDA"),
-        (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "needs CUDA streams"),
-        (parallel.overlap_param_gather, "--overlap-param-gather", "needs CUDA streams"),
-    ):
-        if wanted:
-            raise UserError(f"{flag}: {reason}, and this machine has no CUDA device")
 
 
 def _parallel_sizes(config: RunConfig) -> ParallelSizes:
