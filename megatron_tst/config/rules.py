@@ -247,10 +247,11 @@ def _parallel_rules(parallel: ParallelSettings, model: ModelSettings) -> Iterato
     yield heads % tp == 0, f"--tensor-model-parallel-size {tp}", f"must divide --num-attention-heads {heads}"
     yield groups % tp == 0, f"--tensor-model-parallel-size {tp}", f"must divide --num-query-groups {groups}"
     if parallel.sequence_parallel:
+        contexts = f" x --context-parallel-size {cp}" if cp > 1 else ""
         yield (
-            length % tp == 0,
+            length % (tp * cp) == 0,
             f"--seq-length {length}",
-            f"with --sequence-parallel must be a multiple of --tensor-model-parallel-size {tp}",
+            f"with --sequence-parallel must be a multiple of --tensor-model-parallel-size {tp}{contexts}",
         )
     if cp > 1:
         yield (

@@ -160,7 +160,7 @@ class TrainingSettings:
     cross_entropy_fusion_impl: Literal["te", "native"] | None = None
     """Kernel of the loss: Transformer Engine's, or torch operations; Transformer Engine's where it is installed."""
     deterministic_mode: bool = False
-    """Choose deterministic kernels."""
+    """Compute in a fixed order, so that a run gives the same bits again on CUDA too; slower."""
     use_cpu_initialization: bool = False
     """Initialise weights on the CPU: the same weights for every tensor-parallel size."""
     max_nan_steps: int = 3

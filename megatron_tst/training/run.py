@@ -11,7 +11,7 @@ from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.load import load_checkpoint
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
-from megatron_tst.config import ModelSettings, RunConfig, UserError, dump_config, global_batch_size, padded_vocab_size
+from megatron_tst.config import ModelSettings, RunConfig, dump_config, global_batch_size, padded_vocab_size
 from megatron_tst.data.batches import Batch, BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
@@ -33,7 +33,8 @@ from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_f
 from megatron_tst.telemetry.sinks import check_sinks
 from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
-from megatron_tst.training.start import Start, check_identity, find_start
+from megatron_tst.training.place import choose_place
+from megatron_tst.training.start import Start, check_identity, choose_vocab_size, find_start
 from megatron_tst.training.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,6 @@ def build_run(config: RunConfig) -> Run:
     """
     device = enter_device()
     libraries = find_libraries()
-    _check_device(config, device)
     check_sinks(config.logging)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
     assert config.logging.tst_run_dir
@@ -182,16 +182,15 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     training, model = config.training, config.model
     assert model.seq_length and config.data.tokenizer_model
     start = find_start(config, ranks)
+    folders = main_rank_alone(lambda: choose_place(directory, config, start))
     batch_size = global_batch_size(training, config.parallel, ranks.dp_size)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
-    vocab_size = model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: must be at least the tokenizer's {tokenizer.vocab_size}")
-    check_identity(start, tokenizer_sha256=tokenizer.sha256, vocab_size=vocab_size, global_batch_size=batch_size)
+    vocab_size = choose_vocab_size(start, config, tokenizer.vocab_size, ranks.tp_size)
+    check_identity(start, tokenizer_sha256=tokenizer.sha256, global_batch_size=batch_size)
     cache = Path(config.data.data_cache_path or directory.index_cache)
     plan = SamplePlan(tokenizer, model.seq_length, batch_size, training.seed, cache)
     data = build_run_data(config.data, start.schedule, training.eval_iters, plan, start.cuts)
-    saver = _open_directory(directory, config, start, ranks)
+    saver = _open_directory(directory, folders, config, start.step, ranks)
     stepper = _build_stepper(config, start, vocab_size, batch_size, ranks, libraries)
     token_bytes = tokenizer.token_bytes()
     padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, ranks.tp_size)
@@ -227,21 +226,21 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     return run
 
 
-def _open_directory(directory: RunDirectory, config: RunConfig, start: Start, ranks: Ranks) -> CheckpointSaver:
-    """Record the run's settings, begin its log file, and say where its checkpoints go."""
-    settings = config.checkpoint
-    folders = CheckpointFolders(Path(settings.save or directory.checkpoints))
-    # Its own checkpoints: the run goes on in its folder, also if it was stopped before the first of them.
-    is_own = settings.load is not None and Path(settings.load).resolve() == folders.path.resolve()
+def _open_directory(
+    directory: RunDirectory, folders: CheckpointFolders, config: RunConfig, first_step: int, ranks: Ranks
+) -> CheckpointSaver:
+    """Record the run's settings, begin its log file, and prepare to save its checkpoints."""
     config_yaml = dump_config(config)
 
     def create() -> None:
         """Write on the main rank alone."""
-        directory.create(config_yaml, start.step if is_own and not settings.finetune else None)
+        directory.create(config_yaml, first_step)
         directory.start_log_file()
         folders.check_writable()
+        directory.link_checkpoints(folders.path)
 
     main_rank_alone(create)
+    settings = config.checkpoint
     return CheckpointSaver(folders, ranks, config_yaml, keep_training=settings.async_save, keep_last=settings.keep_last)
 
 
@@ -269,19 +268,6 @@ def _expert_counter(model: ModelSettings, chunks: list[torch.nn.Module], ranks: 
         return None
     assert model.num_layers
     return ExpertCounter(chunks, model.num_layers, model.num_experts, ranks)
-
-
-def _check_device(config: RunConfig, device: Device) -> None:
-    """Refuse what only CUDA devices can do where there are none."""
-    if device.torch_device.type == "cuda":
-        return
-    parallel = config.parallel
-    size = parallel.context_parallel_size
-    for wanted, flag, reason in (
-        (size > 1, f"--context-parallel-size {size}", "needs Transformer Engine's attention, which needs CUDA"),
-    ):
-        if wanted:
-            raise UserError(f"{flag}: {reason}, and this machine has no CUDA device")
 
 
 def _parallel_sizes(config: RunConfig) -> ParallelSizes:
