@@ -11,7 +11,7 @@ from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.load import load_checkpoint
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
-from megatron_tst.config import ModelSettings, RunConfig, UserError, dump_config, global_batch_size, padded_vocab_size
+from megatron_tst.config import ModelSettings, RunConfig, dump_config, global_batch_size, padded_vocab_size
 from megatron_tst.data.batches import Batch, BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
