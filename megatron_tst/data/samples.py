@@ -6,6 +6,7 @@ share is a GPTDataset of its own, shuffled by its own seed.
 
 import contextlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class EpochedText:
         Collective: every rank of the world calls it; the main rank writes what is not cached yet.
 
         Raises:
-            UserError: if the share is too small for one sample.
+            UserError: if the share is too small for one sample, or the cache cannot be written.
         """
         self._corpus = corpus
         tokens = int(corpus.lengths[documents].sum(dtype=numpy.int64))
@@ -113,12 +114,11 @@ def _build_epoch(
     # half-written file for a whole one: each share and epoch has a folder of its own, moved into place complete.
     folder = spec.cache / f"{spec.name}-epoch{epoch}"
     if not folder.exists():
-        spec.cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=spec.cache) as partial:
-            build(Path(partial))
+        with filling(spec.cache, folder.name) as partial:
+            build(partial)
             # Two runs may fill one cache at a time: whoever is second leaves its equal indices to be deleted.
             with contextlib.suppress(OSError):
-                Path(partial).rename(folder)
+                partial.rename(folder)
     return build(folder)
 
 
@@ -151,11 +151,45 @@ def blend_order(weights: list[float], num_samples: int, path: Path) -> NDArray[A
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array so that the file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(prefix=f"{path.name}.partial-", dir=path.parent, delete=False) as file:
-        numpy.save(file, array)
-    Path(file.name).rename(path)
+    """Write an array of the cache so that the file appears complete or not at all.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    with filling(path.parent, path.name) as partial:
+        numpy.save(partial / path.name, array)
+        (partial / path.name).rename(path)
+
+
+@contextlib.contextmanager
+def filling(cache: Path, name: str) -> Iterator[Path]:
+    """Make a folder in a cache to write ``name`` in; what is not moved out of it is deleted, whatever happens.
+
+    Raises:
+        UserError: naming the cache, for any OSError inside.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{name}.partial-", dir=cache) as partial:
+            try:
+                yield Path(partial)
+            except OSError as error:
+                # Before anything is deleted: then there would be space again.
+                raise OSError(_refusal(cache, error)) from error
+    except OSError as error:
+        raise UserError(f"--data-cache-path {cache}: cannot be written: {error.strerror or error}") from error
+
+
+def _refusal(folder: Path, error: OSError) -> str:
+    """Return why the disk took no more: numpy tells only how much of an array it took."""
+    if error.strerror is not None:
+        return error.strerror
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 22))
+    except OSError as refusal:
+        return refusal.strerror
+    return str(error)
 
 
 class PhaseText(torch.utils.data.Dataset[NDArray[Any]]):

@@ -1,5 +1,6 @@
 """The run directory: everything that a run leaves behind."""
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ from typing import IO, TextIO
 
 from megatron_tst.config import UserError
 from megatron_tst.telemetry.metrics import cut_metrics
+from megatron_tst.telemetry.outputs import write_whole
 
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "tokenizers")
 _LOCK = "run.lock"
@@ -74,7 +76,7 @@ class RunDirectory:
         self._lock = lock
 
     def create(self, config_yaml: str, continued_at: int | None) -> None:
-        """Record settings and versions.
+        """Record settings and versions, and send the package's log lines to ``log.txt`` too.
 
         Args:
             config_yaml: the settings.
@@ -92,10 +94,11 @@ class RunDirectory:
                         f"with --load {self.checkpoints}"
                     )
                 cut_metrics(self.metrics, continued_at)
-            self.config.write_text(config_yaml, encoding="utf-8")
-            (self.path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+            write_whole(self.config, config_yaml)
+            write_whole(self.path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+            _add_handler(_LogFile(self.path / "log.txt", encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error}") from error
+            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
 
     def leave(self) -> None:
         """Let other runs in; a folder in which nothing came to be is removed."""
@@ -105,10 +108,6 @@ class RunDirectory:
             shutil.rmtree(self.path)
         self._lock.close()
         self._lock = None
-
-    def start_log_file(self) -> None:
-        """Send the package's log lines to ``log.txt`` too."""
-        _add_handler(logging.FileHandler(self.path / "log.txt", encoding="utf-8"))
 
 
 class _Screen(logging.StreamHandler):  # type: ignore[type-arg]
@@ -122,6 +121,18 @@ class _Screen(logging.StreamHandler):  # type: ignore[type-arg]
     @stream.setter
     def stream(self, _: TextIO) -> None:
         """The base class wants to set it."""
+
+
+class _LogFile(logging.FileHandler):
+    """Writes lines until the disk refuses one, which is said on the screen."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on without the file, whose buffer would be refused again at the end."""
+        package = logging.getLogger("megatron_tst")
+        package.removeHandler(self)
+        with contextlib.suppress(OSError):
+            self.close()
+        package.warning("WARNING: %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
 
 def start_log_screen() -> None:

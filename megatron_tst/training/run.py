@@ -28,6 +28,7 @@ from megatron_tst.platform import (
     main_rank_alone,
     seed_everything,
 )
+from megatron_tst.platform.signals import StopSignals
 from megatron_tst.superposition import Phase, Schedule, bag_weights
 from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_flops, versions
 from megatron_tst.telemetry.sinks import check_sinks
@@ -153,19 +154,27 @@ class Run:
         return Schedule((Phase(1, len(self.data.valid.phases[0]) // self.global_batch_size),))
 
 
-def build_run(config: RunConfig) -> Run:
+def build_run(config: RunConfig, signals: StopSignals | None = None) -> Run:
     """Build everything before the first step, and load the checkpoint to go on from.
 
     Collective: every rank of the world calls it.
 
+    Args:
+        config: the settings.
+        signals: of the process, if they are the run's to take.
+
     Raises:
         UserError: if a setting or a file cannot be used.
+        StoppedInSetUp: if a signal asks to stop.
     """
     device = enter_device()
     libraries = find_libraries()
     _check_device(config, device)
     check_sinks(config.logging)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
+    # Not earlier: a rank that waits for others to join would hear a signal only once they have.
+    if signals is not None:
+        signals.listen()
     assert config.logging.tst_run_dir
     directory = RunDirectory(Path(config.logging.tst_run_dir))
     if ranks.is_main:
@@ -238,7 +247,6 @@ def _open_directory(directory: RunDirectory, config: RunConfig, start: Start, ra
     def create() -> None:
         """Write on the main rank alone."""
         directory.create(config_yaml, start.step if is_own and not settings.finetune else None)
-        directory.start_log_file()
         folders.check_writable()
 
     main_rank_alone(create)
