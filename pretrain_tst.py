@@ -10,26 +10,30 @@ import sys
 from typing import NoReturn
 
 from megatron_tst.config import EXIT_RESUMABLE, RunConfig, StoppedInSetUp, UserError, parse_config
+from megatron_tst.determinism import compute_deterministically
 
 
 def main(config: RunConfig) -> int:
     """Build the run and train it; return the exit code."""
+    if config.training.deterministic_mode:
+        compute_deterministically()
+    # Imported only now: megatron-core brings Transformer Engine, which reads its switches when it is imported.
     from megatron_tst.platform import leave_ranks
     from megatron_tst.platform.signals import StopSignals, ignore_stop_signals
     from megatron_tst.training import build_run, check_cluster, train
 
-    if config.parallel.preflight or config.parallel.preflight_only:
-        check_cluster(config)
-        if config.parallel.preflight_only:
-            return 0
     signals = StopSignals()
     try:
+        if config.parallel.preflight or config.parallel.preflight_only:
+            check_cluster(config)
+            if config.parallel.preflight_only:
+                return 0
         is_complete = train(build_run(config, signals), signals)
         leave_ranks()
+        return 0 if is_complete else EXIT_RESUMABLE
     finally:
-        # The exit code is decided, and what follows takes a moment.
+        # The exit code is decided. A scheduler that sees the first rank end signals the others, which are about to.
         ignore_stop_signals()
-    return 0 if is_complete else EXIT_RESUMABLE
 
 
 def leave(code: int, line: str | None = None) -> NoReturn:

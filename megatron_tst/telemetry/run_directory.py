@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import platform as python_platform
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import IO, TextIO
 
-from megatron_tst.config import UserError
+from megatron_tst.config import UserError, write_json
 from megatron_tst.telemetry.metrics import cut_metrics
 from megatron_tst.telemetry.outputs import write_whole
 
@@ -50,7 +49,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints, where no other place is given."""
+        """Checkpoints: a folder or, where ``--save`` names another place, a link to it."""
         return self.path / "checkpoints"
 
     def occupy(self) -> None:
@@ -95,10 +94,28 @@ class RunDirectory:
                     )
                 cut_metrics(self.metrics, continued_at)
             write_whole(self.config, config_yaml)
-            write_whole(self.path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+            write_whole(self.path / "versions.json", write_json(versions(), indent=2) + "\n")
             _add_handler(_LogFile(self.path / "log.txt", encoding="utf-8"))
         except OSError as error:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
+
+    def link_checkpoints(self, folder: Path) -> None:
+        """Let :attr:`checkpoints` lead to the folder that they are saved in, so that they are found from here.
+
+        Raises:
+            UserError: if there is another folder, or the link cannot be made.
+        """
+        link = self.checkpoints
+        if link.resolve() == folder.resolve():
+            return
+        try:
+            if link.is_symlink():
+                link.unlink()
+            elif link.exists():
+                link.rmdir()
+            link.symlink_to(folder.resolve(), target_is_directory=True)
+        except OSError as error:
+            raise UserError(f"--save {folder}: {link} cannot be made a link to it: {error.strerror}") from error
 
     def leave(self) -> None:
         """Let other runs in; a folder in which nothing came to be is removed."""
