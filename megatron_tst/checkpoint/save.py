@@ -18,6 +18,7 @@ from megatron_tst.checkpoint.folders import CheckpointFolders, writing
 from megatron_tst.checkpoint.run_state import RunState, read_run_state, write_run_state
 from megatron_tst.config import UserError
 from megatron_tst.platform import Ranks, every_rank, main_rank_alone
+from megatron_tst.platform.main_rank_files import failing_together
 from megatron_tst.platform.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class CheckpointSaver:
         self.finish()
         started_s, step = time.perf_counter(), state.iteration
         main_rank_alone(lambda: self.folders.begin(step))
-        with self._abandoning(step), planning_for_threads():
+        with self._abandoning(step), planning_for_threads(), failing_together():
             request = dist_checkpointing.save(
                 list_content(),
                 str(self.folders.partial(step)),
@@ -112,7 +113,9 @@ class CheckpointSaver:
             return
         pending, self._pending = self._pending, None
         with self._abandoning(pending.state.iteration):
-            digests = {name: digest for part in every_rank(pending.writing.finish()) for name, digest in part.items()}
+            with failing_together():
+                written = pending.writing.finish()
+            digests = {name: digest for part in every_rank(written) for name, digest in part.items()}
             main_rank_alone(lambda: self._publish(pending, digests))
 
     def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
@@ -162,5 +165,5 @@ def _one_line(error: BaseException, folder: Path) -> UserError:
         f"rank {rank}: {str(failure).removeprefix('Worker failure: ')}"
         for rank, (failure, _) in sorted(failures.items())
     ]
-    # A common file fails on the main rank alone.
+    # What is no CheckpointException may be this rank's alone.
     return UserError(f"--save: {folder} cannot be written: {'; '.join(reasons)}", own_rank=isinstance(error, OSError))
