@@ -9,10 +9,14 @@ import os
 import sys
 
 from megatron_tst.config import EXIT_RESUMABLE, RunConfig, UserError, parse_config
+from megatron_tst.determinism import compute_deterministically
 
 
 def main(config: RunConfig) -> int:
     """Build the run and train it; return the exit code."""
+    if config.training.deterministic_mode:
+        compute_deterministically()
+    # Imported only now: megatron-core brings Transformer Engine, which reads its switches when it is imported.
     from megatron_tst.platform import leave_ranks
     from megatron_tst.training import build_run, check_cluster, train
 

@@ -10,7 +10,6 @@ before.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -21,11 +20,12 @@ from pathlib import Path
 import torch
 
 from megatron_tst.checkpoint.content import Trainables, list_all
+from megatron_tst.checkpoint.find import find_checkpoint
 from megatron_tst.checkpoint.folders import CheckpointFolders
-from megatron_tst.checkpoint.load import find_checkpoint, load_checkpoint
+from megatron_tst.checkpoint.load import load_checkpoint
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
-from megatron_tst.config import CheckpointSettings, ModelSettings, OptimizerSettings, RunConfig, dump_config
+from megatron_tst.config import CheckpointSettings, ModelSettings, OptimizerSettings, RunConfig, dump_config, write_json
 from megatron_tst.model import build_model
 from megatron_tst.platform import Libraries, ParallelSizes, enter_device, join_ranks, seed_everything
 from megatron_tst.superposition import Phase, Schedule
@@ -166,7 +166,7 @@ def main() -> None:
             f"{row['peak_mib']:.0f} | {row['plain_peak_mib']:.0f} |"
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        arguments.json.write_text(write_json(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from megatron_tst.checkpoint.conversion.settings import architecture_of, shape_o
 from megatron_tst.checkpoint.conversion.tables import pieces
 from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.checkpoint.conversion.torch_dist import Slice, write_stacked
-from megatron_tst.config import PRESETS, DataSettings, ModelSettings, RunConfig
+from megatron_tst.config import PRESETS, DataSettings, ModelSettings, RunConfig, write_json
 
 TARGETS = {"export": "hf", "copy": "copy"}
 VOCAB = 32000
@@ -159,7 +159,7 @@ def main() -> None:
         rows.append(compare(name, arguments.folder, arguments.rounds, max_shard_bytes))
         print(f"| {' | '.join(cells(rows[-1]))} |", flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        arguments.json.write_text(write_json(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def main() -> None:
             f"{row['index_gib']:.3f} | {row['cut_s'] / number * 1e9:.0f} | {row['index_gib'] * 2**30 / number:.1f} |"
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        from megatron_tst.config import write_json
+
+        arguments.json.write_text(write_json(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -328,6 +328,8 @@ def blend(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def step(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Train with the quickstart's settings for some steps; its lines say how long they waited for text."""
+    from megatron_tst.telemetry import read_metrics
+
     del arguments
     tokenizer, run = str(folder / "tokenizer.json"), folder / "run"
     library = sysconfig.get_paths()["stdlib"]
@@ -342,7 +344,7 @@ def step(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "--train-iters", "200", "--lr-warmup-iters", "8", "--lr-wsd-decay-iters", "40", "--eval-interval", "200",
         "--log-interval", "10",
     ])  # fmt: skip
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if "step_time_s" in line][1:]  # the first line's steps warm up
     rows = []
     for phase in sorted({line["phase"] for line in steps}):
@@ -379,7 +381,9 @@ def main() -> None:
             results[name] = PARTS[name](Path(folder), arguments)
         print_table(results[name])
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        from megatron_tst.config import write_json
+
+        arguments.json.write_text(write_json(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@
 
 Forward and backward on the same logits, one rank. Variants: ``te`` (Transformer Engine's kernel, where it is installed
 and there is a CUDA device), ``native`` (torch operations), ``loop`` (one megatron-core cross-entropy per target, as the
-paper does it). Each is a ratio to an ordinary one-target cross-entropy: Transformer Engine's own for ``te``, torch's
-for the others. megatron-core's, which overwrites its float32 logits, stands beside them for one target. Times are
-medians of ratios of neighbouring runs; memory is the peak above the logits, of each variant in its own process.
+paper does it), ``torch, 1 target``. Each is a ratio to an ordinary one-target cross-entropy: Transformer Engine's own
+for ``te``, megatron-core's, which overwrites its float32 logits, for the others. Times are the process's own on a CPU
+and the wall clock's on a CUDA device, medians of ratios of neighbouring runs; memory is the peak above the logits, of
+each variant in its own process.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_tst.config import write_json
 from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.platform import ParallelSizes, enter_device, find_libraries, join_ranks
 from megatron_tst.superposition import bag_weights
@@ -29,6 +30,7 @@ from megatron_tst.superposition import bag_weights
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 BAG_SIZES = (1, 4, 6, 16)
+ONE_TARGET = "megatron-core, 1 target"
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -47,14 +49,14 @@ def variants(group: torch.distributed.ProcessGroup) -> dict[str, Loss]:
         parts = [vocab_parallel_cross_entropy(logits * 1.0, t.transpose(0, 1)) for t in targets.unbind(-1)]
         return torch.stack(parts).mean(0)
 
-    def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def torch_alone(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         rows, columns = logits.flatten(0, 1), targets[..., 0].transpose(0, 1).flatten()
         return torch.nn.functional.cross_entropy(rows, columns, reduction="none")
 
     def megatron_core(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return vocab_parallel_cross_entropy(logits, targets[..., 0].transpose(0, 1))
 
-    found = {"plain": plain, "native": multi_hot("native"), "loop": loop, "megatron-core, 1 target": megatron_core}
+    found = {ONE_TARGET: megatron_core, "native": multi_hot("native"), "loop": loop, "torch, 1 target": torch_alone}
     if torch.cuda.is_available() and find_libraries().transformer_engine is not None:
         found["te"] = multi_hot("te")
     return found
@@ -75,10 +77,12 @@ class Case:
         # As in a model, the logits are an operation's output: they may be overwritten.
         output = self.logits * 1.0
         self._wait()
-        start = time.perf_counter()
+        # While other processes have the core, the wall clock goes on.
+        clock = time.perf_counter if self.device.type == "cuda" else time.process_time
+        start = clock()
         loss(output, targets).sum().backward()
         self._wait()
-        return time.perf_counter() - start
+        return clock() - start
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -108,11 +112,11 @@ def compare(case: Case, losses: dict[str, Loss], repeats: int, memory_of: Callab
     """Return a row per bag size and variant, with ratios to the one-target loss of its kind."""
     rows = []
     for bag_size in BAG_SIZES:
-        for name in [name for name in losses if name != "plain"]:
+        for name in [name for name in losses if name != ONE_TARGET]:
             # Transformer Engine's one-target loss is its own kernel with a bag of one.
-            base, base_size = (losses["te"], 1) if name == "te" else (losses["plain"], bag_size)
+            base, base_size = (losses["te"], 1) if name == "te" else (losses[ONE_TARGET], bag_size)
             pairs = [(case.run(losses[name], bag_size), case.run(base, base_size)) for _ in range(repeats)][1:]
-            memory, base_memory = memory_of(name, bag_size), memory_of("te" if name == "te" else "plain", 1)
+            memory, base_memory = memory_of(name, bag_size), memory_of("te" if name == "te" else ONE_TARGET, 1)
             rows.append(
                 {
                     "bag_size": bag_size,
@@ -162,7 +166,7 @@ def main() -> None:
             f"{row['time_ratio']:.2f} | {row['mib']:.0f} | {row['memory_ratio']:.2f} |"
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        arguments.json.write_text(write_json(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

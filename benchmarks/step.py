@@ -8,7 +8,6 @@ Steps read random text, train (forward, backward, optimizer), and, in our loop, 
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_tst.config import parse_config
+from megatron_tst.config import parse_config, write_json
 from megatron_tst.data.batches import Batch, TextReader
 from megatron_tst.data.tokenizer import train_bpe
 from megatron_tst.model import build_model
@@ -159,7 +158,7 @@ def main() -> None:
     for row, result in results.items():
         print(f"| {row} | {result['first_s'] * 1e3:.1f} | {result['second_s'] * 1e3:.1f} | {result['ratio']:.3f} |")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        arguments.json.write_text(write_json(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,25 +14,29 @@ class Allocations(TorchDispatchMode):
         """Storages of the tensors in ``held`` are there before and do not count."""
         super().__init__()
         self.alive, self.peak = 0, 0
-        self._known = set()
+        self._spans = {}
         for tensor in held:
-            self._meet(tensor.untyped_storage(), size=0)
+            self._meet(tensor.untyped_storage(), is_new=False)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._meet(leaf.untyped_storage(), leaf.untyped_storage().nbytes())
+                self._meet(leaf.untyped_storage())
         self.peak = max(self.peak, self.alive)
         return result
 
-    def _meet(self, storage, size):
+    def _meet(self, storage, is_new=True):
         """Count a storage the first time; its address may be another storage's once it is gone."""
-        if storage._cdata not in self._known:
-            self._known.add(storage._cdata)
-            self.alive += size
-            weakref.finalize(storage, self._forget, storage._cdata, size)
+        if storage._cdata not in self._spans:
+            start, size = storage.data_ptr(), storage.nbytes()
+            # A storage may lie in the memory of another one.
+            is_part = any(low <= start < high for low, high in self._spans.values())
+            self._spans[storage._cdata] = (start, start + size)
+            counted = size if is_new and not is_part else 0
+            self.alive += counted
+            weakref.finalize(storage, self._forget, storage._cdata, counted)
 
     def _forget(self, address, size):
-        self._known.discard(address)
+        self._spans.pop(address, None)
         self.alive -= size

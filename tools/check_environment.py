@@ -5,10 +5,10 @@ python tools/check_environment.py
 """
 
 import importlib
-import json
 import pkgutil
 
 import megatron_tst
+from megatron_tst.config import write_json
 from megatron_tst.telemetry import versions
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     """Fail where a module cannot be imported."""
     for module in pkgutil.walk_packages(megatron_tst.__path__, "megatron_tst."):
         importlib.import_module(module.name)
-    print(json.dumps(versions(), indent=2))
+    print(write_json(versions(), indent=2))
 
 
 if __name__ == "__main__":

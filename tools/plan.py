@@ -6,7 +6,6 @@ python tools/plan.py --config launch/configs/moe_10b_tst.yaml --gpu b200 --num-g
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_tst.config import EXIT_CODE, UserError, read_config
+from megatron_tst.config import EXIT_CODE, UserError, read_config, write_json
 from megatron_tst.planning import report
 from megatron_tst.planning.hardware import GPUS, find_gpu
 from megatron_tst.planning.layouts import USABLE_MEMORY, Layout, distinct, judge_layout, recomputations, search_layouts
@@ -93,16 +92,7 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
             "assumptions": dataclasses.asdict(assumptions),
             "scaled": [{**vars(run), "layout": run.layout and _as_json(run.layout)} for run in scaled],
         }
-        arguments.json.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """Write what is not a number, as of a run that fits nowhere, as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        arguments.json.write_text(write_json(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _as_json(layout: Layout) -> dict[str, Any]:

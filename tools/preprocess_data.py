@@ -4,8 +4,8 @@ r"""Turn text into megatron-core's .bin/.idx files.
     python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus \
         --tokenizer-model data/tokenizer.json --tst-train-bpe 4096 --append-eod --workers 2
 
-Inputs are text files (one document each), folders of them, and .jsonl, .jsonl.gz or .jsonl.zst (one document a line).
-Writes OUTPUT_PREFIX_text_document.bin and .idx, as Megatron-LM's tool of this name does.
+Inputs are text files (one document each), JSON lines (one document a line), either packed by gzip or zstandard, and
+folders of them. Writes OUTPUT_PREFIX_text_document.bin and .idx, as Megatron-LM's tool of this name does.
 """
 
 import argparse
@@ -87,8 +87,7 @@ def _report(written: Written, tokenizer: Tokenizer, skipped: Skipped) -> None:
         f"vocabulary {tokenizer.vocab_size}"
     )
     if skipped.total:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.counts.items())
-        print(f"left out {skipped.total:,} documents: {reasons}; first: {'; '.join(skipped.examples)}")
+        print(skipped.describe())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from megatron_tst.config import RunConfig
+from megatron_tst.config import ModelSettings, RunConfig
 
 # Settings that a run may change from start to start: where it runs, what it writes, when it looks or stops.
 _FREE = {
@@ -17,7 +17,12 @@ _FREE = {
 _BINDING = {"model", "superposition", "data", "training.seed", "training.bf16", "optimizer.use_distributed_optimizer"}
 _TUNABLE = {
     "model.attention_dropout", "model.hidden_dropout", "model.moe_aux_loss_coeff", "model.moe_z_loss_coeff",
-    "model.moe_expert_capacity_factor", "model.moe_token_drop_policy",
+    "model.moe_expert_capacity_factor", "model.moe_token_drop_policy", "model.init_method_std",
+}  # fmt: skip
+# Settings of the model that concern its training alone: with others, the same weights compute the same.
+_OF_TRAINING = {
+    "model.seq_length", "model.init_method_std", "model.attention_dropout", "model.hidden_dropout",
+    "model.moe_aux_loss_coeff", "model.moe_z_loss_coeff",
 }  # fmt: skip
 
 
@@ -45,6 +50,11 @@ class Change:
         """Whether the run would be another one."""
         return _is_in(self.name, _BINDING) and self.name not in _TUNABLE
 
+    @property
+    def alters_model(self) -> bool:
+        """Whether the same weights would compute something else, if they can be loaded at all."""
+        return self.name.startswith("model.") and self.name not in _OF_TRAINING
+
     def __str__(self) -> str:
         """Say it in a line."""
         return f"{self.flag} {self.wanted}: the checkpoint was made with {self.saved}"
@@ -52,10 +62,36 @@ class Change:
 
 def find_changes(saved: RunConfig, wanted: RunConfig) -> list[Change]:
     """Return the settings that differ, but for those that any start may change."""
-    before, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(wanted))
+    before, now = (
+        _flat({**dataclasses.asdict(config), "model": _resolved(config.model)}) for config in (saved, wanted)
+    )
     return [
         Change(name, before[name], now[name]) for name in now if before[name] != now[name] and not _is_in(name, _FREE)
     ]
+
+
+def _resolved(model: ModelSettings) -> dict[str, Any]:
+    """Return the settings of a model as they come to be: defaults filled in, and None for those without a meaning.
+
+    So two ways to write one model, such as with --kv-channels and without, are no change.
+    """
+    heads, hidden = model.num_attention_heads or 1, model.hidden_size or 0
+    ffn = model.ffn_hidden_size or 4 * hidden
+    has_experts, has_capacity = model.num_experts is not None, model.moe_expert_capacity_factor is not None
+    has_rope, has_table = (model.position_embedding_type == kind for kind in ("rope", "learned_absolute"))
+    return {
+        **dataclasses.asdict(model),
+        "group_query_attention": None,
+        "num_query_groups": model.num_query_groups if model.group_query_attention else heads,
+        "kv_channels": model.kv_channels or hidden // heads,
+        "max_position_embeddings": (model.max_position_embeddings or model.seq_length) if has_table else None,
+        "rotary_base": model.rotary_base if has_rope else None,
+        "rotary_percent": model.rotary_percent if has_rope else None,
+        "ffn_hidden_size": None if has_experts else ffn,
+        "moe_ffn_hidden_size": (model.moe_ffn_hidden_size or ffn) if has_experts else None,
+        "moe_router_topk": model.moe_router_topk if has_experts else None,
+        "moe_token_drop_policy": model.moe_token_drop_policy if has_capacity else None,
+    }
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

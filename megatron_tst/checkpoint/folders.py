@@ -42,18 +42,32 @@ class CheckpointFolders:
         return self.path / TRACKER
 
     def steps(self) -> list[int]:
-        """Return the steps of all whole checkpoints, ascending."""
+        """Return the steps of all whole checkpoints, ascending.
+
+        Raises:
+            UserError: if the folder cannot be read.
+        """
         if not self.path.is_dir():
             return []
-        names = (_STEP.fullmatch(entry.name) for entry in self.path.iterdir() if entry.is_dir())
+        try:
+            names = [_STEP.fullmatch(entry.name) for entry in self.path.iterdir() if entry.is_dir()]
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}") from error
         return sorted(int(name[1]) for name in names if name)
 
     def latest(self) -> int | None:
-        """Return the step that the tracker names; None without a tracker that names one."""
+        """Return the step that the tracker names; None without a tracker that names one.
+
+        Raises:
+            UserError: if there is a tracker that cannot be read.
+        """
         try:
-            return int(self.tracker.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            text = self.tracker.read_text(encoding="utf-8", errors="replace").strip()
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UserError(f"{self.tracker}: cannot be read: {error.strerror}") from error
+        return int(text) if text.isascii() and text.isdigit() else None
 
     def check_writable(self) -> None:
         """Find out before the first step whether checkpoints can be written.
@@ -77,10 +91,14 @@ class CheckpointFolders:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-    def publish(self, step: int) -> None:
+    def publish(self, step: int) -> list[int]:
         """Move a written checkpoint into place, then let the tracker name it.
 
-        A checkpoint of the same step that is there already is moved aside, not deleted.
+        A checkpoint of the same step that is there already is moved aside, not deleted, and so are those of later
+        steps: the run that wrote them went another way from an earlier step on.
+
+        Returns:
+            The later steps whose checkpoints were moved aside.
 
         Raises:
             UserError: if files or folders cannot be written; the tracker then still names the one before.
@@ -91,12 +109,21 @@ class CheckpointFolders:
                 sync(path)
             sync(partial)
             if folder.exists():
-                replaced = folder.with_name(f"{folder.name}.replaced")
-                shutil.rmtree(replaced, ignore_errors=True)
-                folder.rename(replaced)
+                self._move_aside(step)
             partial.rename(folder)
             sync(self.path)
         self.point_to(step)
+        later = [other for other in self.steps() if other > step]
+        for other in later:
+            with writing(self.of(other)):
+                self._move_aside(other)
+        return later
+
+    def _move_aside(self, step: int) -> None:
+        folder = self.of(step)
+        replaced = folder.with_name(f"{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
 
     def point_to(self, step: int) -> None:
         """Let the tracker name a step.

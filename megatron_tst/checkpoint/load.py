@@ -1,16 +1,15 @@
-"""Loading: the newest whole checkpoint is found and checked, then every rank reads its shards of it."""
+"""Loading: every rank reads its shards of a checkpoint that was found."""
 
-import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tst.checkpoint.checksums import find_damage
 from megatron_tst.checkpoint.content import (
     Trainables,
     list_generators,
@@ -21,84 +20,10 @@ from megatron_tst.checkpoint.content import (
     put_optimizer,
     without_shards,
 )
-from megatron_tst.checkpoint.folders import CheckpointFolders
-from megatron_tst.checkpoint.run_state import RUN_STATE, RunState, read_run_state, read_saved_config
-from megatron_tst.config import CheckpointSettings, RunConfig, UserError
-from megatron_tst.platform import Ranks, main_rank_alone
-from megatron_tst.platform.safe_checkpoint import METADATA, read_metadata, safe_loading
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FoundCheckpoint:
-    """A checkpoint to start from.
-
-    Attributes:
-        folder: of it.
-        state: where its run stood; None for weights that are not of a run of ours.
-        config: the settings of its run, likewise.
-    """
-
-    folder: Path
-    state: RunState | None
-    config: RunConfig | None
-
-
-def find_checkpoint(settings: CheckpointSettings, ranks: Ranks) -> FoundCheckpoint | None:
-    """Find the checkpoint that ``--load`` asks for; one that is damaged is passed over for the one before.
-
-    Collective: every rank of the world calls it.
-
-    Returns:
-        The newest whole checkpoint, not beyond the one that the tracker names; None if there is none at all.
-
-    Raises:
-        UserError: if there are checkpoints and none is whole, or the one asked for by ``--ckpt-step`` is not.
-    """
-    if settings.load is None:
-        return None
-    folders = CheckpointFolders(Path(settings.load))
-    # One rank looks and all believe it: a network file system may show ranks different things for a while.
-    candidates = main_rank_alone(lambda: _candidates(folders, settings.ckpt_step))
-    for folder, is_foreign in candidates:
-        damage = None if settings.no_verify_checkpoint or is_foreign else find_damage(folder, ranks)
-        if damage is None:
-            return main_rank_alone(lambda folder=folder: _open(folder, settings.finetune))  # type: ignore[misc]
-        if ranks.is_main:
-            logger.warning("WARNING: %s; it is left as it is, and the checkpoint before it is tried", damage)
-    if candidates:
-        raise UserError(f"--load {settings.load}: none of its {len(candidates)} checkpoints is whole")
-    if settings.exit_on_missing_checkpoint:
-        raise UserError(f"--load {settings.load}: holds no checkpoint (--exit-on-missing-checkpoint)")
-    return None
-
-
-def _candidates(folders: CheckpointFolders, wanted: int | None) -> list[tuple[Path, bool]]:
-    """Return the checkpoints to try, best first, and whether they are of no run of ours."""
-    steps, latest = folders.steps(), folders.latest()
-    if wanted is not None:
-        if wanted not in steps:
-            raise UserError(f"--ckpt-step {wanted}: {folders.path} holds {steps or 'no checkpoints'}")
-        latest, steps = wanted, [wanted]
-    if latest is None and steps:
-        logger.warning("WARNING: %s is missing or names no step: the newest checkpoint is taken", folders.tracker)
-    # A tracker set back by hand is obeyed.
-    wanted_folders = [folders.of(step) for step in reversed(steps) if latest is None or step <= latest]
-    return [(folder, _is_foreign(folder)) for folder in wanted_folders]
-
-
-def _is_foreign(folder: Path) -> bool:
-    """Whether a checkpoint was not made by a run of ours; Megatron-LM writes no checksums."""
-    return (folder / METADATA).exists() and not (folder / RUN_STATE).exists()
-
-
-def _open(folder: Path, weights_only: bool) -> FoundCheckpoint:
-    if not _is_foreign(folder):
-        return FoundCheckpoint(folder, read_run_state(folder), read_saved_config(folder))
-    if not weights_only:
-        raise UserError(f"--load {folder}: has no {RUN_STATE}: only its weights can be used, add --finetune")
-    return FoundCheckpoint(folder, None, None)
+from megatron_tst.checkpoint.find import FoundCheckpoint
+from megatron_tst.config import UserError
+from megatron_tst.platform import Ranks
+from megatron_tst.platform.safe_checkpoint import read_metadata, safe_loading
 
 
 def load_checkpoint(
@@ -129,7 +54,7 @@ def load_checkpoint(
         wanted["rng_state"] = list_generators(trainables.ranks)
     try:
         with safe_loading():
-            loaded = dist_checkpointing.load(wanted, str(found.folder))
+            loaded = dist_checkpointing.load(wanted, str(found.folder), _sharing(trainables.ranks))
     except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
         raise UserError(f"--load {found.folder}: cannot be loaded: {_reason(error)}", own_rank=True) from error
     for part, names in absent.items():
@@ -141,6 +66,16 @@ def load_checkpoint(
         trainables.optimizer.reload_model_params()
     if with_generators:
         put_generators(loaded["rng_state"])
+
+
+def _sharing(ranks: Ranks) -> FullyParallelLoadStrategyWrapper:
+    """Let data-parallel ranks share the reading of what they all need, and hand it on to each other.
+
+    Tensors travel one at a time, by broadcast: the other ways hold all of them twice, or gather tensors of unequal
+    sizes, which gloo does not.
+    """
+    strategy = TorchDistLoadShardedStrategy()
+    return FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp, exchange_algo="broadcast")
 
 
 def _take_absent_states(model: dict[str, Any], folder: Path) -> dict[str, list[str]]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tst.config import RunConfig, UserError, load_config
+import torch
+
+from megatron_tst.config import ModelSettings, RunConfig, UserError, load_config, write_json
 from megatron_tst.superposition import Phase, Schedule
 
 RUN_STATE, CONFIG = "run_state.json", "config.yaml"
@@ -49,7 +51,7 @@ def write_run_state(folder: Path, state: RunState, config_yaml: str) -> None:
     """Write a checkpoint's ``run_state.json`` and ``config.yaml``."""
     mapping = dataclasses.asdict(state)
     mapping["phases"] = mapping.pop("schedule")["phases"]
-    (folder / RUN_STATE).write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
+    (folder / RUN_STATE).write_text(write_json(mapping, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
 
 
@@ -78,3 +80,21 @@ def read_saved_config(folder: Path) -> RunConfig:
         UserError: if they are missing or are not settings.
     """
     return load_config(folder / CONFIG)
+
+
+def read_saved_arguments(folder: Path) -> RunConfig | None:
+    """Read the model's settings from the arguments that Megatron-LM keeps in ``common.pt``.
+
+    Returns:
+        Settings of the model alone; None where there are none, or none that can be read without executing anything.
+    """
+    try:
+        arguments = vars(torch.load(folder / "common.pt", map_location="cpu", weights_only=True)["args"])
+    except Exception:  # whatever is wrong with the file, loading the weights names it
+        return None
+    known = {
+        field.name: arguments[field.name] for field in dataclasses.fields(ModelSettings) if field.name in arguments
+    }
+    if "add_bias_linear" in arguments:
+        known["disable_bias_linear"] = not arguments["add_bias_linear"]
+    return RunConfig(model=ModelSettings(**known))

@@ -10,7 +10,6 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tst.checkpoint.checksums import write_checksums
@@ -20,7 +19,7 @@ from megatron_tst.checkpoint.run_state import RunState, read_run_state, write_ru
 from megatron_tst.config import UserError
 from megatron_tst.platform import Ranks, every_rank, main_rank_alone
 from megatron_tst.platform.common_state import write_common_state
-from megatron_tst.platform.shard_writer import ShardWriting, planning_for_threads
+from megatron_tst.platform.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
 from megatron_tst.platform.versions import FILES_PER_RANK, save_settings
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class CheckpointSaver:
         self._is_validated = False
         # Data-parallel ranks share the writing of what they all hold.
         self._strategy = FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=FILES_PER_RANK),
+            InPlaceSaveStrategy("torch_dist", 1, thread_count=FILES_PER_RANK),
             ranks.groups.dp_cp,
             do_cache_distribution=True,
         )
@@ -131,13 +130,15 @@ class CheckpointSaver:
             write_run_state(folder, pending.state, self._config_yaml)
             write_checksums(folder, digests)
             size = sum(path.stat().st_size for path in folder.iterdir())
-        self.folders.publish(step)
+        later = self.folders.publish(step)
         seconds = time.perf_counter() - pending.started_s
         logger.info("saved %s: %.1f MB in %.1f s", self.folders.of(step), size / 1e6, seconds)
+        if later:
+            logger.info("checkpoints of the later steps %s are of a course that the run has left: .replaced", later)
         self._retire()
 
     def _retire(self) -> None:
-        """Delete the oldest checkpoints beyond those to keep."""
+        """Delete the oldest checkpoints beyond those to keep; the one just published is the newest."""
         if self._keep_last is None:
             return
         passing = []

@@ -15,6 +15,7 @@ from megatron_tst.config.settings import (
     TrainingSettings,
 )
 from megatron_tst.config.shapes import PRESETS
+from megatron_tst.config.strict_json import write_json
 
 __all__ = [
     "EXIT_CODE",
@@ -41,4 +42,5 @@ __all__ = [
     "padded_vocab_size",
     "parse_config",
     "read_config",
+    "write_json",
 ]

@@ -34,6 +34,7 @@ def check_config(config: RunConfig) -> None:
         _checkpoint_rules(config.checkpoint),
         _optimizer_rules(config.optimizer, config.training),
         _parallel_rules(config.parallel, config.model),
+        _overlap_rules(config.parallel, config.optimizer),
         _recompute_rules(config.training),
     ):
         _refuse_broken(rules)
@@ -246,10 +247,11 @@ def _parallel_rules(parallel: ParallelSettings, model: ModelSettings) -> Iterato
     yield heads % tp == 0, f"--tensor-model-parallel-size {tp}", f"must divide --num-attention-heads {heads}"
     yield groups % tp == 0, f"--tensor-model-parallel-size {tp}", f"must divide --num-query-groups {groups}"
     if parallel.sequence_parallel:
+        contexts = f" x --context-parallel-size {cp}" if cp > 1 else ""
         yield (
-            length % tp == 0,
+            length % (tp * cp) == 0,
             f"--seq-length {length}",
-            f"with --sequence-parallel must be a multiple of --tensor-model-parallel-size {tp}",
+            f"with --sequence-parallel must be a multiple of --tensor-model-parallel-size {tp}{contexts}",
         )
     if cp > 1:
         yield (
@@ -282,6 +284,18 @@ def _parallel_rules(parallel: ParallelSettings, model: ModelSettings) -> Iterato
             f"--tensor-model-parallel-size {tp}",
             "with --num-experts needs --sequence-parallel",
         )
+
+
+def _overlap_rules(parallel: ParallelSettings, optimizer: OptimizerSettings) -> Iterator[_Rule]:
+    gathers, reduces, size = parallel.overlap_param_gather, parallel.overlap_grad_reduce, parallel.ddp_bucket_size
+    yield (
+        not gathers or optimizer.use_distributed_optimizer,
+        "--overlap-param-gather",
+        "needs --use-distributed-optimizer: without it no parameter is gathered",
+    )
+    yield not gathers or reduces, "--overlap-param-gather", "needs --overlap-grad-reduce"
+    yield size is None or size > 0, f"--ddp-bucket-size {size}", "must be above 0"
+    yield size is None or reduces, f"--ddp-bucket-size {size}", "needs --overlap-grad-reduce"
 
 
 def _checkpoint_rules(settings: CheckpointSettings) -> Iterator[_Rule]:

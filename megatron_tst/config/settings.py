@@ -160,7 +160,7 @@ class TrainingSettings:
     cross_entropy_fusion_impl: Literal["te", "native"] | None = None
     """Kernel of the loss: Transformer Engine's, or torch operations; Transformer Engine's where it is installed."""
     deterministic_mode: bool = False
-    """Choose deterministic kernels."""
+    """Compute in a fixed order, so that a run gives the same bits again on CUDA too; slower."""
     use_cpu_initialization: bool = False
     """Initialise weights on the CPU: the same weights for every tensor-parallel size."""
     max_nan_steps: int = 3
@@ -254,9 +254,11 @@ class ParallelSettings:
     expert_model_parallel_size: int = 1
     """Ranks that share the experts."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients during the backward pass (CUDA)."""
+    """Reduce gradients during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather parameters during the forward pass (CUDA)."""
+    """Gather parameters during the forward pass."""
+    ddp_bucket_size: int | None = None
+    """With --overlap-grad-reduce: parameters that are reduced together; 40 million or more where not given."""
     distributed_timeout_minutes: int = 10
     """How long a collective waits for a missing rank."""
     preflight: bool = False

@@ -8,7 +8,7 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_tst.config import DataSettings, UserError
-from megatron_tst.data.corpus import Corpus, open_blend, split_documents
+from megatron_tst.data.corpus import Corpus, check_apart, open_blend, split_documents
 from megatron_tst.data.cut import cut_documents, quotas
 from megatron_tst.data.samples import EpochedText, PhaseText, RunText, TextSpec, blend_order, save_array
 from megatron_tst.data.tokenizer import Tokenizer
@@ -118,7 +118,9 @@ def build_run_data(
 def _sources(settings: DataSettings) -> tuple[list[_Source], list[_Source]]:
     if not settings.data_path:
         blends = (settings.train_data_path, "--train-data-path"), (settings.valid_data_path, "--valid-data-path")
-        train, valid = ([_Source(c, 0, len(c.lengths)) for c in open_blend(*blend)] for blend in blends)
+        apart = [open_blend(*blend) for blend in blends]
+        check_apart(*apart)
+        train, valid = ([_Source(corpus, 0, len(corpus.lengths)) for corpus in blend] for blend in apart)
         return train, valid
     corpora = open_blend(settings.data_path, "--data-path")
     parts = [split_documents(settings.split, len(corpus.lengths)) for corpus in corpora]

@@ -1,7 +1,9 @@
 """Corpora on disk: pairs of ``.bin`` and ``.idx`` files, checked before they are read."""
 
+import logging
+import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -10,9 +12,12 @@ from numpy.typing import NDArray
 
 from megatron_tst.config import UserError
 
-_MAGIC = b"MMIDIDX\x00\x00"
+logger = logging.getLogger(__name__)
+
+_MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 # Magic, version, dtype code, number of sequences, number of document ends.
 _HEADER = struct.Struct("<9sQBQQ")
+_TOKEN_CODES = {kind.value for kind in DType if not kind.name.startswith("float")}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,12 @@ class Corpus:
     prefix: str
     weight: float
     indexed: IndexedDataset
+
+    @property
+    def file_id(self) -> tuple[int, int]:
+        """Device and number of the ``.bin`` file: the same for every path that leads to it."""
+        stat = Path(f"{self.prefix}.bin").stat()
+        return stat.st_dev, stat.st_ino
 
     @property
     def lengths(self) -> NDArray[numpy.int32]:
@@ -52,6 +63,9 @@ class Corpus:
 def open_blend(names: tuple[str, ...], flag: str) -> list[Corpus]:
     """Open the corpora of a blend.
 
+    A corpus that is named several times, however its path is spelled, is one with the sum of the weights: each corpus
+    is cut into the phases' shares for itself, so that the phases would share its documents otherwise.
+
     Args:
         names: prefixes, or weight and prefix in turn.
         flag: which setting named them, for messages.
@@ -60,12 +74,34 @@ def open_blend(names: tuple[str, ...], flag: str) -> list[Corpus]:
         UserError: if the blend is malformed, or a file is missing, truncated or not megatron-core's.
     """
     if len(names) > 1 and _is_number(names[0]):
-        if len(names) % 2 or not all(_is_number(weight) and float(weight) > 0 for weight in names[::2]):
+        if len(names) % 2 or not all(_is_number(weight) and 0 < float(weight) < math.inf for weight in names[::2]):
             raise UserError(f"{flag} {' '.join(names)}: must be prefixes, or weights above 0 and prefixes in turn")
         pairs = [(float(weight), prefix) for weight, prefix in zip(names[::2], names[1::2], strict=True)]
     else:
         pairs = [(1.0, prefix) for prefix in names]
-    return [Corpus(prefix, weight, _open(prefix, flag)) for weight, prefix in pairs]
+    corpora: dict[tuple[int, int], Corpus] = {}
+    for weight, prefix in pairs:
+        corpus = Corpus(prefix, weight, _open(prefix, flag))
+        first = corpora.setdefault(corpus.file_id, corpus)
+        if first is not corpus:
+            corpora[corpus.file_id] = summed = replace(first, weight=first.weight + weight)
+            logger.info("%s: %s is %s again: one corpus of weight %g", flag, prefix, first.prefix, summed.weight)
+    return list(corpora.values())
+
+
+def check_apart(train: list[Corpus], valid: list[Corpus]) -> None:
+    """Refuse a corpus to validate on that is trained on too.
+
+    Raises:
+        UserError: naming it.
+    """
+    trained_on = {corpus.file_id for corpus in train}
+    for corpus in valid:
+        if corpus.file_id in trained_on:
+            raise UserError(
+                f"--valid-data-path {corpus.prefix}: is in --train-data-path too; "
+                "name other text, or cut it with --data-path and --split"
+            )
 
 
 def _is_number(text: str) -> bool:
@@ -85,22 +121,26 @@ def _open(prefix: str, flag: str) -> IndexedDataset:
         head = file.read(_HEADER.size)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
         raise UserError(f"{flag} {prefix}: {idx_path} is not an index of megatron-core")
-    _, _, dtype_code, num_sequences, num_ends = _HEADER.unpack(head)
-    # Per sequence an int32 length and an int64 offset, per document an int64 end.
-    idx_size = _HEADER.size + 12 * num_sequences + 8 * num_ends
-    if idx_path.stat().st_size < idx_size:
+    _, version, dtype_code, num_sequences, num_ends = _HEADER.unpack(head)
+    if version != _VERSION or dtype_code not in _TOKEN_CODES:
         raise UserError(
-            f"{flag} {prefix}: {idx_path} is truncated: {idx_path.stat().st_size} bytes, {idx_size} expected"
+            f"{flag} {prefix}: {idx_path} is of version {version} and type {dtype_code}, no index of integer tokens"
         )
+    # Per sequence an int32 length and an int64 offset, per document an int64 end.
+    _check_size(idx_path, _HEADER.size + 12 * num_sequences + 8 * num_ends, f"{flag} {prefix}")
     if not num_sequences:
         raise UserError(f"{flag} {prefix}: {idx_path} holds no documents")
     indexed = IndexedDataset(prefix)
-    bin_size = int(indexed.sequence_lengths.sum(dtype=numpy.int64)) * DType.size(dtype_code)
-    if bin_path.stat().st_size < bin_size:
-        raise UserError(
-            f"{flag} {prefix}: {bin_path} is truncated: {bin_path.stat().st_size} bytes, {bin_size} expected"
-        )
+    num_tokens = int(indexed.sequence_lengths.sum(dtype=numpy.int64))
+    _check_size(bin_path, num_tokens * DType.size(dtype_code), f"{flag} {prefix}")
     return indexed
+
+
+def _check_size(path: Path, expected: int, where: str) -> None:
+    size = path.stat().st_size
+    if size != expected:
+        what = "truncated" if size < expected else "too long, of another corpus perhaps"
+        raise UserError(f"{where}: {path} is {what}: {size} bytes, {expected} expected")
 
 
 def split_documents(split: str, num_documents: int) -> dict[str, tuple[int, int]]:
@@ -116,7 +156,7 @@ def split_documents(split: str, num_documents: int) -> dict[str, tuple[int, int]
     shares = split.split(",")
     if (
         len(shares) > 3
-        or not all(_is_number(share) and float(share) >= 0 for share in shares)
+        or not all(_is_number(share) and 0 <= float(share) < math.inf for share in shares)
         or not sum(map(float, shares))
     ):
         raise UserError(f"--split {split}: must be up to three shares, such as 969,30,1")

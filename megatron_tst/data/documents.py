@@ -1,18 +1,18 @@
 """Documents as text, streamed from files, folders and (compressed) JSON lines."""
 
-import gzip
-import io
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
-
-import zstandard
 
 from megatron_tst.config import UserError
+from megatron_tst.data.archives import DAMAGES, PACKED_SUFFIXES, UnreadableArchiveError, open_unpacked
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+# How a line of JSON begins, whatever its file is called; a byte order mark may stand before it.
+_JSON_BEGINS = re.compile(rb'(\xef\xbb\xbf)?\s*\[?\s*\{\s*"')
 EXAMPLES_KEPT = 5
 
 
@@ -38,6 +38,13 @@ class Skipped:
     def total(self) -> int:
         """Documents left out in all."""
         return sum(self.counts.values())
+
+    def describe(self) -> str:
+        """Say how many were left out, why, and where the first few stood."""
+        if not self.total:
+            return "no document was left out"
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
+        return f"left out {self.total:,} documents: {reasons}; first: {'; '.join(self.examples)}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def list_inputs(names: list[str], suffixes: tuple[str, ...] = (), excluded: froz
     files: list[Path] = []
     for name in names:
         path = Path(name)
-        if not path.exists():
+        if not name or not path.exists():
             raise UserError(f"--input {name}: does not exist")
         files.extend(_files_below(path, suffixes or ("",), excluded) if path.is_dir() else [path])
     if not files:
@@ -84,8 +91,9 @@ def _files_below(folder: Path, suffixes: tuple[str, ...], excluded: frozenset[st
 
 
 def read_documents(files: list[Path], json_key: str, skipped: Skipped) -> Iterator[Document]:
-    """Stream the documents of all files: a line of JSON each, or a whole text file.
+    """Stream the documents of all files, packed or not: a line of JSON each, or a whole text file.
 
+    A file holds JSON lines if its name says so, or if the first line that is not blank begins as an object of JSON.
     Empty documents, lines that are not JSON objects with a string under ``json_key``, and text that is not UTF-8 are
     left out and counted.
 
@@ -95,52 +103,58 @@ def read_documents(files: list[Path], json_key: str, skipped: Skipped) -> Iterat
         skipped: counts what is left out.
 
     Raises:
-        UserError: if a file cannot be read or decompressed.
+        UserError: if a file cannot be read or unpacked to its end, or no file holds a document.
     """
+    is_empty = True
     for file in files:
         try:
-            if file.name.endswith(JSON_LINES):
-                yield from _read_json_lines(file, json_key, skipped)
-            else:
-                yield from _read_text(file, skipped)
-        except (OSError, EOFError, zstandard.ZstdError) as error:
+            for document in _read_file(file, json_key, skipped):
+                is_empty = False
+                yield document
+        except (OSError, UnreadableArchiveError, *DAMAGES) as error:
             raise UserError(f"--input {file}: cannot be read: {error}") from error
+    if is_empty:
+        raise UserError(f"--input: holds no document to write: {skipped.describe()}")
 
 
-def _read_text(file: Path, skipped: Skipped) -> Iterator[Document]:
-    content = file.read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        skipped.add(str(file), "not UTF-8")
-        return
-    if text:
-        yield Document(text, len(content))
-    else:
-        skipped.add(str(file), "empty")
-
-
-def _read_json_lines(file: Path, json_key: str, skipped: Skipped) -> Iterator[Document]:
+def _read_file(file: Path, json_key: str, skipped: Skipped) -> Iterator[Document]:
     with file.open("rb") as raw:
-        size_before = 0
-        for number, line in enumerate(_decompressed(raw, file), start=1):
-            # Progress counts bytes of the file, compressed or not.
-            size, size_before = raw.tell() - size_before, raw.tell()
-            if not line.strip():
-                continue
-            text, reason = _parse_line(line, json_key)
-            if text:
-                yield Document(text, size)
-            else:
-                skipped.add(f"{file}:{number}", reason)
+        content = open_unpacked(raw, file)
+        head = []
+        for line in content:
+            head.append(line)
+            if not line.isspace():
+                break
+        if is_named_json_lines(file) or (head and _JSON_BEGINS.match(head[-1])):
+            size_before = 0
+            for number, line in enumerate(itertools.chain(head, content), start=1):
+                # Progress counts bytes of the file, packed or not.
+                size, size_before = raw.tell() - size_before, raw.tell()
+                text, reason = _parse_line(line, json_key)
+                if text:
+                    yield Document(text, size)
+                elif not line.isspace():
+                    skipped.add(f"{file}:{number}", reason)
+            return
+        text, reason = _decode(b"".join(head) + content.read())
+        if text:
+            yield Document(text, raw.tell())
+        else:
+            skipped.add(str(file), reason)
 
 
-def _decompressed(raw: BinaryIO, file: Path) -> Iterable[bytes]:
-    if file.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if file.suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return raw
+def is_named_json_lines(file: Path) -> bool:
+    """Return whether a file's name says that it holds JSON lines, packed or not, in letters of any case."""
+    name = Path(file.name.lower())
+    return (name.stem if name.suffix in PACKED_SUFFIXES else name.name).endswith(JSON_LINES)
+
+
+def _decode(content: bytes) -> tuple[str, str]:
+    """Return the text, or "" and why there is none."""
+    try:
+        return content.decode("utf-8"), "empty"
+    except UnicodeDecodeError:
+        return "", "not UTF-8"
 
 
 def _parse_line(line: bytes, json_key: str) -> tuple[str, str]:
@@ -149,9 +163,11 @@ def _parse_line(line: bytes, json_key: str) -> tuple[str, str]:
         entry = json.loads(line)
     except UnicodeDecodeError:
         return "", "not UTF-8"
-    except ValueError:
+    except (ValueError, RecursionError):
         return "", "not JSON"
-    text = entry.get(json_key) if isinstance(entry, dict) else None
+    if not isinstance(entry, dict):
+        return "", "not a JSON object"
+    text = entry.get(json_key)
     if not isinstance(text, str):
         return "", f"no text under {json_key!r}"
     try:

@@ -7,6 +7,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import fastokens
 import numpy
@@ -36,6 +37,10 @@ class Tokenizer:
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = eod
         self._model = model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the fast encoder, which another process makes for itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_fast"}
 
     @property
     def sha256(self) -> str:
@@ -91,6 +96,9 @@ class Tokenizer:
 def load_tokenizer(name: str) -> Tokenizer:
     """Read ``tokenizer.json``; nothing in it is executed.
 
+    Truncation and padding that it stores are switched off: they are how some model's inputs were once made, and would
+    cut or lengthen every document.
+
     Args:
         name: the file, or a folder that holds it.
 
@@ -105,6 +113,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         model = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every malformed file
         raise UserError(f"--tokenizer-model {name}: cannot be read as a tokenizer: {error}") from error
+    model.no_truncation()
+    model.no_padding()
     ends = (_configured_end(path.with_name("tokenizer_config.json")), *KNOWN_ENDS)
     eod = next((model.token_to_id(end) for end in ends if end and model.token_to_id(end) is not None), None)
     if eod is None:
@@ -113,10 +123,24 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _configured_end(path: Path) -> str | None:
-    if not path.is_file():
+    """Return the end-of-sequence token that ``tokenizer_config.json`` names, or None where it names none.
+
+    Raises:
+        UserError: if the file cannot be read, or names something else than a token.
+    """
+    if not path.exists():
         return None
-    end = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    return end.get("content") if isinstance(end, dict) else end
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--tokenizer-model {path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--tokenizer-model {path}: must be a JSON object, not {type(config).__name__}")
+    end = config.get("eos_token")
+    content = end.get("content") if isinstance(end, dict) else end
+    if end is not None and not isinstance(content, str):
+        raise UserError(f"--tokenizer-model {path}: eos_token {json.dumps(end)}: must be a token's text")
+    return content
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:

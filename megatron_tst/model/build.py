@@ -213,6 +213,7 @@ def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Librar
         grad_reduce_in_fp32=run.training.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        bucket_size=run.parallel.ddp_bucket_size,
         use_distributed_optimizer=run.optimizer.use_distributed_optimizer,
     )
     return [

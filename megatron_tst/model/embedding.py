@@ -41,6 +41,7 @@ class _BagSum(torch.autograd.Function):
         num_rows, width = ctx.weight_shape
         grad_weight = grad_ND.new_zeros(num_rows + 1, width)
         for rows_N in rows_NS.unbind(1):
+            # On CUDA this adds with atomics, in any order; in deterministic mode torch sorts the rows instead.
             grad_weight.index_add_(0, rows_N, grad_ND)
         return grad_weight[:num_rows].to(ctx.weight_dtype), None
 

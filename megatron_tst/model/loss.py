@@ -47,8 +47,8 @@ def vocab_parallel_multi_hot_cross_entropy(
     Collective: every rank of ``tp_group`` calls it with its columns of the same rows.
 
     Args:
-        logits: ``[L, B, Vp]`` float32 or bfloat16, this rank's columns; left unchanged by ``native``, overwritten by
-            ``te``.
+        logits: ``[L, B, Vp]`` float32 or bfloat16, this rank's columns. Where a gradient is asked for, its memory
+            becomes the gradient's, unless it is a leaf or the result that the operation before needs itself.
         targets: ``[B, L, S]`` token ids, or ``ignore_index``; each rank passes all of them.
         weights: ``[S]`` float32 bag weights.
         tp_group: the ranks that share the vocabulary.
@@ -69,7 +69,9 @@ def vocab_parallel_multi_hot_cross_entropy(
         raise ValueError(f"objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}")
     targets_LBS = targets.transpose(0, 1)
     weights_LBS = target_weights(targets_LBS, weights, ignore_index)
-    arguments = (logits, targets_LBS, weights_LBS, OBJECTIVES[objective])
+    if not _is_ours(logits):
+        logits = logits.clone()
+    arguments = (logits.contiguous(), targets_LBS, weights_LBS, OBJECTIVES[objective])
     if implementation == "native":
         loss_LB, weight_LB = NativeMultiHotCrossEntropy.apply(*arguments, ignore_index, tp_group)
     elif targets.shape[-1] == 1 and objective == "mce":
@@ -82,6 +84,12 @@ def vocab_parallel_multi_hot_cross_entropy(
     else:
         loss_LB, weight_LB = TEMultiHotCrossEntropy.apply(*arguments, load_kernel(), ignore_index, tp_group)
     return loss_LB.transpose(0, 1), weight_LB.transpose(0, 1)
+
+
+def _is_ours(logits: Tensor) -> bool:
+    """Whether nobody else reads the logits again: not the caller, nor the operation that made them."""
+    # An operation whose gradient follows from its result, such as the tanh of a soft cap, has it under this name.
+    return not logits.requires_grad or not (logits.is_leaf or hasattr(logits.grad_fn, "_saved_result"))
 
 
 class _PaddingMask(torch.autograd.Function):

@@ -22,7 +22,8 @@ class Memory:
         gradients: the buffers they are accumulated in.
         optimizer: main weights and moments.
         activations: kept from forward to backward passes, of all micro-batches under way.
-        logits_and_loss: the logits of one micro-batch and their gradient; gone before the first layer's backward pass.
+        logits_and_loss: the logits of one micro-batch, whose memory becomes their gradient's; gone before the first
+            layer's backward pass.
         backward: what the backward pass of one layer makes: gradients, and activations that are recomputed.
     """
 
@@ -74,7 +75,7 @@ def _stage_memory(config: RunConfig, num_gpus: int, stage: int, fused: bool) -> 
         gradients=(shared + experts) * gradient_bytes(training),
         optimizer=_optimizer_bytes(config, num_gpus, shared, experts),
         activations=int(positions * (kept * under_way + head)),
-        logits_and_loss=2 * positions * logits,
+        logits_and_loss=positions * logits,
         backward=int(positions * passing),
     )
 
@@ -180,7 +181,9 @@ def stage_activations(
     chunk_input = width * model.hidden_size / sp
     chunk = min(training.recompute_num_layers, layers)
     if training.recompute_method == "block":
-        return chunk * chunk_input + (layers - chunk) * layer, layer + gradients
+        # Layers that are not recomputed are walked back first; what they kept is gone before others are made again.
+        recomputed = layer if chunk == layers else 0
+        return chunk * chunk_input + (layers - chunk) * layer, recomputed + gradients
     return -(-layers // chunk) * chunk_input, chunk * layer + gradients
 
 

@@ -10,8 +10,10 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_tst.platform.optimizer_state import KeptStateOptimizer
 
-class TorchAdamDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
+
+class TorchAdamDistributedOptimizer(KeptStateOptimizer):
     """megatron-core's distributed optimizer over torch's Adam, its three faults of saving and loading repaired."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,8 +57,7 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
 
 def make_resumable(optimizer: Any) -> None:
-    """Repair the checkpointing of ``optimizer`` if it is a distributed one over torch's Adam."""
-    if type(optimizer) is DistributedOptimizer and isinstance(
-        optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW
-    ):
-        optimizer.__class__ = TorchAdamDistributedOptimizer
+    """Let ``optimizer``, if it is a distributed one, keep its state by parameter, and repair it over torch's Adam."""
+    if type(optimizer) is DistributedOptimizer:
+        over_torch = isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        optimizer.__class__ = TorchAdamDistributedOptimizer if over_torch else KeptStateOptimizer

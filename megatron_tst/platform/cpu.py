@@ -28,6 +28,9 @@ class CudaMeansCpu(TorchFunctionMode):
         # Literals such as torch.zeros([], device="cuda") in the pipeline schedules.
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
+        # Host memory is pinned for copies to a card, such as the rotary embedding's choice of context-parallel chunks.
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         if func is torch.Tensor.cuda:

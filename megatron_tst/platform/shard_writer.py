@@ -13,12 +13,28 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
 
 from megatron_tst.platform.versions import results_queue_name
 
 HASH_BLOCK_BYTES = 1 << 22
+
+
+class InPlaceSaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """megatron-core's way to save, which plans to write tensors from where they are, without copies."""
+
+    def async_save(self, sharded_state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> AsyncRequest:
+        """Plan to write this rank's shards. Collective: every rank of the world calls it."""
+        for shard in nested_values(sharded_state_dict):
+            if isinstance(shard, ShardedTensor):
+                shard.data = _without_slack(shard.data)
+        return super().async_save(sharded_state_dict, *args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -49,8 +65,9 @@ class ShardWriting:
         # A rank that owns nothing has no function to call.
         if request.async_fn is not None:
             transforms, _ = request.async_fn.args
-            _, planned, self._results = request.async_fn_args
-            buckets = [_on_host(bucket, copy=keep_training) for bucket in planned]
+            _, buckets, self._results = request.async_fn_args
+        if keep_training:
+            _copy_to_host(buckets)
         self._threads = ThreadPoolExecutor(max(len(buckets), 1), thread_name_prefix="checkpoint")
         self._writes: list[Future[Any]] = [
             self._threads.submit(_write, transforms, number, bucket) for number, bucket in enumerate(buckets)
@@ -91,21 +108,45 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _on_host(bucket: Any, copy: bool) -> Any:
-    """Bring a file's tensors to the host's memory; those that are there already are copied if asked."""
-    path, name, (entries, tensors) = bucket
-    return path, name, (entries, [(item, tensor.to("cpu", copy=copy)) for item, tensor in tensors])
+def _without_slack(tensor: Tensor) -> Tensor:
+    """Return a tensor over the same host memory whose storage ends where it does.
+
+    torch.save writes a view's whole storage, and so megatron-core copies each view: a parameter is one, into the buffer
+    that holds all of them.
+    """
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        return tensor
+    start = tensor.storage_offset() * tensor.itemsize
+    storage = tensor.untyped_storage()[start : start + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+
+
+def _copy_to_host(buckets: list[Any]) -> None:
+    """Put a copy in the place of each planned tensor, and let go of the tensor: what was gathered is so freed."""
+    planned = [(tensors, place) for _, _, (_, tensors) in buckets for place in range(len(tensors))]
+    # By address: the parts of one tensor follow each other, and with the last of them it is freed.
+    for tensors, place in sorted(planned, key=lambda one: one[0][one[1]][1].data_ptr()):
+        item, tensor = tensors[place]
+        tensors[place] = item, tensor.to("cpu", copy=True)
+
+
+def _taken(tensors: list[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    """Bring planned tensors to the host's memory one by one, and let go of each once it is written."""
+    tensors.reverse()
+    while tensors:
+        item, tensor = tensors.pop()
+        yield item, tensor.to("cpu")
 
 
 def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[Any, str, str]:
     """Write one file with megatron-core's function; returns its results or its exception, the name and the SHA-256."""
-    path, name, _ = bucket
+    path, name, (entries, tensors) = bucket
     results: queue.Queue[Any] = queue.Queue()
     # megatron-core's function ticks off a queue of files to write; this one holds the one file.
     pending: queue.Queue[int] = queue.Queue()
     pending.put(number)
     write_file = filesystem_async.FileSystemWriterAsync.write_preloaded_data
-    write_file(transforms, number, bucket, results, pending, use_fsync=True)
+    write_file(transforms, number, (path, name, (entries, _taken(tensors))), results, pending, use_fsync=True)
     _, result = results.get()
     if isinstance(result, Exception):
         return _reason(Path(path), result), name, ""

@@ -10,8 +10,9 @@ _HEAD = """# Metrics
 
 `metrics.jsonl` in the run directory holds one JSON object per line, of one of these kinds; TensorBoard and Weights &
 Biases get the same names. A *data token* is a token of text; a *position* is what the transformer computes: one bag, or
-one token. L positions make a sequence, s data tokens a bag. What has no unit is a pure number. Made by
-`python tools/describe_metrics.py`.
+one token. L positions make a sequence, s data tokens a bag. What has no unit is a pure number. JSON has no word for a
+number that is not finite: it is written as null, and a field `not_finite` holds it as a word, `{"valid_loss": "nan"}`.
+Made by `python tools/describe_metrics.py`.
 """
 _FLOPS = """## FLOPs per step
 

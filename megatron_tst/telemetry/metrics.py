@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from megatron_tst.config import UserError
+from megatron_tst.config import UserError, write_json
+
+# Names the fields of a line that hold a number that is not finite, which JSON cannot write.
+NOT_FINITE = "not_finite"
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class MetricsFile:
 
     def write(self, metrics: Metrics) -> None:
         """Append one line."""
-        self._file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+        self._file.write(_write_line(dataclasses.asdict(metrics)))
         self._file.flush()
 
     def sync(self) -> None:
@@ -202,23 +206,55 @@ def cut_metrics(path: Path, last_step: int) -> None:
     aside = path.with_name(f".partial-{path.name}")
     kept = [line for line in read_metrics(path) if line["step"] <= last_step]
     with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.writelines(map(_write_line, kept))
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
-    """Read all lines of a ``metrics.jsonl``; a last line cut off by a crash is left out.
+    """Read all lines of a ``metrics.jsonl``, numbers that are not finite too; a last line cut off is left out.
 
     Raises:
         UserError: if another line is damaged.
     """
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    found = []
+    found: list[Mapping[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            found.append(_read_line(line))
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: line {number} is damaged: {error}") from error
     return found
+
+
+def _write_line(metrics: Mapping[str, Any]) -> str:
+    """Write a line, each number that is not finite as null and, under :data:`NOT_FINITE`, as a word."""
+    words = {name: _words(value) for name, value in metrics.items() if not _is_finite(value)}
+    return write_json({**metrics, NOT_FINITE: words} if words else metrics) + "\n"
+
+
+def _read_line(line: str) -> dict[str, Any]:
+    metrics = dict(json.loads(line).items())
+    words = metrics.pop(NOT_FINITE, {})
+    return {**metrics, **{name: _numbers(value) for name, value in words.items()}}
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _words(item) for name, item in value.items()}
+    return [_words(item) for item in value] if isinstance(value, list) else str(value)
+
+
+def _numbers(words: Any) -> Any:
+    if isinstance(words, dict):
+        return {name: _numbers(item) for name, item in words.items()}
+    return [_numbers(item) for item in words] if isinstance(words, list) else float(words)

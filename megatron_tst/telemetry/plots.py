@@ -1,5 +1,6 @@
 """Pictures of runs; needs the ``plot`` extra (matplotlib)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def _draw_curves(plot: Any, group: Group, axis: str, style: dict[str, Any]) -> N
 def _limit(plot: Any, groups: Sequence[Group]) -> None:
     """Leave out the first evaluations, several nats above the rest: they would flatten all differences."""
     runs = [run for group in groups for run in group.runs]
-    finals, losses = [run.final_loss for run in runs], sorted(loss for run in runs for loss in run.losses)
+    finals = [run.final_loss for run in runs]
+    losses = sorted(loss for run in runs for loss in run.losses if math.isfinite(loss))
     lowest, highest = min(finals), max(*finals, losses[int(0.9 * (len(losses) - 1))])
     margin = 0.05 * (highest - lowest) or 0.01
     plot.set_ylim(lowest - margin, highest + margin)

@@ -2,7 +2,6 @@
 
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import platform as python_platform
@@ -12,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import IO, TextIO
 
-from megatron_tst.config import UserError
+from megatron_tst.config import UserError, write_json
 from megatron_tst.telemetry.metrics import cut_metrics
 
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "tokenizers")
@@ -48,7 +47,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints, where no other place is given."""
+        """Checkpoints: a folder or, where ``--save`` names another place, a link to it."""
         return self.path / "checkpoints"
 
     def occupy(self) -> None:
@@ -93,9 +92,27 @@ class RunDirectory:
                     )
                 cut_metrics(self.metrics, continued_at)
             self.config.write_text(config_yaml, encoding="utf-8")
-            (self.path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+            (self.path / "versions.json").write_text(write_json(versions(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error}") from error
+
+    def link_checkpoints(self, folder: Path) -> None:
+        """Let :attr:`checkpoints` lead to the folder that they are saved in, so that they are found from here.
+
+        Raises:
+            UserError: if there is another folder, or the link cannot be made.
+        """
+        link = self.checkpoints
+        if link.resolve() == folder.resolve():
+            return
+        try:
+            if link.is_symlink():
+                link.unlink()
+            elif link.exists():
+                link.rmdir()
+            link.symlink_to(folder.resolve(), target_is_directory=True)
+        except OSError as error:
+            raise UserError(f"--save {folder}: {link} cannot be made a link to it: {error.strerror}") from error
 
     def leave(self) -> None:
         """Let other runs in; a folder in which nothing came to be is removed."""

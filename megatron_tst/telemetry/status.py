@@ -67,7 +67,6 @@ def read_status(path: Path) -> RunStatus:
     for line in steps:
         by_phase.setdefault(line["phase"], []).append(line["step_time_s"])
     paces = {phase: median(times[-RECENT_LINES:]) for phase, times in by_phase.items()}
-    tracker = directory.checkpoints / "latest_checkpointed_iteration.txt"
     return RunStatus(
         step=last["step"],
         num_steps=schedule.num_steps,
@@ -79,5 +78,13 @@ def read_status(path: Path) -> RunStatus:
         valid_loss=next((line["valid_loss"] for line in reversed(lines) if "valid_loss" in line), None),
         step_time_s=paces[last["phase"]],
         seconds_left=seconds_left(schedule.ends, last["step"], paces),
-        checkpoint=int(tracker.read_text(encoding="utf-8")) if tracker.is_file() else None,
+        checkpoint=_latest_checkpoint(directory),
     )
+
+
+def _latest_checkpoint(directory: RunDirectory) -> int | None:
+    tracker = directory.checkpoints / "latest_checkpointed_iteration.txt"
+    try:
+        return int(tracker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or no step in it
+        return None

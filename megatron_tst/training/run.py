@@ -33,7 +33,7 @@ from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_f
 from megatron_tst.telemetry.sinks import check_sinks
 from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
-from megatron_tst.training.start import Start, check_identity, find_start
+from megatron_tst.training.start import Start, check_identity, choose_vocab_size, find_start
 from megatron_tst.training.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,6 @@ def build_run(config: RunConfig) -> Run:
     """
     device = enter_device()
     libraries = find_libraries()
-    _check_device(config, device)
     check_sinks(config.logging)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
     assert config.logging.tst_run_dir
@@ -184,10 +183,8 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     start = find_start(config, ranks)
     batch_size = global_batch_size(training, config.parallel, ranks.dp_size)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
-    vocab_size = model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: must be at least the tokenizer's {tokenizer.vocab_size}")
-    check_identity(start, tokenizer_sha256=tokenizer.sha256, vocab_size=vocab_size, global_batch_size=batch_size)
+    vocab_size = choose_vocab_size(start, config, tokenizer.vocab_size, ranks.tp_size)
+    check_identity(start, tokenizer_sha256=tokenizer.sha256, global_batch_size=batch_size)
     cache = Path(config.data.data_cache_path or directory.index_cache)
     plan = SamplePlan(tokenizer, model.seq_length, batch_size, training.seed, cache)
     data = build_run_data(config.data, start.schedule, training.eval_iters, plan, start.cuts)
@@ -232,17 +229,42 @@ def _open_directory(directory: RunDirectory, config: RunConfig, start: Start, ra
     settings = config.checkpoint
     folders = CheckpointFolders(Path(settings.save or directory.checkpoints))
     # Its own checkpoints: the run goes on in its folder, also if it was stopped before the first of them.
-    is_own = settings.load is not None and Path(settings.load).resolve() == folders.path.resolve()
+    is_own = not settings.finetune and settings.load is not None and _is_same(settings.load, folders.path)
     config_yaml = dump_config(config)
 
     def create() -> None:
         """Write on the main rank alone."""
-        directory.create(config_yaml, start.step if is_own and not settings.finetune else None)
+        if not is_own:
+            _refuse_used(folders, directory, start, "--save" if settings.save else "--tst-run-dir")
+        directory.create(config_yaml, start.step if is_own else None)
         directory.start_log_file()
         folders.check_writable()
+        directory.link_checkpoints(folders.path)
 
     main_rank_alone(create)
     return CheckpointSaver(folders, ranks, config_yaml, keep_training=settings.async_save, keep_last=settings.keep_last)
+
+
+def _refuse_used(folders: CheckpointFolders, directory: RunDirectory, start: Start, flag: str) -> None:
+    """Refuse to save among checkpoints that the run does not go on from; ``flag`` names their folder.
+
+    Raises:
+        UserError: if there are any.
+    """
+    if start.found is not None and _is_same(start.found.folder.parent, directory.checkpoints) and start.step:
+        raise UserError(
+            f"--save {folders.path}: the run's checkpoints lie in {directory.checkpoints}; save there, or move them"
+        )
+    if steps := folders.steps():
+        place = folders.path if flag == "--save" else directory.path
+        raise UserError(
+            f"{flag} {place}: already holds a run's checkpoints, of the steps {steps}; choose another, or go on with "
+            f"--load {folders.path}"
+        )
+
+
+def _is_same(path: Path | str, other: Path) -> bool:
+    return Path(path).resolve() == other.resolve()
 
 
 def _build_stepper(
@@ -269,21 +291,6 @@ def _expert_counter(model: ModelSettings, chunks: list[torch.nn.Module], ranks: 
         return None
     assert model.num_layers
     return ExpertCounter(chunks, model.num_layers, model.num_experts, ranks)
-
-
-def _check_device(config: RunConfig, device: Device) -> None:
-    """Refuse what only CUDA devices can do where there are none."""
-    if device.torch_device.type == "cuda":
-        return
-    parallel = config.parallel
-    size = parallel.context_parallel_size
-    for wanted, flag, reason in (
-        (size > 1, f"--context-parallel-size {size}", "needs Transformer Engine's attention, which needs CUDA"),
-        (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "needs CUDA streams"),
-        (parallel.overlap_param_gather, "--overlap-param-gather", "needs CUDA streams"),
-    ):
-        if wanted:
-            raise UserError(f"{flag}: {reason}, and this machine has no CUDA device")
 
 
 def _parallel_sizes(config: RunConfig) -> ParallelSizes:

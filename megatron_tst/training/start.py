@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 
 from megatron_tst.checkpoint.changes import Change, find_changes
-from megatron_tst.checkpoint.load import FoundCheckpoint, find_checkpoint
-from megatron_tst.config import RunConfig, UserError
+from megatron_tst.checkpoint.find import FoundCheckpoint, find_checkpoint
+from megatron_tst.config import RunConfig, UserError, padded_vocab_size
 from megatron_tst.data.build import SourceCut
 from megatron_tst.platform import Ranks
 from megatron_tst.superposition import Phase, Schedule
@@ -44,6 +44,7 @@ def find_start(config: RunConfig, ranks: Ranks) -> Start:
     if found is None:
         return Start(config.schedule)
     if found.state is None or found.config is None or config.checkpoint.finetune:
+        _check_model(found, config, is_main=ranks.is_main)
         return Start(config.schedule, found=found)
     state, saved = found.state, found.config
     _check_changes(find_changes(saved, config), config, is_main=ranks.is_main)
@@ -60,24 +61,61 @@ def find_start(config: RunConfig, ranks: Ranks) -> Start:
     return start
 
 
-def check_identity(start: Start, *, tokenizer_sha256: str, vocab_size: int, global_batch_size: int) -> None:
-    """Check that what a checkpoint's run was built on is what this run is built on.
+def choose_vocab_size(start: Start, config: RunConfig, tokenizer_size: int, tp_size: int) -> int:
+    """Return the tokens of the run's vocabulary, before padding.
+
+    It is ``--vocab-size``; where that is not given, the tokenizer's or, if that is larger, the checkpoint's: published
+    models often have more rows than their tokenizers have tokens, and the model computes with them.
+
+    Args:
+        start: as :func:`find_start` returned it.
+        config: the run's settings.
+        tokenizer_size: tokens that the tokenizer knows.
+        tp_size: tensor-parallel ranks.
+
+    Raises:
+        UserError: if the tokenizer knows more, or the checkpoint has another vocabulary.
+    """
+    saved = start.found.vocab_size if start.found else None
+    size = config.model.vocab_size or max(tokenizer_size, saved or 0)
+    if size < tokenizer_size:
+        raise UserError(f"--vocab-size {size}: must be at least the tokenizer's {tokenizer_size}")
+    padded = padded_vocab_size(size, config.model.make_vocab_size_divisible_by, tp_size)
+    wrong = _find_wrong_vocabulary(start.found, size, padded) if start.found else None
+    settings = config.checkpoint
+    if wrong and not (settings.finetune and settings.override_run_config):
+        instead = "; to cut rows off, or add rows of zeros, add --override-run-config" if settings.finetune else ""
+        raise UserError(f"--vocab-size {size}: {wrong}{instead}")
+    return size
+
+
+def _find_wrong_vocabulary(found: FoundCheckpoint, size: int, padded: int) -> str | None:
+    """Say why a checkpoint's vocabulary is not that of the run, or None."""
+    if found.vocab_size is not None:
+        is_same = found.vocab_size == size
+        return None if is_same else f"the checkpoint's vocabulary has {found.vocab_size} tokens"
+    rows = found.num_embedding_rows
+    if size <= rows <= padded:
+        return None
+    return (
+        f"the checkpoint's table has {rows} rows; give its vocabulary, or a --make-vocab-size-divisible-by that pads "
+        "to as many"
+    )
+
+
+def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: int) -> None:
+    """Check that the text of a run that goes on is dealt as before.
 
     Args:
         start: as :func:`find_start` returned it.
         tokenizer_sha256: of the tokenizer file.
-        vocab_size: tokens of the vocabulary, before padding.
         global_batch_size: sequences per step.
 
     Raises:
         UserError: naming the first thing that differs.
     """
     state = start.found.state if start.found else None
-    if state is None:
-        return
-    if state.vocab_size != vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: the checkpoint's vocabulary has {state.vocab_size} tokens")
-    if start.cuts is None:
+    if state is None or start.cuts is None:
         return
     if state.global_batch_size != global_batch_size:
         raise UserError(
@@ -89,6 +127,19 @@ def check_identity(start: Start, *, tokenizer_sha256: str, vocab_size: int, glob
             f"--tokenizer-model: is not the one that the checkpoint was made with ({state.tokenizer}); "
             "to go on with another, add --override-run-config"
         )
+
+
+def _check_model(found: FoundCheckpoint, config: RunConfig, is_main: bool) -> None:
+    """Refuse a model that computes something else with the weights than the one that they were trained as."""
+    changes = [] if found.config is None else find_changes(found.config, config)
+    changes = [change for change in changes if change.alters_model]
+    if changes and not config.checkpoint.override_run_config:
+        raise UserError(
+            f"{'; '.join(map(str, changes))}; to take its weights nevertheless, as another function, add "
+            "--override-run-config"
+        )
+    for change in changes if is_main else ():
+        logger.info("changed: %s", change)
 
 
 def _check_changes(changes: list[Change], config: RunConfig, is_main: bool) -> None:

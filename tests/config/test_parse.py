@@ -74,6 +74,10 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
             "--seq-length 127: with --sequence-parallel must be a multiple of --tensor-model-parallel-size 2",
         ),
         (
+            "--seq-length 4 --tensor-model-parallel-size 4 --sequence-parallel --context-parallel-size 2",
+            "must be a multiple of --tensor-model-parallel-size 4 x --context-parallel-size 2",
+        ),
+        (
             "--context-parallel-size 2 --seq-length 126",
             "--seq-length 126: must be a multiple of 2 x --context-parallel",
         ),
@@ -83,6 +87,10 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
         ("--num-experts 4 --moe-router-topk 5", "--moe-router-topk 5: must lie between 1 and --num-experts 4"),
         ("--num-experts 4 --tensor-model-parallel-size 2", "needs --sequence-parallel"),
         ("--global-batch-size 6", "--global-batch-size 6: must be a multiple of --micro-batch-size 4"),
+        ("--overlap-param-gather --overlap-grad-reduce", "--overlap-param-gather: needs --use-distributed-optimizer"),
+        ("--overlap-param-gather --use-distributed-optimizer", "--overlap-param-gather: needs --overlap-grad-reduce"),
+        ("--ddp-bucket-size 1000", "--ddp-bucket-size 1000: needs --overlap-grad-reduce"),
+        ("--overlap-grad-reduce --ddp-bucket-size 0", "--ddp-bucket-size 0: must be above 0"),
         ("--lr-warmup-iters 10", "--lr-warmup-iters 10: must lie below"),
         ("--lr-decay-style WSD", "--lr-wsd-decay-iters None: with --lr-decay-style WSD"),
         ("--min-lr 1", "--min-lr 1.0: must lie between 0 and --lr"),

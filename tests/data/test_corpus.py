@@ -14,13 +14,29 @@ def prefix(tmp_path: Path) -> str:
 
 def test_a_blend_is_prefixes_or_weights_and_prefixes(prefix):
     assert [c.weight for c in open_blend((prefix,), "--data-path")] == [1.0]
-    assert [c.weight for c in open_blend((prefix, prefix), "--data-path")] == [1.0, 1.0]
-    blend = open_blend(("0.3", prefix, "0.7", prefix), "--data-path")
-    assert [(c.weight, c.prefix) for c in blend] == [(0.3, prefix), (0.7, prefix)]
+    other = write_corpus(Path(f"{prefix}-other"), traceable_documents(50), 50)
+    assert [c.weight for c in open_blend((prefix, other), "--data-path")] == [1.0, 1.0]
+    blend = open_blend(("0.3", prefix, "0.7", other), "--data-path")
+    assert [(c.weight, c.prefix) for c in blend] == [(0.3, prefix), (0.7, other)]
     assert blend[0].lengths.tolist() == [len(document) for document in traceable_documents(50)]
 
 
-@pytest.mark.parametrize("names", [("0.3", "a", "0.7"), ("0", "a", "1", "b"), ("-1", "a", "1", "b")])
+def test_a_corpus_named_again_is_one_of_the_summed_weight(prefix, monkeypatch):
+    folder, other = Path(prefix).parent, write_corpus(Path(f"{prefix}-other"), traceable_documents(50), 50)
+    (folder / "link").symlink_to(folder, target_is_directory=True)
+    for suffix in (".bin", ".idx"):
+        (folder / f"alias{suffix}").symlink_to(f"{prefix}{suffix}")
+    monkeypatch.chdir(folder)
+    spellings = ("corpus", "./corpus", f"{folder}/../{folder.name}/corpus", "link/corpus", "alias", prefix)
+    for spelling in spellings:
+        blend = open_blend(("1", prefix, "2", other, "0.5", spelling), "--data-path")
+        assert [(c.weight, c.prefix) for c in blend] == [(1.5, prefix), (2.0, other)], spelling
+    assert [c.weight for c in open_blend((prefix, other, *spellings), "--data-path")] == [7.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "names", [("0.3", "a", "0.7"), ("0", "a", "1", "b"), ("-1", "a", "1", "b"), ("inf", "a", "1", "b"), ("nan", "a")]
+)
 def test_a_malformed_blend_is_refused(names):
     with pytest.raises(UserError, match="weights above 0 and prefixes in turn"):
         open_blend(names, "--data-path")
@@ -39,6 +55,32 @@ def test_a_truncated_file_is_named(prefix, suffix, kept):
     file = Path(prefix + suffix)
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * kept)])
     with pytest.raises(UserError, match=rf"corpus{suffix} is truncated: \d+ bytes, \d+ expected"):
+        open_blend((prefix,), "--data-path")
+
+
+@pytest.mark.parametrize(("suffix", "message"), [(".bin", "too long"), (".idx", "truncated")])
+def test_files_of_two_corpora_are_named(prefix, tmp_path: Path, suffix, message):
+    """As when one of the two was written anew: each is whole, but they do not go together."""
+    larger = write_corpus(tmp_path / "larger", traceable_documents(100), 100)
+    Path(larger + suffix).replace(prefix + suffix)
+    with pytest.raises(UserError, match=rf"corpus.bin is {message}.*: \d+ bytes, \d+ expected"):
+        open_blend((prefix,), "--data-path")
+
+
+@pytest.mark.parametrize(("place", "value"), [(9, 2), (17, 7), (17, 99)])
+def test_an_index_of_another_kind_is_named(prefix, place, value):
+    index = Path(prefix + ".idx")
+    content = bytearray(index.read_bytes())
+    content[place] = value
+    index.write_bytes(content)
+    with pytest.raises(UserError, match=r"corpus.idx is of version .* and type .*, no index of integer tokens"):
+        open_blend((prefix,), "--data-path")
+
+
+def test_bytes_after_an_index_are_named(prefix):
+    with Path(prefix + ".idx").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=r"corpus.idx is too long"):
         open_blend((prefix,), "--data-path")
 
 
@@ -69,7 +111,7 @@ def test_the_split_is_megatron_cores(split):
         assert (start, stop) == (round(bounds[0] * 1758), round(bounds[1] * 1758)) if bounds else start == stop
 
 
-@pytest.mark.parametrize("split", ["a,b", "0,0,0", "1,1,1,1", "-1,2"])
+@pytest.mark.parametrize("split", ["a,b", "0,0,0", "1,1,1,1", "-1,2", "inf,1,0", "nan,1"])
 def test_a_malformed_split_is_refused(split):
     with pytest.raises(UserError, match="must be up to three shares"):
         split_documents(split, 100)

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,9 @@ def test_bad_lines_are_left_out_counted_and_named(tmp_path: Path):
     file.write_bytes(b"\n".join([LINES[0].encode(), *bad, b"", LINES[1].encode()]))
     found, skipped = texts([file])
     assert found == [json.loads(line)["text"] for line in LINES[:2]]
-    assert skipped.counts == {"not UTF-8": 2, "not JSON": 1, "no text under 'text'": 3, "empty": 1}
+    assert skipped.counts == {
+        "not UTF-8": 2, "not JSON": 1, "no text under 'text'": 2, "not a JSON object": 1, "empty": 1,
+    }  # fmt: skip
     assert skipped.examples[0] == f"{file}:2 (not UTF-8)"
 
 
@@ -57,14 +60,43 @@ def test_a_text_file_is_one_document(tmp_path: Path):
     assert skipped.counts == {"not UTF-8": 1, "empty": 1}
 
 
-@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst"])
-def test_a_truncated_archive_is_named(tmp_path: Path, name):
-    packed = PACK["packed" + name.removeprefix("cut")]("\n".join(LINES * 200).encode())
-    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
-    if name.endswith(".zst"):
-        (tmp_path / name).write_bytes(b"no zstandard at all")
-    with pytest.raises(UserError, match=f"{name}: cannot be read"):
-        texts([tmp_path / name])
+@pytest.mark.parametrize("name", ["in.ndjson", "in.JSONL", "part-00000", "in.txt", "in.Json.GZ", "part-00000.zst"])
+def test_json_lines_are_known_by_name_or_content(tmp_path: Path, name):
+    pack = PACK.get(f"packed.jsonl{Path(name).suffix.lower()}", PACK["plain.jsonl"])
+    (tmp_path / name).write_bytes(pack("\n".join(["", " ", *LINES]).encode()))
+    found, skipped = texts([tmp_path / name])
+    assert found == [json.loads(line)["text"] for line in LINES]
+    assert skipped.total == 0
+
+
+def test_json_lines_by_name_begin_as_they_like(tmp_path: Path):
+    (tmp_path / "in.NDJSON").write_text("broken\n" + LINES[0])
+    (tmp_path / "other").write_text("broken\n" + LINES[0])
+    assert texts([tmp_path / "in.NDJSON"])[0] == [json.loads(LINES[0])["text"]]
+    assert texts([tmp_path / "other"])[0] == ["broken\n" + LINES[0]]
+
+
+@pytest.mark.parametrize("text", ["\n\n  indented\n", "{ a = 1 }\n", "[1, 2]\n", "x = {\n  'text': 1}\n"])
+def test_text_that_is_no_json_stays_whole(tmp_path: Path, text):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a.txt").write_text(text)
+    assert texts([tmp_path / "a.txt", tmp_path / "a.txt.gz"])[0] == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"content": "one"}\n', "1 no text under 'text'; first: "),
+        ('[{"text": "one"}, {"text": "two"}]', "1 not a JSON object; first: "),
+        ('[\n{"text": 1}\n]', "2 not JSON, 1 no text under 'text'; first: "),
+        ('{"text": ' + "[" * 100_000, "1 not JSON; first: "),
+    ],
+)
+def test_nothing_to_read_says_why(tmp_path: Path, content, reason):
+    (tmp_path / "in.json").write_text(content)
+    with pytest.raises(UserError, match=f"--input: holds no document to write: left out .*: {re.escape(reason)}") as e:
+        texts([tmp_path / "in.json"])
+    assert "in.json:1" in str(e.value)
 
 
 def test_folders_are_walked_in_order_with_suffixes_and_exclusions(tmp_path: Path):
@@ -78,5 +110,7 @@ def test_folders_are_walked_in_order_with_suffixes_and_exclusions(tmp_path: Path
 def test_missing_and_empty_inputs_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="nowhere: does not exist"):
         list_inputs([str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="--input : does not exist"):
+        list_inputs([""])
     with pytest.raises(UserError, match="holds no files"):
         list_inputs([str(tmp_path)], (".py",))

@@ -159,10 +159,11 @@ def test_samples_are_what_megatron_core_reads(rank, tokenizer, tmp_path, vocab_s
 
 
 def test_a_blend_of_narrow_and_wide_integers_is_read(rank, tokenizer, tmp_path):
-    paths = [write_corpus(tmp_path / str(size), traceable_documents(COUNT), size) for size in (COUNT, 100_000)]
-    wide, mixed = (
-        build("", tokenizer, tmp_path, data_path=("1", path, "1", paths[1])) for path in (paths[1], paths[0])
+    narrow, wide, other = (
+        write_corpus(tmp_path / name, traceable_documents(COUNT), size)
+        for name, size in (("narrow", COUNT), ("wide", 100_000), ("other", 100_000))
     )
+    wide, mixed = (build("", tokenizer, tmp_path, data_path=("1", path, "1", other)) for path in (wide, narrow))
     assert {mixed.train[(0, k)].dtype for k in range(8)} == {numpy.dtype(numpy.uint16), numpy.dtype(numpy.int32)}
     assert all(torch.equal(a, b) for a, b in zip(read(wide, rank), read(mixed, rank), strict=True))
 
@@ -176,6 +177,22 @@ def test_a_blend_keeps_its_weights_in_every_phase(rank, tokenizer, tmp_path):
         from_high = [bool((text[k] >= 1000).all()) for k in range(len(text))]
         assert sum(from_high) / len(text) == pytest.approx(0.75, abs=0.01), phase
         assert all(sum(from_high[:n]) == pytest.approx(0.75 * n, abs=1) for n in range(1, len(text)))
+
+
+def test_a_corpus_named_twice_is_read_like_one(rank, prefix, tokenizer, tmp_path):
+    """Two copies in a blend would be cut apart, and a phase read in one copy what another phase reads in the other."""
+    blends = (("1", prefix), ("1", prefix, "0.5", f"{tmp_path}/./corpus"))
+    once, twice = (read(build("", tokenizer, tmp_path, data_path=blend), rank) for blend in blends)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    copy = write_corpus(tmp_path / "copy", traceable_documents(COUNT), COUNT)
+    steps = read(build("", tokenizer, tmp_path, data_path=("1", prefix, "1", copy)), rank)
+    superposed, ordinary = tokens_per_document(steps[:20]), tokens_per_document(steps[20:])
+    assert not superposed.keys().isdisjoint(ordinary.keys())
+
+
+def test_a_corpus_to_train_and_to_validate_on_is_refused(rank, prefix, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"--valid-data-path .*: is in --train-data-path too"):
+        build("", tokenizer, tmp_path, data_path=(), train_data_path=("1", prefix), valid_data_path=(prefix,))
 
 
 def test_validation_is_apart_from_training_and_whole_batches(rank, prefix, tokenizer, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,72 @@ def test_the_smallest_vocabulary_is_bytes(tmp_path: Path):
     assert train_bpe(["abc"], 257, tmp_path / "t.json").vocab_size == 257
     with pytest.raises(UserError, match="--tst-train-bpe 256: must be at least 257"):
         train_bpe(["abc"], 256, tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot be read as JSON"),
+        ("{" * 100_000, "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "must be a JSON object, not list"),
+        ("null", "must be a JSON object, not NoneType"),
+        ('{"eos_token": 5}', "eos_token 5: must be a token's text"),
+        ('{"eos_token": []}', r"eos_token \[\]: must be"),
+        ('{"eos_token": {"content": 5}}', 'eos_token {"content": 5}: must be'),
+    ],
+)
+def test_a_configuration_that_is_none_is_named(tmp_path: Path, tokenizer, content, message):
+    shutil.copy(tokenizer.path, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=f"--tokenizer-model .*tokenizer_config.json: {message}") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_may_name_no_end(tmp_path: Path, tokenizer):
+    shutil.copy(tokenizer.path, tmp_path)
+    for content in ("{}", '{"eos_token": null}'):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        assert load_tokenizer(str(tmp_path)).eod == tokenizer.eod
+
+
+@pytest.mark.parametrize("stored", ["truncation", "padding"])
+def test_stored_truncation_and_padding_are_switched_off(tmp_path: Path, tokenizer, stored):
+    library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+    texts = ["def f(x):\n    return x\n" * 20, "short"]
+    wanted = [encoding.ids for encoding in library.encode_batch(texts)]
+    if stored == "truncation":
+        library.enable_truncation(16)
+    else:
+        library.enable_padding(pad_id=1, pad_token="x")
+    library.save(str(tmp_path / "tokenizer.json"))
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert [encoding.ids for encoding in again.encode_batch(texts)] != wanted
+    ours = load_tokenizer(str(tmp_path))
+    for loaded in (ours, pickle.loads(pickle.dumps(ours))):
+        assert loaded.encode_batch(texts) == wanted
+        assert loaded.encode_flat(texts)[0].tolist() == [number for ids in wanted for number in ids]
+    assert ours._fast is not None
+
+
+class _Bomb:
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_nothing_in_a_tokenizers_files_is_executed(tmp_path: Path, tokenizer, name):
+    shutil.copy(tokenizer.path, tmp_path)
+    (tmp_path / name).write_bytes(pickle.dumps(_Bomb(tmp_path / "canary")))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "canary").exists()
+    pickle.loads((tmp_path / name).read_bytes())
+    assert (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])

@@ -32,6 +32,7 @@ class Outcome:
         text: per micro-batch that this rank made, its rows as tuples of token ids.
         expert_counts: positions per layer and expert, per step.
         shapes: of what the decoder was given and gave, per forward pass.
+        padding: per gradient bucket of this rank, the elements of padding at its end.
     """
 
     losses: list[float]
@@ -41,6 +42,7 @@ class Outcome:
     text: list[list[tuple[int, ...]]]
     expert_counts: list[Any]
     shapes: list[torch.Size]
+    padding: list[int]
 
 
 def pieces(run: Run) -> list[Piece]:
@@ -59,6 +61,16 @@ def pieces(run: Run) -> list[Piece]:
     for chunk in run.stepper.trainables.chunks:
         visit(chunk.sharded_state_dict())
     return found
+
+
+def padding(run: Run) -> list[int]:
+    """Elements of padding at the end of each of this rank's gradient buckets."""
+    buffers = [
+        buffer
+        for chunk in run.stepper.trainables.chunks
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)  # type: ignore[misc]
+    ]
+    return [bucket.grad_data.numel() - bucket.numel_unpadded for buffer in buffers for bucket in buffer.buckets]
 
 
 def whole(parts: list[Piece]) -> dict[str, Tensor]:
@@ -133,6 +145,7 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
         text=text,
         expert_counts=[counts.tolist() for counts in expert_counts],
         shapes=shapes,
+        padding=padding(run),
     )
     leave_ranks()
     return outcome

@@ -33,6 +33,7 @@ KINDS = {
         {
             "one rank": (1, SHARDED),
             "pp2 x dp2": (4, f"{PP2} {SHARDED}"),
+            "cp2 x dp2": (4, f"--context-parallel-size 2 {SHARDED}"),
             "dp4": (4, f"{SHARDED} --micro-batch-size 1"),
         },
     ),

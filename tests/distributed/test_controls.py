@@ -1,9 +1,11 @@
-"""What the comparison of layouts must catch: reductions and labels that are deliberately wrong."""
+"""What the comparison of layouts must catch: reductions, labels and attention that are deliberately wrong."""
 
 import pytest
 import torch.distributed as dist
 
 from megatron_tst.data import batches
+from megatron_tst.model import attention
+from megatron_tst.model.attention import ScaledDotProductAttention
 from megatron_tst.model.embedding import VocabParallelBagEmbedding
 from megatron_tst.training.step import Stepper
 from tests.distributed.launch import run_distributed
@@ -43,9 +45,28 @@ def with_shifted_labels(argv, initial):
     return train_layout(argv, initial)
 
 
-@pytest.mark.parametrize(
-    ("name", "broken"), [("dp2", with_local_weight), ("tp2", with_unreduced_bags), ("dp2", with_shifted_labels)]
-)
+def with_own_keys_alone(argv, initial):
+    """Each context-parallel rank attends to its own part of the sequence alone."""
+    ScaledDotProductAttention._attend_in_context = ScaledDotProductAttention._attend
+    return train_layout(argv, initial)
+
+
+def with_keys_in_plain_order(argv, initial):
+    """The causal mask takes the context-parallel ranks' parts for one piece of text after another."""
+    attention.in_text_order = lambda gathered, cp_size: gathered
+    return train_layout(argv, initial)
+
+
+BROKEN = [
+    ("dp2", with_local_weight),
+    ("tp2", with_unreduced_bags),
+    ("dp2", with_shifted_labels),
+    ("cp2", with_own_keys_alone),
+    ("cp2", with_keys_in_plain_order),
+]
+
+
+@pytest.mark.parametrize(("name", "broken"), BROKEN)
 def test_a_broken_layout_fails_the_comparison(setup, name, broken):  # noqa: F811
     argv, one_rank = setup
     model, world_size, flags = LAYOUTS[name]

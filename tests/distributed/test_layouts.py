@@ -43,6 +43,14 @@ LAYOUTS = {
     "tp2-sp-experts": (MOE, 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "ep2": (MOE, 2, "--expert-model-parallel-size 2"),
     "tp2-dp2-distributed-optimizer": (DENSE, 4, "--tensor-model-parallel-size 2 --use-distributed-optimizer"),
+    "cp2": (DENSE, 2, "--context-parallel-size 2"),
+    "cp2-dp2-distributed-optimizer": (DENSE, 4, "--context-parallel-size 2 --use-distributed-optimizer"),
+    "tp2-sp-cp2": (DENSE, 4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2"),
+    "pp2-cp2-ep2": (
+        MOE,
+        4,
+        "--pipeline-model-parallel-size 2 --context-parallel-size 2 --expert-model-parallel-size 2",
+    ),
     "tp2-sp-pp2-ep2": (
         MOE,
         8,

@@ -32,8 +32,15 @@ def test_a_bag_is_the_mean_of_its_tokens(rank, bag_size, bf16, tolerance):
     assert (wrong - wanted).abs().max() > 100 * (result.double() - wanted).abs().max()
 
 
+@pytest.fixture(params=[False, True], ids=["", "deterministic"])
+def mode(request):
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-6), (True, 2**-8)])
-def test_the_gradient_is_summed_in_float32_and_rounded_once(rank, bf16, tolerance):
+def test_the_gradient_is_summed_in_float32_and_rounded_once(rank, mode, bf16, tolerance):
     embedding = small_model(DENSE, bf16=bf16).embedding.word_embeddings
     tokens = torch.randint(0, 3, (3, LENGTH, 6))  # few tokens: each row collects many gradients
     upstream = torch.randn(3, LENGTH, 32).to(embedding.weight.dtype)
@@ -43,6 +50,9 @@ def test_the_gradient_is_summed_in_float32_and_rounded_once(rank, bf16, toleranc
         for token in bag:
             wanted[token] += gradient / 6
     torch.testing.assert_close(embedding.weight.grad.double(), wanted, rtol=tolerance, atol=1e-6)
+    first, embedding.weight.grad = embedding.weight.grad, None
+    embedding(tokens).backward(upstream)
+    assert torch.equal(embedding.weight.grad, first)
 
 
 def test_no_tensor_of_all_tokens_embeddings(rank):

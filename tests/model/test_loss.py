@@ -6,7 +6,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_tst.model import native_loss, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model.loss import mask_vocabulary_padding
-from megatron_tst.superposition import bag_weights
+from megatron_tst.superposition import bag_weights, multi_hot_cross_entropy
 from tests.ops import OperationLog
 from tests.reference import edge_targets, loss_and_gradient
 
@@ -69,14 +69,58 @@ def test_looping_over_targets_would_be_caught(rank):
     assert (torch.stack(looped).mean(0).transpose(0, 1) - loss).abs().max() > 0.1
 
 
-def test_one_softmax_whatever_the_bag_size(rank):
+@pytest.mark.parametrize(("dtype", "exponentials"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_one_softmax_whatever_the_bag_size(rank, dtype, exponentials):
     def operations(bag_size):
         targets, weights = torch.randint(0, 4096, (B, L, bag_size)), bag_weights("uniform", bag_size)
         with OperationLog() as log:
-            run(torch.randn(L, B, 4096), targets, weights, rank.groups.tp)
+            run(torch.randn(L, B, 4096, dtype=dtype), targets, weights, rank.groups.tp)
         return log.counts["exp_"], log.largest
 
-    assert operations(16) == operations(1) == (2, L * B * 4096)
+    assert operations(16) == operations(1) == (exponentials, L * B * 4096)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_takes_the_place_of_an_operations_result(rank, dtype):
+    source = torch.randn(L, B, VOCAB, dtype=dtype, requires_grad=True)
+    logits = source * 1.0
+    addresses = []
+    logits.register_hook(lambda gradient: addresses.append(gradient.data_ptr()))
+    targets, weights = edge_targets((B, L), VOCAB, 4), bag_weights("uniform", 4)
+    loss, _ = vocab_parallel_multi_hot_cross_entropy(logits, targets, weights, rank.groups.tp)
+    loss.sum().backward()
+    assert addresses == [logits.data_ptr()]
+    wanted = loss_and_gradient(source.detach().transpose(0, 1), targets, weights)[2].transpose(0, 1)
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(source.grad.double(), wanted, rtol=tolerance, atol=1e-6)
+
+
+def test_logits_without_a_gradient_are_left_unchanged(rank):
+    logits = torch.randn(L, B, VOCAB)
+    before = logits.clone()
+    targets, weights = edge_targets((B, L), VOCAB, 4), bag_weights("uniform", 4)
+    vocab_parallel_multi_hot_cross_entropy(logits, targets, weights, rank.groups.tp)
+    assert torch.equal(logits, before)
+
+
+def test_a_soft_cap_keeps_the_result_that_its_gradient_needs(rank):
+    source, targets, weights = torch.randn(L, B, VOCAB), edge_targets((B, L), VOCAB, 4), bag_weights("uniform", 4)
+
+    def gradient(loss, cap=torch.tanh):
+        leaf = source.clone().requires_grad_()
+        loss(cap(leaf), targets, weights).sum().backward()
+        return leaf.grad
+
+    def ours(logits, targets, weights):
+        return vocab_parallel_multi_hot_cross_entropy(logits, targets, weights, rank.groups.tp)[0]
+
+    def reference(logits, targets, weights):
+        return multi_hot_cross_entropy(logits.transpose(0, 1).double(), targets, weights)[0]
+
+    torch.testing.assert_close(gradient(ours), gradient(reference), rtol=1e-5, atol=1e-6)
+    # Behind a view the result is not seen, and torch notices that it was overwritten.
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(ours, cap=lambda logits: logits.tanh().view_as(logits))
 
 
 def test_targets_without_weight_meet_infinite_logits(rank):

@@ -43,6 +43,12 @@ def test_without_the_mode_a_cuda_literal_fails():
         torch.zeros(2, device="cuda")
 
 
+def test_host_memory_is_not_pinned():
+    assert not torch.tensor([1], pin_memory=True).is_pinned()
+    with torch._C.DisableTorchFunction(), pytest.raises(RuntimeError, match="pin"):
+        torch.tensor([1], pin_memory=True)
+
+
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [(torch.float32, "FloatTensor"), (torch.bfloat16, "BFloat16Tensor"), (torch.float16, "HalfTensor")],

@@ -1,16 +1,26 @@
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from megatron_tst.config import UserError
-from megatron_tst.telemetry import MetricsFile, RunDirectory, StepMetrics, ValidMetrics, read_metrics, short
+from megatron_tst.telemetry import (
+    ExpertMetrics,
+    MetricsFile,
+    RunDirectory,
+    StepMetrics,
+    ValidMetrics,
+    read_metrics,
+    short,
+)
 from megatron_tst.telemetry.curves import read_curve
+from tests.strict_json import read_strictly
 from tests.telemetry.lines import STEP
 
 
@@ -42,6 +52,58 @@ def test_a_damaged_line_is_named(tmp_path: Path):
     path.write_bytes(b'{"step": 1}\n\x00\xff\x00\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
         read_metrics(path)
+
+
+NOT_FINITE = {
+    "a number": (ValidMetrics(2, math.nan, math.inf, 800, 200, 2e9, 0.25), {
+        "valid_loss": "nan", "bits_per_byte": "inf",
+    }),
+    "a list": (ExpertMetrics(2, [1.5, math.nan], [-math.inf], [0.1]), {
+        "expert_load_max": ["1.5", "nan"], "expert_load_min": ["-inf"],
+    }),
+    "a mapping": (replace(STEP, lr_by_group={"vectors": math.inf}), {"lr_by_group": {"vectors": "inf"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_FINITE)
+def test_a_number_that_is_not_finite_is_null_with_a_word(tmp_path: Path, kind):
+    metrics, words = NOT_FINITE[kind]
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write(metrics)
+    file.close()
+    written = (tmp_path / "metrics.jsonl").read_text()
+    line = read_strictly(written)
+    assert line["not_finite"] == words
+    assert "null" in written and all("nan" not in repr(line[name]) and "inf" not in repr(line[name]) for name in words)
+    # Whoever reads metrics here sees the numbers as they were, and what is cut and written again is the same.
+    (read,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert repr(sorted(read.items())) == repr(sorted(vars(metrics).items()))
+    RunDirectory(tmp_path).create("", continued_at=2)
+    assert read_strictly((tmp_path / "metrics.jsonl").read_text()) == line
+
+
+def test_lines_with_bare_words_are_read_and_mended(tmp_path: Path):
+    """Python's own writer puts NaN where JSON has no word."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "valid_loss": NaN}\n')
+    assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["valid_loss"])
+    RunDirectory(tmp_path).create("", continued_at=1)
+    line = read_strictly((tmp_path / "metrics.jsonl").read_text())
+    assert line == {"step": 1, "valid_loss": None, "not_finite": {"valid_loss": "nan"}}
+
+
+@pytest.mark.parametrize("line", ["5", "[]", '{"step": 1, "not_finite": 3}', '{"not_finite": {"loss": "many"}}'])
+def test_a_line_of_another_kind_is_damaged(tmp_path: Path, line):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_command_that_is_not_utf8_is_recorded(tmp_path: Path, monkeypatch):
+    """Python keeps such bytes of arguments as halves of surrogate pairs, which UTF-8 and strict JSON lack."""
+    monkeypatch.setattr(sys, "argv", ["pretrain_tst.py", "--save", "caf\udce9"])
+    RunDirectory(tmp_path).create("", None)
+    recorded = read_strictly((tmp_path / "versions.json").read_text())
+    assert recorded["command"] == r"pretrain_tst.py --save caf\udce9"
 
 
 def test_a_run_directory_is_used_once(tmp_path: Path):

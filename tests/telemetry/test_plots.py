@@ -1,5 +1,6 @@
 """What pictures show: no end of a run lies outside."""
 
+import math
 from pathlib import Path
 
 import matplotlib.figure
@@ -14,6 +15,7 @@ CURVES = {
     "one evaluation each": ([2.6], [2.5]),
     "equal": ([2.5], [2.5]),
     "a high end": ([9.0, 3.0, 2.9], [9.0, 8.0, 7.0]),
+    "an evaluation that is no number": ([math.nan, 3.0, 2.9], [9.0, math.inf, 2.5]),
     "a high start": ([9.0, *[2.9] * 20, 2.5], [9.5, *[2.9] * 20, 2.4]),
 }
 

@@ -27,6 +27,8 @@ def test_where_a_run_stands(run: Path):
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("25")
     assert read_status(run).checkpoint == 25
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("")
+    assert read_status(run).checkpoint is None
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path):

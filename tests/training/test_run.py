@@ -52,6 +52,20 @@ def test_the_loss_falls_on_real_text(here, corpus, tokenizer, tmp_path: Path):
     assert lines[-1]["valid_loss"] < 4.7
 
 
+def test_deterministic_mode_trains_to_the_same_numbers(here, corpus, tokenizer, tmp_path: Path):
+    """No operation of a step refuses the mode."""
+
+    def losses(name: str) -> list[float]:
+        return [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+
+    plain, told = (arguments(corpus, str(tokenizer.path), tmp_path / name, SUPERPOSED) for name in ("plain", "told"))
+    train_here(plain)
+    done = start("pretrain_tst.py", *told, "--deterministic-mode")
+    assert done.returncode == 0, done.stderr
+    assert losses("told") == pytest.approx(losses("plain"), rel=1e-6)
+    assert losses("told") != pytest.approx(losses("plain")[::-1], rel=1e-3)
+
+
 VARIANTS = {
     "--tst-superpose input": (4, "mce"),
     "--tst-superpose output": (1, "mce"),
@@ -77,8 +91,6 @@ MISTAKES = {
     "--reset-attention-mask": "--reset-attention-mask: is not taken",
     "--tensor-model-parallel-size 2": "1 ranks cannot hold --tensor-model-parallel-size 2",
     "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te": "Transformer Engine none is usable; supported",
-    "--context-parallel-size 2": "--context-parallel-size 2: needs Transformer Engine",
-    "--overlap-grad-reduce": "--overlap-grad-reduce: needs CUDA",
     "--data-path nowhere": "nowhere.bin does not exist",
     "--vocab-size 299": "--vocab-size 299: must be at least the tokenizer's 300",
     "--tokenizer-model nowhere": "--tokenizer-model nowhere: must be",

@@ -1,0 +1,145 @@
+"""Finding the checkpoint to start from: which step is meant, whether it is whole, and what it knows of its run."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_tst.checkpoint.checksums import CHECKSUMS, find_damage
+from megatron_tst.checkpoint.folders import TRACKER, CheckpointFolders
+from megatron_tst.checkpoint.run_state import (
+    CONFIG,
+    RUN_STATE,
+    RunState,
+    read_run_state,
+    read_saved_arguments,
+    read_saved_config,
+)
+from megatron_tst.config import CheckpointSettings, RunConfig, UserError
+from megatron_tst.platform import Ranks, main_rank_alone
+from megatron_tst.platform.safe_checkpoint import METADATA, read_metadata
+
+logger = logging.getLogger(__name__)
+_TOKEN_TABLE = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint to start from.
+
+    Attributes:
+        folder: of it.
+        state: where its run stood; None for weights that are not of a run of ours.
+        config: the settings of its run, or of the model alone; None where they are not known.
+    """
+
+    folder: Path
+    state: RunState | None
+    config: RunConfig | None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens of its vocabulary, before padding; None where that is not known."""
+        if self.state is not None:
+            return self.state.vocab_size
+        return self.config.model.vocab_size if self.config is not None else None
+
+    @property
+    def num_embedding_rows(self) -> int:
+        """Rows of its table of token embeddings, padding included.
+
+        Raises:
+            UserError: if it has no such table.
+        """
+        table = read_metadata(self.folder).state_dict_metadata.get(_TOKEN_TABLE)
+        if not isinstance(table, TensorStorageMetadata):
+            raise UserError(f"{self.folder}: holds no {_TOKEN_TABLE}")
+        return int(table.size[0])
+
+
+def find_checkpoint(settings: CheckpointSettings, ranks: Ranks) -> FoundCheckpoint | None:
+    """Find the checkpoint that ``--load`` asks for; one that is damaged is passed over for the one before.
+
+    Collective: every rank of the world calls it.
+
+    Returns:
+        The newest whole checkpoint, not beyond the one that the tracker names; None if there is none at all.
+
+    Raises:
+        UserError: if there are checkpoints and none is whole, or none that the tracker or ``--ckpt-step`` asks for; or
+            if there is none and a setting needs one.
+    """
+    if settings.load is None:
+        return None
+    folders = CheckpointFolders(Path(settings.load))
+    # One rank looks and all believe it: a network file system may show ranks different things for a while.
+    candidates = main_rank_alone(lambda: _candidates(folders, settings.ckpt_step))
+    for folder, is_checkable in candidates:
+        damage = find_damage(folder, ranks) if is_checkable and not settings.no_verify_checkpoint else None
+        if damage is None:
+            return main_rank_alone(lambda folder=folder: _open(folder, settings.finetune))  # type: ignore[misc]
+        if ranks.is_main:
+            logger.warning("WARNING: %s; it is left as it is, and the checkpoint before it is tried", damage)
+    if candidates:
+        raise UserError(f"--load {settings.load}: none of its {len(candidates)} checkpoints is whole")
+    if settings.finetune:
+        raise UserError(f"--load {settings.load}: holds no checkpoint, and --finetune needs one")
+    if settings.exit_on_missing_checkpoint:
+        raise UserError(f"--load {settings.load}: holds no checkpoint (--exit-on-missing-checkpoint)")
+    if ranks.is_main:
+        logger.info("--load %s: holds no checkpoint yet: the run starts from scratch", settings.load)
+    return None
+
+
+def _candidates(folders: CheckpointFolders, wanted: int | None) -> list[tuple[Path, bool]]:
+    """Return the checkpoints to try, best first, and whether there are checksums to compare each with."""
+    steps, latest = folders.steps(), folders.latest()
+    if wanted is not None:
+        if wanted not in steps:
+            raise UserError(f"--ckpt-step {wanted}: {folders.path} holds {steps or 'no checkpoints'}")
+        return [_candidate(folders.of(wanted))]
+    if not steps:
+        _refuse_other_folder(folders.path)
+    chosen = [step for step in reversed(steps) if latest is None or step <= latest]
+    named = "no step" if latest is None else f"step {latest}"
+    if not chosen and folders.tracker.exists():
+        instead = f"the checkpoints there are of the steps {steps}: choose one with --ckpt-step"
+        nothing = f"there is no checkpoint: delete {TRACKER} to start from scratch"
+        raise UserError(f"--load {folders.path}: {TRACKER} names {named}, but {instead if steps else nothing}")
+    if chosen and latest is None:
+        logger.warning("WARNING: %s is missing or names no step: the newest checkpoint is taken", folders.tracker)
+    elif chosen and chosen[0] != latest:
+        logger.warning("WARNING: %s names %s, which is not there: step %d is taken", folders.tracker, named, chosen[0])
+    return [_candidate(folders.of(step)) for step in chosen]
+
+
+def _candidate(folder: Path) -> tuple[Path, bool]:
+    """Return a checkpoint and whether it has checksums, which it must have unless others made it."""
+    return folder, (folder / CHECKSUMS).exists() or (folder / RUN_STATE).exists() or not (folder / METADATA).exists()
+
+
+def _refuse_other_folder(path: Path) -> None:
+    """Say what a folder is that holds no checkpoints and is not meant to: the run would start from scratch.
+
+    Raises:
+        UserError: if it is known what it is.
+    """
+    inner = CheckpointFolders(path / "checkpoints")
+    for is_so, reason in (
+        (path.exists() and not path.is_dir(), "is not a folder"),
+        ((path / METADATA).exists(), "is a single checkpoint: name its parent folder, and the step with --ckpt-step"),
+        (bool(inner.steps()), f"is a run directory: name {inner.path}"),
+        ((path / "config.json").exists(), "is a Hugging Face folder: convert it with tools/convert_ckpt.py first"),
+    ):
+        if is_so:
+            raise UserError(f"--load {path}: {reason}")
+
+
+def _open(folder: Path, weights_only: bool) -> FoundCheckpoint:
+    if (folder / RUN_STATE).exists():
+        return FoundCheckpoint(folder, read_run_state(folder), read_saved_config(folder))
+    if not weights_only:
+        raise UserError(f"--load {folder}: has no {RUN_STATE}: only its weights can be used, add --finetune")
+    config = read_saved_config(folder) if (folder / CONFIG).exists() else read_saved_arguments(folder)
+    return FoundCheckpoint(folder, None, config)

@@ -1,0 +1,71 @@
+"""Gradients reduced and parameters gathered while the passes run, in small and padded buckets: one rank's training."""
+
+import pytest
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+from tests.distributed.launch import run_distributed
+from tests.distributed.layouts import train_layout
+from tests.distributed.test_layouts import DENSE, MOE, TIED, assert_same_training, setup  # noqa: F401
+
+pytestmark = pytest.mark.distributed
+
+SHARDED = "--use-distributed-optimizer"
+# Cuts between nearly all parameters, and behind norms, which do not fill a bucket of the distributed optimizer.
+REDUCE = "--overlap-grad-reduce --ddp-bucket-size 200"
+OVERLAPS = {"": "", "reduce": REDUCE, "reduce, sharded": f"{SHARDED} {REDUCE}"}
+OVERLAPS["gather"] = f"{OVERLAPS['reduce, sharded']} --overlap-param-gather"
+PP2 = "--pipeline-model-parallel-size 2"
+EP2 = "--expert-model-parallel-size 2"
+# Four data-parallel ranks share four sequences.
+SINGLE = "--micro-batch-size 1"
+
+# name: (model, ranks, flags of the layout, flags that one rank has too)
+LAYOUTS = {
+    "dp2": (DENSE, 2, "", ""),
+    "dp4": (DENSE, 4, "", SINGLE),
+    "dp2-tied": (TIED, 2, "", ""),
+    "tp2-dp2": (DENSE, 4, "--tensor-model-parallel-size 2", ""),
+    "pp2-dp2": (DENSE, 4, PP2, ""),
+    "pp2-dp2-tied": (TIED, 4, PP2, ""),
+    "pp2-dp2-interleaved": (DENSE, 4, f"{PP2} --num-layers-per-virtual-pipeline-stage 1", SINGLE),
+    "dp2-experts": (MOE, 2, "", ""),
+    "ep2": (MOE, 2, EP2, ""),
+    "ep2-dp2": (MOE, 4, EP2, SINGLE),
+    "tp2-sp-pp2-ep2": (MOE, 8, f"--tensor-model-parallel-size 2 --sequence-parallel {PP2} {EP2}", ""),
+}
+# One of each kind; the others take minutes.
+ORDINARY = [
+    ("dp2", "reduce"),
+    ("tp2-dp2", "gather"),
+    ("pp2-dp2-tied", "gather"),
+    ("pp2-dp2-interleaved", "gather"),
+    ("ep2-dp2", "gather"),
+]
+LONG = [(name, overlap) for name in LAYOUTS for overlap in OVERLAPS if (name, overlap) not in ORDINARY]
+
+
+@pytest.mark.parametrize(("name", "overlap"), [*ORDINARY, *(pytest.param(*c, marks=pytest.mark.long) for c in LONG)])
+def test_an_overlapped_layout_trains_as_one_rank_does(setup, name, overlap):  # noqa: F811
+    argv, one_rank = setup
+    model, world_size, flags, shared = LAYOUTS[name]
+    initial, alone = one_rank(model, shared)
+    arguments = argv(f"{name} {overlap}", model, f"{shared} {flags} {OVERLAPS[overlap]}")
+    ranks = run_distributed(train_layout, world_size, arguments, initial)
+    assert_same_training(alone, ranks)
+    # The first stage's: megatron-core cuts the buffers of no other.
+    assert len(ranks[0].padding) > 4 or not overlap
+    assert sum(map(bool, ranks[0].padding)) > 1 or overlap in ("", "reduce")
+
+
+def train_ungathered(argv, initial):
+    """No rank waits for the parameters that the others have updated."""
+    _ParamAndGradBucketGroup.finish_param_sync = lambda *_, **__: None
+    return train_layout(argv, initial)
+
+
+def test_parameters_that_are_not_gathered_fail_the_comparison(setup):  # noqa: F811
+    argv, one_rank = setup
+    initial, alone = one_rank(DENSE)
+    ranks = run_distributed(train_ungathered, 2, argv("ungathered", DENSE, OVERLAPS["gather"]), initial)
+    with pytest.raises(AssertionError):
+        assert_same_training(alone, ranks)
