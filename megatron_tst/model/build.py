@@ -213,6 +213,8 @@ def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Librar
         grad_reduce_in_fp32=run.training.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        # Interleaved stages begin to gather together, as the schedule says, not as each one's modules are run.
+        align_param_gather=run.parallel.overlap_param_gather and virtual is not None,
         bucket_size=run.parallel.ddp_bucket_size,
         use_distributed_optimizer=run.optimizer.use_distributed_optimizer,
     )

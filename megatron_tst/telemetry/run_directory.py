@@ -72,25 +72,31 @@ class RunDirectory:
             logging.getLogger(__name__).warning("WARNING: run.lock cannot be locked on this file system: %s", error)
         self._lock = lock
 
-    def create(self, config_yaml: str, continued_at: int | None) -> None:
+    def refuse_used(self) -> None:
+        """Refuse a folder that holds a run.
+
+        Raises:
+            UserError: if it does.
+        """
+        if self.metrics.exists():
+            raise UserError(
+                f"--tst-run-dir {self.path}: already holds a run (metrics.jsonl); choose another, or go on with "
+                f"--load {self.checkpoints}"
+            )
+
+    def create(self, config_yaml: str, first_step: int) -> None:
         """Record settings and versions.
 
         Args:
             config_yaml: the settings.
-            continued_at: steps that the run in this folder has done, where it goes on: metrics of later steps, which
-                will be done again, are dropped; None for a new run.
+            first_step: steps that are done already: metrics of later ones, which will be done again, are dropped.
 
         Raises:
-            UserError: if the folder holds a run that is not continued, or cannot be written.
+            UserError: if the folder cannot be written.
         """
         try:
             if self.metrics.exists():
-                if continued_at is None:
-                    raise UserError(
-                        f"--tst-run-dir {self.path}: already holds a run (metrics.jsonl); choose another, or go on "
-                        f"with --load {self.checkpoints}"
-                    )
-                cut_metrics(self.metrics, continued_at)
+                cut_metrics(self.metrics, first_step)
             self.config.write_text(config_yaml, encoding="utf-8")
             (self.path / "versions.json").write_text(write_json(versions(), indent=2) + "\n", encoding="utf-8")
         except OSError as error:

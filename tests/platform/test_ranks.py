@@ -2,7 +2,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tst.config import UserError
-from megatron_tst.platform import ParallelSizes, join_ranks, main_rank_first, seed_everything
+from megatron_tst.platform import ParallelSizes, join_ranks, main_rank_alone, seed_everything
 
 
 def test_one_process_is_a_world(rank):
@@ -21,8 +21,8 @@ def test_an_error_on_the_main_rank_reaches_the_caller(rank):
         raise UserError("--flag 1: wrong")
 
     with pytest.raises(UserError, match="--flag 1: wrong"):
-        main_rank_first(fail)
-    assert main_rank_first(dist.get_rank) == 0
+        main_rank_alone(fail)
+    assert main_rank_alone(dist.get_rank) == 0
 
 
 def test_seeds_repeat(rank):
