@@ -18,8 +18,10 @@ from megatron_tst.checkpoint.folders import CheckpointFolders, writing
 from megatron_tst.checkpoint.run_state import RunState, read_run_state, write_run_state
 from megatron_tst.config import UserError
 from megatron_tst.platform import Ranks, every_rank, main_rank_alone
+from megatron_tst.platform.common_state import write_common_state
 from megatron_tst.platform.main_rank_files import failing_together
 from megatron_tst.platform.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
+from megatron_tst.platform.versions import FILES_PER_RANK, save_settings
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,9 @@ class CheckpointSaver:
         self._is_validated = False
         # Data-parallel ranks share the writing of what they all hold.
         self._strategy = FullyParallelSaveStrategyWrapper(
-            InPlaceSaveStrategy("torch_dist", 1), ranks.groups.dp_cp, do_cache_distribution=True
+            InPlaceSaveStrategy("torch_dist", 1, thread_count=FILES_PER_RANK),
+            ranks.groups.dp_cp,
+            do_cache_distribution=True,
         )
 
     def save(self, state: RunState, list_content: Callable[[], dict[str, Any]]) -> None:
@@ -77,15 +81,19 @@ class CheckpointSaver:
         started_s, step = time.perf_counter(), state.iteration
         main_rank_alone(lambda: self.folders.begin(step))
         with self._abandoning(step), planning_for_threads(), failing_together():
+            content = list_content()
             request = dist_checkpointing.save(
-                list_content(),
+                content,
                 str(self.folders.partial(step)),
                 self._strategy,
                 # Who writes what is the same each time: to have it checked once is enough.
                 validate_access_integrity=not self._is_validated,
                 async_sharded_save=True,
                 content_metadata=CONTENT_METADATA,
+                **save_settings(),
             )
+            if self._ranks.is_main:
+                write_common_state(self.folders.partial(step), content, CONTENT_METADATA)
         self._is_validated = True
         self._pending = _Pending(state, ShardWriting(request, self._keep_training), started_s)
         if not self._keep_training:

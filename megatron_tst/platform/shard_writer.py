@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
+from megatron_tst.platform.versions import results_queue_name
+
 HASH_BLOCK_BYTES = 1 << 22
 
 
@@ -38,12 +40,13 @@ class InPlaceSaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 @contextlib.contextmanager
 def planning_for_threads() -> Iterator[None]:
     """Make the save requests planned inside report through a queue of this process."""
-    original = filesystem_async._get_write_results_queue
-    filesystem_async._get_write_results_queue = queue.Queue
+    name = results_queue_name()
+    original = getattr(filesystem_async, name)
+    setattr(filesystem_async, name, queue.Queue)
     try:
         yield
     finally:
-        filesystem_async._get_write_results_queue = original
+        setattr(filesystem_async, name, original)
 
 
 class ShardWriting:
