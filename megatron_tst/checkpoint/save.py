@@ -92,8 +92,7 @@ class CheckpointSaver:
                 content_metadata=CONTENT_METADATA,
                 **save_settings(),
             )
-            if self._ranks.is_main:
-                write_common_state(self.folders.partial(step), content, CONTENT_METADATA)
+            main_rank_alone(lambda: self._write_common_state(step, content))
         self._is_validated = True
         self._pending = _Pending(state, ShardWriting(request, self._keep_training), started_s)
         if not self._keep_training:
@@ -125,6 +124,11 @@ class CheckpointSaver:
                 written = pending.writing.finish()
             digests = {name: digest for part in every_rank(written) for name, digest in part.items()}
             main_rank_alone(lambda: self._publish(pending, digests))
+
+    def _write_common_state(self, step: int, content: dict[str, Any]) -> None:
+        folder = self.folders.partial(step)
+        with writing(folder):
+            write_common_state(folder, content, CONTENT_METADATA)
 
     def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
         step = pending.state.iteration
