@@ -18,6 +18,8 @@ COPY pyproject.toml constraints.txt LICENSE ./
 COPY tools/setup_image.sh tools/
 COPY megatron_tst/__init__.py megatron_tst/
 ARG PIP_EXTRA_INDEX_URL
+# Which megatron-core belongs to the base; Python's version alone would decide for a newer one.
+ARG MEGATRON_CORE=0.16.1
 RUN bash tools/setup_image.sh plot,hf,wandb,tensorboard,dev
 # The base's torchrun would start its workers with the base's interpreter, which does not see .venv.
 ENV PATH=/opt/megatron-tst/.venv/bin:${PATH} PYTHON_EXEC=/opt/megatron-tst/.venv/bin/python

@@ -14,13 +14,14 @@ export QWEN_TOKENIZER=${QWEN_TOKENIZER:-/data/tokenizers/Qwen3-30B-A3B}
 # A run's directory is $RUNS_DIR/<job name>: on a file system that all nodes share.
 export RUNS_DIR=${RUNS_DIR:-$PWD/runs}
 
-# Python: in a container (enroot/pyxis; the image of our Dockerfile), or else from a virtual environment.
+# Python: in a container (enroot/pyxis; the image of our Dockerfile), or else from the virtual environment VENV.
+export VENV=${VENV:-.venv}
 export CONTAINER_IMAGE=${CONTAINER_IMAGE:-}
 export CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-/data:/data:ro,$RUNS_DIR:$RUNS_DIR,$PWD:$PWD}
 if [ -n "$CONTAINER_IMAGE" ]; then
   export PYTHON=${PYTHON:-python3}
 else
-  export PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+  export PYTHON=${PYTHON:-$(realpath --no-symlinks --canonicalize-missing "$VENV")/bin/python}
 fi
 
 # A job that makes no progress over this many starts is not started again.

@@ -5,6 +5,7 @@
 #   bash examples/quickstart/run.sh --seed 2          another seed
 #   bash examples/quickstart/run.sh --equal-loss      then shorter TST runs, until one ends above the baseline's loss
 #   STEPS=40 bash examples/quickstart/run.sh          a shorter trial of the script itself
+#   PYTHON=python3.12 VENV=.venv-3.12 bash examples/quickstart/run.sh    another interpreter
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seed=1 equal_loss=no
@@ -12,7 +13,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --seed) seed=${2:?--seed needs a number}; shift 2 ;;
     --equal-loss) equal_loss=yes; shift ;;
-    *) sed -n '2,7p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,8p' "$0" >&2; exit 2 ;;
   esac
 done
 steps=${STEPS:-2500}
@@ -22,7 +23,7 @@ data=${DATA:-data/quickstart}
 export OMP_NUM_THREADS=1
 
 bash tools/setup_venv.sh plot,hf
-python=.venv/bin/python
+python=${VENV:-.venv}/bin/python
 
 if [ ! -f "$data/stdlib_text_document.idx" ]; then
   stdlib=$($python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')

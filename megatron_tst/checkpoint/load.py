@@ -22,6 +22,7 @@ from megatron_tst.checkpoint.content import (
 )
 from megatron_tst.checkpoint.find import FoundCheckpoint
 from megatron_tst.config import UserError
+from megatron_tst.platform import Ranks
 from megatron_tst.platform.safe_checkpoint import read_metadata, safe_loading
 
 

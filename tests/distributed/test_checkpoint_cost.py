@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tst.checkpoint import load
+from megatron_tst.checkpoint.find import find_checkpoint
 from megatron_tst.config import CheckpointSettings, parse_config
 from megatron_tst.platform import leave_ranks
 from megatron_tst.platform.adam import TorchAdamDistributedOptimizer
@@ -136,7 +137,7 @@ def save_and_load(argv, as_megatron_core: bool) -> Cost:
     for tensor in tensors_of(run):
         tensor.fill_(-1)
     settings = CheckpointSettings(load=str(run.saver.folders.path), no_verify_checkpoint=True)
-    found = load.find_checkpoint(settings, run.ranks)
+    found = find_checkpoint(settings, run.ranks)
     CountedFile.count = 0
     load.load_checkpoint(found, trainables, with_optimizer=True, with_generators=True)
     read, is_same = CountedFile.count, all(map(torch.equal, saved, tensors_of(run)))

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.docker.builder import Builder, install
 
@@ -52,9 +53,10 @@ def cpu(builder: Builder, context: Path) -> str:
 
 
 def versions(text: str) -> dict[str, str]:
-    """Packages of a pip list or of constraints, those for older versions of Python left out."""
-    lines = [line for line in text.splitlines() if "==" in line and "< " not in line]
-    return dict(line.split(";")[0].split("==") for line in lines)
+    """Packages of a pip list or of constraints, those for other versions of Python than Debian's left out."""
+    found = [Requirement(line) for line in text.splitlines() if "==" in line and not line.startswith(("#", "-e"))]
+    here = [line for line in found if line.marker is None or line.marker.evaluate({"python_version": "3.11"})]
+    return {line.name: str(line.specifier).removeprefix("==") for line in here}
 
 
 PINS = versions((ROOT / "constraints.txt").read_text())

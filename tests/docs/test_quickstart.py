@@ -11,7 +11,10 @@ from megatron_tst.telemetry import read_metrics
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="run.sh sets up .venv; tests/run.sh does so before the tests")
+VENV = ROOT / os.environ.get("VENV", ".venv")
+
+
+@pytest.mark.skipif(not VENV.exists(), reason="run.sh sets up .venv; tests/run.sh does so before the tests")
 def test_the_quickstart_runs(tmp_path: Path):
     runs = tmp_path / "runs"
     environment = {**os.environ, "STEPS": "40", "DATA": str(tmp_path / "data"), "RUNS": str(runs)}
