@@ -184,15 +184,21 @@ def compare_loader(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
     from megatron_tst.config import DataSettings
     from megatron_tst.data.batches import TextReader
     from megatron_tst.data.build import SamplePlan, build_run_data
+    from megatron_tst.data.samples import TextSpec, build_epoch
     from megatron_tst.superposition import Phase, Schedule
 
     tokenizer, ranks = small_run(folder)
     write_corpus(folder / dtype, dtype, 60_000_000, 2000)
     num_tokens, batches = SEQUENCE * BAG_SIZE, 100
     schedule = Schedule((Phase(BAG_SIZE, 2 * batches),))
-    plan = SamplePlan(tokenizer, SEQUENCE, MICRO_BATCH, 1, folder / "cache")
+    plan = SamplePlan(tokenizer, SEQUENCE, MICRO_BATCH, 1, folder / f"{dtype}-cache")
     text = build_run_data(DataSettings(data_path=(str(folder / dtype),), split="1,0,0"), schedule, 0, plan).train
     part = text.phases[0].parts[0]
+    (share,) = plan.cache.glob("cut-*-phase0.npy")
+    theirs_folder = folder / f"{dtype}-indices"
+    theirs_folder.mkdir()
+    spec = TextSpec("", num_tokens, (plan.seed, 0, 0), plan.cache)
+    theirs = build_epoch(part._corpus, numpy.load(share), spec, 0, tokenizer, theirs_folder)
     mapped = numpy.memmap(folder / f"{dtype}.bin", dtype=dtype, mode="r")
     plain = numpy.asarray(mapped)
     count = 64
@@ -219,7 +225,7 @@ def compare_loader(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
         return batches * MICRO_BATCH * num_tokens / seconds / 1e6
 
     rates = take_turns({
-        "GPTDataset": lambda: rate(lambda index: part._epochs[0][index]),
+        "GPTDataset": lambda: rate(lambda index: theirs[index]),
         "a sample": lambda: rate(lambda index: text[(0, index)]),
         "one worker": worker_rate,
         "memmap": lambda: rate(lambda i: numpy.concatenate([mapped[a:b] for a, b in slices[i]], dtype=numpy.int64)),

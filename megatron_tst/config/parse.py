@@ -7,20 +7,19 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import typeguard
 import tyro
-import yaml
 
 from megatron_tst.config.errors import UserError
+from megatron_tst.config.fields import read_fields
 from megatron_tst.config.refused import refusal
 from megatron_tst.config.rules import check_config
-from megatron_tst.config.settings import RunConfig
+from megatron_tst.config.settings import ModelSettings, RunConfig
 from megatron_tst.config.shapes import PRESETS
+from megatron_tst.config.yaml_files import read_yaml, write_yaml
 from megatron_tst.superposition import Phase
 
 PROGRAM = "pretrain_tst.py"
@@ -53,7 +52,7 @@ def read_config(argv: Sequence[str]) -> RunConfig:
     first.add_argument("--config", nargs="?")
     first.add_argument("--tst-preset", "--tst_preset", nargs="?")
     named, _ = first.parse_known_args(argv)
-    mapping = _read_yaml(Path(named.config)) if named.config else {}
+    mapping = read_yaml(Path(named.config)) if named.config else {}
     config = config_from_mapping(mapping, source=named.config or "", preset=named.tst_preset)
     return _apply_flags(config, argv)
 
@@ -75,17 +74,19 @@ def config_from_mapping(mapping: Mapping[str, Any], source: str, preset: str | N
     for section in mapping:
         if section not in sections:
             raise UserError(f"{source}: {section!r} is not a section; the sections are {', '.join(sorted(sections))}")
-    preset = preset or (mapping.get("model") or {}).get("tst_preset")
-    if preset is not None and preset not in PRESETS:
-        raise UserError(f"--tst-preset {preset}: unknown; choose from {', '.join(PRESETS)}")
-    model = {**PRESETS.get(preset or "", {}), **(mapping.get("model") or {}), "tst_preset": preset}
-    for section, values in {**mapping, "model": model}.items():
+    for section, values in mapping.items():
         if section == "phases":
-            config = dataclasses.replace(config, phases=_read_phases(values, source))
+            read: Any = _read_phases(values, source)
         else:
-            overlaid = _overlay(getattr(config, section), values or {}, f"{source}: {section}")
-            config = dataclasses.replace(config, **{section: overlaid})
-    return config
+            read = _read_section(getattr(config, section), values, f"{source}: {section}")
+        config = dataclasses.replace(config, **{section: read})
+    preset = preset or config.model.tst_preset
+    if preset is None:
+        return config
+    if preset not in PRESETS:
+        raise UserError(f"--tst-preset {preset}: unknown; choose from {', '.join(PRESETS)}")
+    model = {**PRESETS[preset], **(mapping.get("model") or {}), "tst_preset": preset}
+    return dataclasses.replace(config, model=_read_section(ModelSettings(), model, f"{source}: model"))
 
 
 def load_config(path: Path) -> RunConfig:
@@ -94,7 +95,7 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         UserError: if the file cannot be read or is not settings.
     """
-    return config_from_mapping(_read_yaml(path), source=str(path))
+    return config_from_mapping(read_yaml(path), source=str(path))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -105,7 +106,7 @@ def dump_config(config: RunConfig) -> str:
         {"bag_size": phase.bag_size, "steps": phase.num_steps, "reads_bags": phase.reads_bags}
         for phase in config.phases
     ]
-    return yaml.safe_dump(_tuples_to_lists(mapping), sort_keys=False)
+    return write_yaml(_tuples_to_lists(mapping))
 
 
 def _tuples_to_lists(value: Any) -> Any:
@@ -114,48 +115,43 @@ def _tuples_to_lists(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as a string; here it is the number that its writer meant."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        # A loader of SafeLoader's kind: it builds numbers, strings, lists and mappings, never objects.
-        mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(mapping, dict):
-        raise UserError(f"--config {path}: must hold sections, such as 'model:'")
-    return mapping
+def _read_section(settings: _Settings, values: Any, where: str) -> _Settings:
+    """Lay the settings of a section over those it has; a section may be empty."""
+    if values is None:
+        return settings
+    if not isinstance(values, dict):
+        raise UserError(f"{where} {values!r}: must be a mapping of settings")
+    hints = get_type_hints(type(settings))
+    for name in values:
+        if name not in hints:
+            instead = refusal(str(name))
+            raise UserError(f"{where}.{name}: " + (f"is not taken: {instead}" if instead else "is not a setting"))
+    return dataclasses.replace(settings, **read_fields(hints, values, where))  # type: ignore[type-var]
 
 
 def _read_phases(values: Any, source: str) -> tuple[Phase, ...]:
-    try:
-        return tuple(Phase(entry["bag_size"], entry["steps"], entry.get("reads_bags", True)) for entry in values or ())
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{source}: phases must be a list of {{bag_size, steps}}, each at least 1: {error}") from error
+    if not isinstance(values, list) and values is not None:
+        raise UserError(f"{source}: phases {values!r}: must be a list of {{bag_size, steps}}")
+    return tuple(_read_phase(entry, f"{source}: phases[{index}]") for index, entry in enumerate(values or ()))
 
 
-def _overlay(settings: _Settings, values: Mapping[str, Any], where: str) -> _Settings:
-    hints = get_type_hints(type(settings))
-    checked = {}
-    for name, value in values.items():
+def _read_phase(entry: Any, where: str) -> Phase:
+    """Read ``{bag_size, steps}``, and ``reads_bags`` where single tokens predict bags."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} {entry!r}: must be {{bag_size, steps}}")
+    hints = get_type_hints(Phase)
+    hints["steps"] = hints.pop("num_steps")
+    for name in entry:
         if name not in hints:
-            instead = refusal(name)
-            raise UserError(f"{where}.{name}: " + (f"is not taken: {instead}" if instead else "is not a setting"))
-        value = tuple(value) if isinstance(value, list) else value
-        try:
-            checked[name] = typeguard.check_type(value, hints[name])
-        except typeguard.TypeCheckError as error:
-            raise UserError(f"{where}.{name} {value!r}: {error}") from error
-    return dataclasses.replace(settings, **checked)  # type: ignore[type-var]
+            raise UserError(f"{where}.{name}: is not a setting of a phase; it has {', '.join(hints)}")
+    for name in ("bag_size", "steps"):
+        if name not in entry:
+            raise UserError(f"{where}: must have {name}")
+    read = read_fields(hints, entry, where)
+    try:
+        return Phase(read.pop("bag_size"), read.pop("steps"), **read)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _apply_flags(config: RunConfig, argv: Sequence[str]) -> RunConfig:

@@ -8,11 +8,11 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_tst.config import DataSettings, UserError
+from megatron_tst.data.cache import cached, read_array, save_array
 from megatron_tst.data.corpus import Corpus, check_apart, open_blend, split_documents
 from megatron_tst.data.cut import cut_documents, quotas
-from megatron_tst.data.samples import EpochedText, PhaseText, RunText, TextSpec, blend_order, save_array
+from megatron_tst.data.samples import EpochedText, PhaseText, RunText, TextSpec, blend_order
 from megatron_tst.data.tokenizer import Tokenizer
-from megatron_tst.platform import main_rank_first
 from megatron_tst.superposition import Phase, Schedule
 
 _ENDS = 1 << 16  # documents, or tokens of a document, that are looked at to know a corpus again
@@ -225,16 +225,20 @@ def _deal(source: _Source, cut: SourceCut, number: int, plan: SamplePlan) -> tup
     owned = list(cut.quotas)
     digest = _digest(cut, plan.seed, number)
 
-    def load() -> list[NDArray[numpy.int32]]:
-        """Map the shares into memory; where one is missing, write them first."""
-        paths = [plan.cache / f"cut-{digest}-phase{index}.npy" for index in range(len(owned))]
-        if not all(path.exists() for path in paths):
-            shares = cut_documents(source.corpus.lengths, source.start, source.stop, owned, plan.seed + number)
-            for path, share in zip(paths, shares, strict=True):
-                save_array(path, share.documents)
-        return [numpy.load(path, mmap_mode="r") for path in paths]
+    paths = [plan.cache / f"cut-{digest}-phase{index}.npy" for index in range(len(owned))]
 
-    return main_rank_first(load), digest
+    def load() -> list[NDArray[numpy.int32]] | None:
+        """Map the shares into memory; None where one of them is missing or damaged."""
+        whole = [array for array in map(read_array, paths) if array is not None]
+        return whole if len(whole) == len(paths) else None
+
+    def write() -> None:
+        """Cut the corpus."""
+        shares = cut_documents(source.corpus.lengths, source.start, source.stop, owned, plan.seed + number)
+        for path, share in zip(paths, shares, strict=True):
+            save_array(path, share.documents)
+
+    return cached(load, write, plan.cache), digest
 
 
 def _digest(*parts: object) -> str:

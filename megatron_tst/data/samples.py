@@ -4,8 +4,6 @@ Sample k of a phase is the same text for any number of ranks and any length of t
 share is a GPTDataset of its own, shuffled by its own seed.
 """
 
-import contextlib
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
 from megatron_tst.config import UserError
+from megatron_tst.data.cache import cached, read_array, save_array, save_folder
 from megatron_tst.data.corpus import Corpus
 from megatron_tst.data.tokenizer import Tokenizer
-from megatron_tst.platform import main_rank_first
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,21 @@ class TextSpec:
     cache: Path
 
 
+@dataclass(frozen=True)
+class EpochIndex:
+    """What megatron-core's GPTDataset makes of one epoch over a share, mapped into memory.
+
+    Attributes:
+        document_index: ``[D]`` documents, in the order they are read.
+        sample_index: ``[N + 1, 2]`` where each sample begins: place in ``document_index``, token in that document.
+        shuffle_index: ``[N]`` the order of the samples.
+    """
+
+    document_index: NDArray[Any]
+    sample_index: NDArray[Any]
+    shuffle_index: NDArray[Any]
+
+
 class EpochedText:
     """The samples of one share of one corpus, epoch after epoch.
 
@@ -55,7 +68,7 @@ class EpochedText:
         Collective: every rank of the world calls it; the main rank writes what is not cached yet.
 
         Raises:
-            UserError: if the share is too small for one sample.
+            UserError: if the share is too small for one sample, or the cache cannot be written.
         """
         self._corpus = corpus
         tokens = int(corpus.lengths[documents].sum(dtype=numpy.int64))
@@ -66,10 +79,7 @@ class EpochedText:
                 f"sequence of {spec.num_tokens} + 1 (--seq-length x bag size)"
             )
         num_epochs = max(1, -(-num_samples // self.samples_per_epoch))
-        self._epochs = [
-            main_rank_first(lambda epoch=epoch: _build_epoch(corpus, documents, spec, epoch, tokenizer))  # type: ignore[misc]
-            for epoch in range(num_epochs)
-        ]
+        self._epochs = [_index_epoch(corpus, documents, spec, epoch, tokenizer) for epoch in range(num_epochs)]
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         """Return the text of a sample, ``[T + 1]`` in the integers of the corpus.
@@ -89,37 +99,53 @@ class EpochedText:
         return numpy.concatenate(parts)
 
 
-def _build_epoch(
-    corpus: Corpus, documents: NDArray[numpy.int32], spec: TextSpec, epoch: int, tokenizer: Tokenizer
+def build_epoch(
+    corpus: Corpus, documents: NDArray[numpy.int32], spec: TextSpec, epoch: int, tokenizer: Tokenizer, folder: Path
 ) -> GPTDataset:
-    def build(folder: Path) -> GPTDataset:
-        """Build or read the indices in a folder."""
-        config = GPTDatasetConfig(
-            # numpy's RandomState takes 32 bits: draw them from everything that tells this order from another.
-            random_seed=int(numpy.random.SeedSequence((*spec.seed, epoch)).generate_state(1)[0]),
-            sequence_length=spec.num_tokens,
-            blend=([corpus.prefix], None),
-            split="1,0,0",
-            path_to_cache=str(folder),
-            tokenizer=tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        return GPTDataset(corpus.indexed, corpus.prefix, documents, None, Split.train, config)
+    """Have megatron-core cut one epoch over a share into samples, and write the indices into an empty folder."""
+    config = GPTDatasetConfig(
+        # numpy's RandomState takes 32 bits: draw them from everything that tells this order from another.
+        random_seed=int(numpy.random.SeedSequence((*spec.seed, epoch)).generate_state(1)[0]),
+        sequence_length=spec.num_tokens,
+        blend=([corpus.prefix], None),
+        split="1,0,0",
+        path_to_cache=str(folder),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    return GPTDataset(corpus.indexed, corpus.prefix, documents, None, Split.train, config)
 
-    # megatron-core names cached indices by everything but the documents they are made from, and would take a
-    # half-written file for a whole one: each share and epoch has a folder of its own, moved into place complete.
+
+def _index_epoch(
+    corpus: Corpus, documents: NDArray[numpy.int32], spec: TextSpec, epoch: int, tokenizer: Tokenizer
+) -> EpochIndex:
+    # megatron-core names cached indices by everything but the documents they are made from, takes a half-written file
+    # for a whole one, and unpickles what it finds: each share and epoch has a folder of its own, which is moved into
+    # place complete, and read here.
     folder = spec.cache / f"{spec.name}-epoch{epoch}"
-    if not folder.exists():
-        spec.cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=spec.cache) as partial:
-            build(Path(partial))
-            # Two runs may fill one cache at a time: whoever is second leaves its equal indices to be deleted.
-            with contextlib.suppress(OSError):
-                Path(partial).rename(folder)
-    return build(folder)
+
+    def load() -> EpochIndex | None:
+        """Map the indices into memory; None where one of them is missing or damaged."""
+        found = [
+            read_array(path)
+            for kind in ("document", "sample", "shuffle")
+            for path in sorted(folder.glob(f"*-{kind}_index.npy"))
+        ]
+        whole = [array for array in found if array is not None]
+        return EpochIndex(*whole) if len(whole) == 3 else None
+
+    def write() -> None:
+        """Build the indices in a folder beside their place, and move it there."""
+        save_folder(
+            folder,
+            lambda new: build_epoch(corpus, documents, spec, epoch, tokenizer, new),  # type: ignore[arg-type,return-value]
+            lambda: load() is not None,
+        )
+
+    return cached(load, write, spec.cache)
 
 
 def blend_order(weights: list[float], num_samples: int, path: Path) -> NDArray[Any]:
@@ -136,26 +162,16 @@ def blend_order(weights: list[float], num_samples: int, path: Path) -> NDArray[A
         ``[num_samples]`` records of ``part`` int16 and ``index`` int64.
     """
 
-    def load() -> NDArray[Any]:
-        """Map the order into memory; where it is missing, write it first."""
-        if not path.exists():
-            part, index = numpy.zeros(num_samples, numpy.int16), numpy.zeros(num_samples, numpy.int64)
-            shares = [weight / sum(weights) for weight in weights]
-            helpers.build_blending_indices(part, index, shares, len(weights), num_samples, False)
-            order = numpy.empty(num_samples, dtype=[("part", numpy.int16), ("index", numpy.int64)])
-            order["part"], order["index"] = part, index
-            save_array(path, order)
-        return numpy.load(path, mmap_mode="r")
+    def write() -> None:
+        """Draw the order."""
+        part, index = numpy.zeros(num_samples, numpy.int16), numpy.zeros(num_samples, numpy.int64)
+        shares = [weight / sum(weights) for weight in weights]
+        helpers.build_blending_indices(part, index, shares, len(weights), num_samples, False)
+        order = numpy.empty(num_samples, dtype=[("part", numpy.int16), ("index", numpy.int64)])
+        order["part"], order["index"] = part, index
+        save_array(path, order)
 
-    return main_rank_first(load)
-
-
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array so that the file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(prefix=f"{path.name}.partial-", dir=path.parent, delete=False) as file:
-        numpy.save(file, array)
-    Path(file.name).rename(path)
+    return cached(lambda: read_array(path), write, path.parent)
 
 
 class PhaseText(torch.utils.data.Dataset[NDArray[Any]]):

@@ -10,7 +10,6 @@ from megatron_tst.platform.ranks import (
     join_ranks,
     leave_ranks,
     main_rank_alone,
-    main_rank_first,
 )
 from megatron_tst.platform.seeds import seed_everything
 
@@ -26,6 +25,5 @@ __all__ = [
     "join_ranks",
     "leave_ranks",
     "main_rank_alone",
-    "main_rank_first",
     "seed_everything",
 ]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_tst.config import UserError
+from megatron_tst.config import StoppedInSetUp, UserError
 from megatron_tst.platform.device import enter_device
 
 _Result = TypeVar("_Result")
@@ -159,13 +159,13 @@ def main_rank_alone(function: Callable[[], _Result]) -> _Result:
     Collective: every rank of the world calls it.
 
     Raises:
-        UserError: on every rank, if the main rank's call raised one: no rank is left waiting.
+        UserError, StoppedInSetUp: on every rank, if the main rank's call raised one: no rank is left waiting.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[1] = function()
-        except UserError as error:
+        except (UserError, StoppedInSetUp) as error:
             answer[0] = error
     dist.broadcast_object_list(answer)
     failure, result = answer
@@ -194,25 +194,3 @@ def every_rank(value: _Result) -> list[_Result]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def main_rank_first(function: Callable[[], _Result]) -> _Result:
-    """Call ``function`` on the main rank, which may write files, then on the others, which find them.
-
-    Collective: every rank of the world calls it.
-
-    Raises:
-        UserError: on every rank, if the main rank's call raised one: no rank is left waiting.
-    """
-    is_main = dist.get_rank() == 0
-    failure: list[str | None] = [None]
-    result: list[_Result] = []
-    if is_main:
-        try:
-            result.append(function())
-        except UserError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise UserError(failure[0])
-    return result[0] if is_main else function()

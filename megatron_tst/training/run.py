@@ -11,7 +11,7 @@ from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.load import load_checkpoint
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
-from megatron_tst.config import ModelSettings, RunConfig, UserError, dump_config, global_batch_size, padded_vocab_size
+from megatron_tst.config import ModelSettings, RunConfig, dump_config, global_batch_size, padded_vocab_size
 from megatron_tst.data.batches import Batch, BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
@@ -28,11 +28,13 @@ from megatron_tst.platform import (
     main_rank_alone,
     seed_everything,
 )
+from megatron_tst.platform.signals import StopSignals
 from megatron_tst.superposition import Phase, Schedule, bag_weights
 from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_flops, versions
 from megatron_tst.telemetry.sinks import check_sinks
 from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
+from megatron_tst.training.place import choose_place
 from megatron_tst.training.start import Start, check_identity, choose_vocab_size, find_start
 from megatron_tst.training.step import Stepper
 
@@ -153,18 +155,26 @@ class Run:
         return Schedule((Phase(1, len(self.data.valid.phases[0]) // self.global_batch_size),))
 
 
-def build_run(config: RunConfig) -> Run:
+def build_run(config: RunConfig, signals: StopSignals | None = None) -> Run:
     """Build everything before the first step, and load the checkpoint to go on from.
 
     Collective: every rank of the world calls it.
 
+    Args:
+        config: the settings.
+        signals: of the process, if they are the run's to take.
+
     Raises:
         UserError: if a setting or a file cannot be used.
+        StoppedInSetUp: if a signal asks to stop.
     """
     device = enter_device()
     libraries = find_libraries()
     check_sinks(config.logging)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
+    # Not earlier: a rank that waits for others to join would hear a signal only once they have.
+    if signals is not None:
+        signals.listen()
     assert config.logging.tst_run_dir
     directory = RunDirectory(Path(config.logging.tst_run_dir))
     if ranks.is_main:
@@ -181,6 +191,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     training, model = config.training, config.model
     assert model.seq_length and config.data.tokenizer_model
     start = find_start(config, ranks)
+    folders = main_rank_alone(lambda: choose_place(directory, config, start))
     batch_size = global_batch_size(training, config.parallel, ranks.dp_size)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
     vocab_size = choose_vocab_size(start, config, tokenizer.vocab_size, ranks.tp_size)
@@ -188,7 +199,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     cache = Path(config.data.data_cache_path or directory.index_cache)
     plan = SamplePlan(tokenizer, model.seq_length, batch_size, training.seed, cache)
     data = build_run_data(config.data, start.schedule, training.eval_iters, plan, start.cuts)
-    saver = _open_directory(directory, config, start, ranks)
+    saver = _open_directory(directory, folders, config, start.step, ranks)
     stepper = _build_stepper(config, start, vocab_size, batch_size, ranks, libraries)
     token_bytes = tokenizer.token_bytes()
     padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, ranks.tp_size)
@@ -224,47 +235,21 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     return run
 
 
-def _open_directory(directory: RunDirectory, config: RunConfig, start: Start, ranks: Ranks) -> CheckpointSaver:
-    """Record the run's settings, begin its log file, and say where its checkpoints go."""
-    settings = config.checkpoint
-    folders = CheckpointFolders(Path(settings.save or directory.checkpoints))
-    # Its own checkpoints: the run goes on in its folder, also if it was stopped before the first of them.
-    is_own = not settings.finetune and settings.load is not None and _is_same(settings.load, folders.path)
+def _open_directory(
+    directory: RunDirectory, folders: CheckpointFolders, config: RunConfig, first_step: int, ranks: Ranks
+) -> CheckpointSaver:
+    """Record the run's settings, begin its log file, and prepare to save its checkpoints."""
     config_yaml = dump_config(config)
 
     def create() -> None:
         """Write on the main rank alone."""
-        if not is_own:
-            _refuse_used(folders, directory, start, "--save" if settings.save else "--tst-run-dir")
-        directory.create(config_yaml, start.step if is_own else None)
-        directory.start_log_file()
+        directory.create(config_yaml, first_step)
         folders.check_writable()
         directory.link_checkpoints(folders.path)
 
     main_rank_alone(create)
+    settings = config.checkpoint
     return CheckpointSaver(folders, ranks, config_yaml, keep_training=settings.async_save, keep_last=settings.keep_last)
-
-
-def _refuse_used(folders: CheckpointFolders, directory: RunDirectory, start: Start, flag: str) -> None:
-    """Refuse to save among checkpoints that the run does not go on from; ``flag`` names their folder.
-
-    Raises:
-        UserError: if there are any.
-    """
-    if start.found is not None and _is_same(start.found.folder.parent, directory.checkpoints) and start.step:
-        raise UserError(
-            f"--save {folders.path}: the run's checkpoints lie in {directory.checkpoints}; save there, or move them"
-        )
-    if steps := folders.steps():
-        place = folders.path if flag == "--save" else directory.path
-        raise UserError(
-            f"{flag} {place}: already holds a run's checkpoints, of the steps {steps}; choose another, or go on with "
-            f"--load {folders.path}"
-        )
-
-
-def _is_same(path: Path | str, other: Path) -> bool:
-    return Path(path).resolve() == other.resolve()
 
 
 def _build_stepper(

@@ -1,8 +1,11 @@
+import dataclasses
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import yaml
 
-from megatron_tst.config import PRESETS, RunConfig, UserError, dump_config, parse_config
+from megatron_tst.config import PRESETS, RunConfig, UserError, dump_config, load_config, parse_config
 from megatron_tst.superposition import Phase
 
 GOOD = (
@@ -130,11 +133,52 @@ def test_what_must_be_given(flag):
         ("model: {layers: 2}", "model.layers: is not a setting"),
         ("model: {num_layers: two}", "model.num_layers 'two'"),
         ("training: {train_samples: 2}", "training.train_samples: is not taken: a run is counted in steps"),
-        ("phases: [{bag: 2}]", "phases must be a list"),
-        ("phases: [{bag_size: 0, steps: 2}]", "at least 1"),
+        ("phases: [{bag: 2}]", "phases[0].bag: is not a setting of a phase"),
+        ("phases: [{bag_size: 0, steps: 2}]", "phases[0]: bag_size is 0; it must be at least 1"),
+        ("phases: {bag_size: 2, steps: 9}", "must be a list of {bag_size, steps}"),
+        ("phases: [3]", "phases[0] 3: must be {bag_size, steps}"),
+        ("phases: [{bag_size: 2, steps: 9}, {steps: 9}]", "phases[1]: must have bag_size"),
+        ("phases: [{bag_size: 2, steps: 9, lr: 1e-5}]", "phases[0].lr: is not a setting of a phase"),
+        ("phases: [{bag_size: 2, steps: 9, reads_bags: 'false'}]", "reads_bags 'false': must be true or false"),
+        ("phases: [{bag_size: 2, steps: 1e1}]", "phases[0].steps 10.0: must be a whole number"),
+        ("phases: [{bag_size: 2, steps: 6.0}]", "phases[0].steps 6.0: must be a whole number"),
+        ("phases: [{bag_size: true, steps: 6}]", "phases[0].bag_size True: must be a whole number"),
+        ("model: {num_layers: 2}\nmodel: {}", "'model' is there twice, on lines 1 and 2"),
+        ("optimizer: {lr: 1,\n lr: 2}", "'lr' is there twice, on lines 1 and 2"),
+        ("phases: [{bag_size: 2, bag_size: 3, steps: 1}]", "'bag_size' is there twice"),
+        ("optimizer: {lr: true}", "optimizer.lr True: must be a number or null"),
+        ("optimizer: {lr: '1e-3'}", "optimizer.lr '1e-3': must be a number or null"),
+        ("training: {seed: 010}", "training.seed '010': must be a whole number"),
+        ("training: {seed: 0x10}", "training.seed '0x10': must be a whole number"),
+        ("training: {seed: 1_000}", "training.seed '1_000': must be a whole number"),
+        ("training: {seed: 1:30}", "training.seed '1:30': must be a whole number"),
+        ("training: {seed: 3.0}", "training.seed 3.0: must be a whole number"),
+        ("training: {seed: true}", "training.seed True: must be a whole number"),
+        ("training: {seed: null}", "training.seed None: must be a whole number"),
+        ("training: {seed: 2026-11-25}", "training.seed '2026-11-25': must be a whole number"),
+        ("training: {seed: " + "9" * 5000 + "}", "is not YAML"),
+        ("training: {bf16: 'true'}", "training.bf16 'true': must be true or false"),
+        ("training: {bf16: yes}", "training.bf16 'yes': must be true or false"),
+        ("training: {bf16: 1}", "training.bf16 1: must be true or false"),
+        ("training: {recompute_method: 1}", "recompute_method 1: must be one of uniform, block or null"),
+        ("data: {split: 1}", "data.split 1: must be text; put it in quotes"),
+        ("logging: {wandb_project: 2026}", "logging.wandb_project 2026: must be text or null; put it in quotes"),
+        ("data: {data_path: corpus}", "data.data_path 'corpus': must be a list of text"),
+        ("data: {data_path: [a, 1]}", "data.data_path ['a', 1]: must be a list of text; put it in quotes"),
+        ("data: {data_path: [0.5, a]}", "must be a list of text; put it in quotes"),
+        ("model: {1: 2}", "model.1: is not a setting"),
+        ("model: {? [a] : 2}", "a key must be a word"),
+        ("logging: [5]", "logging [5]: must be a mapping of settings"),
+        ("logging: hello", "logging 'hello': must be a mapping of settings"),
+        ("model: false", "model False: must be a mapping of settings"),
+        ("model: []", "model []: must be a mapping of settings"),
+        ("model: {tst_preset: 5}", "model.tst_preset 5: must be text or null; put it in quotes"),
+        ("optimizer: {lr: &a 1}\ntraining: {<<: {seed: 1}}", "training.<<: is not a setting"),
+        ("a: 1\n--- \nb: 2", "is not YAML"),
+        ("model: " + "[" * 5000, "is not YAML"),
         ("[1, 2]", "must hold sections"),
         ("model: [", "is not YAML"),
-        ("model: !!python/object/apply:os.system ['true']", "is not YAML"),
+        ("model: !!python/object/apply:os.system ['true']", "could not determine a constructor for the tag"),
     ],
 )
 def test_a_mistake_in_yaml_names_file_and_place(tmp_path: Path, yaml, message):
@@ -143,6 +187,57 @@ def test_a_mistake_in_yaml_names_file_and_place(tmp_path: Path, yaml, message):
     with pytest.raises(UserError) as caught:
         parse_config([*GOOD, "--config", str(file)])
     assert message in str(caught.value) and "bad.yaml" in str(caught.value)
+
+
+def test_yaml_is_taken_as_it_looks(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "optimizer: {lr: &rate 3e-4, min_lr: 0, adam_eps: *rate, clip_grad: .5}\n"
+        "training: {seed: 0, bf16: True}\nlogging: {wandb_project: yes}\ncheckpoint:\nphases:\n"
+    )
+    config = parse_config([*GOOD, "--config", str(file), "--lr", "1"])
+    assert (config.optimizer.adam_eps, config.optimizer.clip_grad, config.training.seed) == (3e-4, 0.5, 0)
+    assert type(config.optimizer.min_lr) is float
+    assert config.training.bf16 is True
+    assert config.logging.wandb_project == "yes"
+
+
+@pytest.mark.parametrize(
+    "text", ["yes", "010", "1e3", "0x10", "null", "true", "12", "1.5", ".inf", "~", "", "é", "a: b"]
+)
+def test_a_dump_keeps_text_text(tmp_path: Path, text):
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(parse_config([*GOOD, f"--wandb-project={text}"])), encoding="utf-8")
+    assert load_config(file).logging.wandb_project == text
+
+
+def test_every_field_refuses_what_is_not_of_its_type(tmp_path: Path):
+    """Of each type there is, all settings refuse the values of the others."""
+    values = {bool: True, int: 7, float: 0.5, str: "word"}
+    file, refused = tmp_path / "run.yaml", 0
+    for section in dataclasses.fields(RunConfig):
+        settings = section.type if isinstance(section.type, type) else None
+        for setting in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
+            hint = get_type_hints(settings)[setting.name]
+            options = set(get_args(hint) or (hint,)) - {type(None)}
+            for kind, value in values.items():
+                if kind in options or (kind is int and float in options):
+                    continue
+                file.write_text(yaml.safe_dump({section.name: {setting.name: value}}))
+                with pytest.raises(UserError, match=rf"{section.name}\.{setting.name} .*: must be"):
+                    load_config(file)
+                refused += 1
+    assert refused > 200
+
+
+def test_nothing_in_yaml_is_executed(tmp_path: Path):
+    file, canary = tmp_path / "bomb.yaml", tmp_path / "canary"
+    file.write_text(f"model: !!python/object/apply:os.mkdir [{canary}]")
+    with pytest.raises(UserError, match="could not determine a constructor"):
+        load_config(file)
+    assert not canary.exists()
+    yaml.unsafe_load(file.read_text())
+    assert canary.exists()
 
 
 def test_help_lists_the_flags(capsys):

@@ -124,7 +124,7 @@ def test_another_corpus_under_the_same_name_is_not_taken_for_the_first(rank, pre
     first = build(prefix, tokenizer, tmp_path)
     write_corpus(Path(prefix), traceable_documents(COUNT, seed=5), COUNT)
     second = build(prefix, tokenizer, tmp_path)
-    cuts = [text.parts[0]._epochs[0].indices for data in (first, second) for text in data.train.phases[:1]]
+    cuts = [text.parts[0]._epochs[0].document_index for data in (first, second) for text in data.train.phases[:1]]
     assert not (len(cuts[0]) == len(cuts[1]) and (cuts[0] == cuts[1]).all())
 
 
@@ -144,13 +144,20 @@ def test_a_corpus_too_small_is_read_in_epochs_each_whole(rank, tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize(("vocab_size", "stored"), [(COUNT, numpy.uint16), (100_000, numpy.int32)])
-def test_samples_are_what_megatron_core_reads(rank, tokenizer, tmp_path, vocab_size, stored):
+def test_samples_are_what_megatron_core_reads(rank, tokenizer, tmp_path, monkeypatch, vocab_size, stored):
     """Short documents, and one that whole samples lie in."""
+    real, datasets = samples.build_epoch, []
+
+    def remember(*args):
+        datasets.append(real(*args))
+
+    monkeypatch.setattr(samples, "build_epoch", remember)
     documents = [*traceable_documents(200), list(range(1000))]
     data = build(write_corpus(tmp_path / "corpus", documents, vocab_size), tokenizer, tmp_path)
     for part in (text.parts[0] for text in data.train.phases):
-        assert len(part._epochs) > 1
-        theirs = [epoch[k] for epoch in part._epochs for k in range(part.samples_per_epoch)]
+        epochs = [datasets.pop(0) for _ in part._epochs]
+        assert len(epochs) > 1
+        theirs = [epoch[k] for epoch in epochs for k in range(part.samples_per_epoch)]
         theirs = [torch.cat((sample["tokens"], sample["labels"][-1:])).numpy() for sample in theirs]
         ours = [part[k] for k in range(len(theirs))]
         assert {sample.dtype for sample in ours} == {numpy.dtype(stored)}
@@ -237,7 +244,7 @@ def test_an_interrupted_build_of_indices_is_built_again(rank, prefix, tokenizer,
 
 def test_two_runs_may_fill_one_cache_at_a_time(rank, prefix, tokenizer, tmp_path, monkeypatch):
     """The other run finishes the same indices while this one still builds them."""
-    real, others = samples.GPTDataset, []
+    real, others = samples.build_epoch, []
 
     def build_beside(*args):
         if not others:
@@ -245,7 +252,7 @@ def test_two_runs_may_fill_one_cache_at_a_time(rank, prefix, tokenizer, tmp_path
             others.append(build(prefix, tokenizer, tmp_path))
         return real(*args)
 
-    monkeypatch.setattr(samples, "GPTDataset", build_beside)
+    monkeypatch.setattr(samples, "build_epoch", build_beside)
     ours = build(prefix, tokenizer, tmp_path)
     assert all((ours.train[(0, k)] == others[1].train[(0, k)]).all() for k in range(8))
     assert not list(tmp_path.glob("cache/*.partial-*"))

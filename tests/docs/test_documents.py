@@ -79,7 +79,7 @@ def test_every_variable_of_the_job_scripts_is_documented():
 
 
 def test_shell_scripts_parse():
-    folders = ("examples/**/*.sh", "launch/*.sh", "tests/*.sh", "tools/*.sh")
+    folders = ("examples/**/*.sh", "launch/*.sh", "tests/**/*.sh", "tools/*.sh")
     scripts = [*(path for folder in folders for path in ROOT.glob(folder)), ROOT / ".ci/run"]
     for script in scripts:
         assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0, script

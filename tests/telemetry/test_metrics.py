@@ -78,7 +78,7 @@ def test_a_number_that_is_not_finite_is_null_with_a_word(tmp_path: Path, kind):
     # Whoever reads metrics here sees the numbers as they were, and what is cut and written again is the same.
     (read,) = read_metrics(tmp_path / "metrics.jsonl")
     assert repr(sorted(read.items())) == repr(sorted(vars(metrics).items()))
-    RunDirectory(tmp_path).create("", continued_at=2)
+    RunDirectory(tmp_path).create("", first_step=2)
     assert read_strictly((tmp_path / "metrics.jsonl").read_text()) == line
 
 
@@ -86,7 +86,7 @@ def test_lines_with_bare_words_are_read_and_mended(tmp_path: Path):
     """Python's own writer puts NaN where JSON has no word."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "valid_loss": NaN}\n')
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["valid_loss"])
-    RunDirectory(tmp_path).create("", continued_at=1)
+    RunDirectory(tmp_path).create("", first_step=1)
     line = read_strictly((tmp_path / "metrics.jsonl").read_text())
     assert line == {"step": 1, "valid_loss": None, "not_finite": {"valid_loss": "nan"}}
 
@@ -101,7 +101,7 @@ def test_a_line_of_another_kind_is_damaged(tmp_path: Path, line):
 def test_a_command_that_is_not_utf8_is_recorded(tmp_path: Path, monkeypatch):
     """Python keeps such bytes of arguments as halves of surrogate pairs, which UTF-8 and strict JSON lack."""
     monkeypatch.setattr(sys, "argv", ["pretrain_tst.py", "--save", "caf\udce9"])
-    RunDirectory(tmp_path).create("", None)
+    RunDirectory(tmp_path).create("", 0)
     recorded = read_strictly((tmp_path / "versions.json").read_text())
     assert recorded["command"] == r"pretrain_tst.py --save caf\udce9"
 
@@ -109,22 +109,23 @@ def test_a_command_that_is_not_utf8_is_recorded(tmp_path: Path, monkeypatch):
 def test_a_run_directory_is_used_once(tmp_path: Path):
     directory = RunDirectory(tmp_path / "run")
     directory.occupy()
-    directory.create("model: {}\n", None)
+    directory.refuse_used()
+    directory.create("model: {}\n", 0)
     assert directory.config.read_text() == "model: {}\n"
     recorded = json.loads((tmp_path / "run" / "versions.json").read_text())
     assert recorded["megatron-core"] == importlib.metadata.version("megatron-core")
     directory.metrics.write_text("")
     with pytest.raises(UserError, match="already holds a run"):
-        directory.create("", None)
+        directory.refuse_used()
 
 
 def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path: Path):
     directory = RunDirectory(tmp_path)
     lines = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.30000000000000004}, {"step": 3, "loss": 0.2}]
     directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
-    directory.create("", continued_at=2)
+    directory.create("", first_step=2)
     assert directory.metrics.read_text() == "".join(json.dumps(line) + "\n" for line in lines[:2])
-    directory.create("", continued_at=0)
+    directory.create("", first_step=0)
     assert directory.metrics.read_text() == ""
 
 

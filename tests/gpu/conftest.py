@@ -1,0 +1,33 @@
+"""The parts of tests/gpu/run.sh run on the card, or, as far as they can, on the CPU: there with every other test."""
+
+import pytest
+import torch
+
+from megatron_tst.platform import enter_device
+from tests.gpu.report import PARTS, ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    files = {ROOT / part.path for part in PARTS}
+    for item in items:
+        if item.path in files:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return enter_device().torch_device
+
+
+@pytest.fixture
+def cuda(device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    return device
+
+
+@pytest.fixture(params=[False, True], ids=["ordinary", "deterministic"])
+def mode(request) -> bool:
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,57 @@
+"""The device: what it is, its generators, and every collective of a run in a world of one rank."""
+
+import importlib.metadata
+import importlib.util
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_tst.platform import any_rank, enter_device, every_rank, find_libraries, main_rank_alone
+from megatron_tst.platform.device import driver_version, peak_memory_bytes
+from megatron_tst.platform.seeds import generator_states, restore_generator_states
+
+
+def test_the_device_is_entered(device, record_property):
+    entered = enter_device()
+    record_property("device", entered.name)
+    for name in ("torch", "megatron-core", "triton", "numpy"):
+        has_it = importlib.util.find_spec(name.replace("-core", "")) is not None
+        record_property(name, importlib.metadata.version(name) if has_it else "none")
+    record_property("Transformer Engine", find_libraries().transformer_engine or "none")
+    if device.type == "cuda":
+        record_property("CUDA", torch.version.cuda)
+        record_property("driver", driver_version())
+        record_property("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+        assert (entered.backend, device.index) == ("nccl", torch.cuda.current_device())
+        assert torch.zeros(1, device="cuda").device == device
+    before = peak_memory_bytes()
+    torch.ones(1 << 26, device=device).sum().item()
+    assert peak_memory_bytes() >= max(before, 1 << 28 if device.type == "cuda" else 0)
+
+
+def test_generators_go_back_to_where_they_were(rank, device):
+    torch.rand(3, device=device)
+    states = generator_states()
+    first = torch.rand(3, device=device)
+    restore_generator_states(states)
+    assert torch.equal(torch.rand(3, device=device), first)
+    assert not torch.equal(torch.rand(3, device=device), first)
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated:FutureWarning")  # torch has renamed what megatron-core calls
+def test_collectives_at_one_rank(rank, device):
+    group = rank.groups.dp_cp
+    assert dist.get_backend(group) == enter_device().backend
+    values = torch.arange(8.0, device=device)
+    reduced, scattered, gathered = values.clone(), torch.zeros_like(values), torch.zeros_like(values)
+    dist.all_reduce(reduced, group=group)
+    dist.reduce_scatter_tensor(scattered, values, group=group)
+    dist.all_gather_into_tensor(gathered, values, group=group)
+    dist.broadcast(values, 0, group=group)
+    assert all(
+        torch.equal(result, torch.arange(8.0, device=device)) for result in (reduced, scattered, gathered, values)
+    )
+    assert main_rank_alone(lambda: "said") == "said"
+    assert every_rank({"rank": 0}) == [{"rank": 0}]
+    assert any_rank(True, False) == [True, False]

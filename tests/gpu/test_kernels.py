@@ -1,0 +1,113 @@
+"""What a step computes with torch's own kernels, in bfloat16 on this device, against float64 on the CPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from torch.nn.attention.bias import causal_upper_left
+
+from megatron_tst.model import attention as attention_module
+from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
+from megatron_tst.model.attention import ScaledDotProductAttention
+from megatron_tst.model.embedding import _BagSum
+from megatron_tst.superposition import bag_weights
+from tests.reference import edge_targets, loss_and_gradient
+
+ONE_ROUNDING = 2**-8  # of a bfloat16, with room for float32's own
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, over the largest number."""
+    return float((found.cpu().double() - wanted).abs().max() / wanted.abs().max())
+
+
+def twice(compute):
+    """Compute twice; the second must be the first to the last bit where that is promised."""
+    first, second = compute(), compute()
+    return first, all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_embedding_of_bags(device, mode, record_property):
+    num_bags, bag_size, vocab, width = 2048, 8, 40, 128  # each row of the weight collects some 400 gradients
+    weight = torch.randn(vocab, width).bfloat16()
+    rows, upstream = torch.randint(0, vocab, (num_bags, bag_size)), torch.randn(num_bags, width)
+    counts = torch.nn.functional.one_hot(rows, vocab).sum(1).double()
+    counts_of_one_more = counts + torch.nn.functional.one_hot(rows[:, 0], vocab)
+
+    def compute():
+        leaf = weight.to(device, copy=True).requires_grad_()
+        total = _BagSum.apply(leaf, rows.to(device))
+        total.backward(upstream.to(device))
+        return total.detach(), leaf.grad
+
+    (total, gradient), is_same = twice(compute)
+    assert is_same or not (mode or device.type == "cpu")
+    record_property("same bits twice", is_same)
+    assert error(total, counts @ weight.double()) < 1e-6
+    assert error(gradient, counts.T @ upstream.double()) < ONE_ROUNDING
+    # A token counted twice is told apart.
+    assert error(gradient, counts_of_one_more.T @ upstream.double()) > 4 * ONE_ROUNDING
+
+
+def attend_in_float64(query, key, value):
+    """Queries that end with the keys' text; ``[Q, B, H, E]`` and ``[T, B, K, E]``."""
+    groups = query.shape[2] // key.shape[2]
+    key, value = (tensor.repeat_interleave(groups, dim=2) for tensor in (key, value))
+    scores = torch.einsum("qbhe,tbhe->bhqt", query, key) / query.shape[-1] ** 0.5
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(key.shape[0] - query.shape[0] + 1)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("bhqt,tbhe->qbhe", weights, value).flatten(2)
+
+
+@pytest.mark.parametrize("num_keys", [128, 320], ids=["whole", "later chunk"])
+def test_attention(rank, device, mode, record_property, monkeypatch, num_keys):
+    """A whole sequence, and a context-parallel rank's later chunk, whose causal mask is not square."""
+    config = SimpleNamespace(sequence_parallel=False, attention_dropout=0.0)
+    module = ScaledDotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=rank.groups)
+    shapes = (128, 2, 8, 64), (num_keys, 2, 4, 64), (num_keys, 2, 4, 64)
+    inputs = [torch.randn(shape).bfloat16() for shape in shapes]
+    upstream = torch.randn(128, 2, 8 * 64).bfloat16()
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    wanted_output = attend_in_float64(*exact)
+    wanted_output.backward(upstream.double())
+    wanted = [wanted_output.detach(), *(leaf.grad for leaf in exact)]
+
+    def compute():
+        leaves = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
+        output = module._attend(*leaves)
+        output.backward(upstream.to(device))
+        return output.detach(), *(leaf.grad for leaf in leaves)
+
+    found, is_same = twice(compute)
+    assert is_same or not mode
+    record_property("same bits twice", is_same)
+    errors = [error(mine, theirs) for mine, theirs in zip(found, wanted, strict=True)]
+    record_property("largest relative error", max(errors))
+    assert max(errors) < 6 * ONE_ROUNDING
+    if num_keys > 128:
+        # A mask from the upper left hides what the later chunk should see.
+        monkeypatch.setattr(attention_module, "causal_lower_right", causal_upper_left)
+        assert error(compute()[0], wanted[0]) > 0.1
+
+
+@pytest.mark.parametrize("bag_size", [1, 16])
+def test_the_native_loss(rank, device, mode, record_property, bag_size):
+    vocab, batch, length = 4000, 2, 6
+    logits = (4 * torch.randn(length, batch, vocab)).bfloat16()
+    targets, weights = edge_targets((batch, length), vocab, bag_size), bag_weights("power_law", bag_size)
+    wanted_loss, _, wanted_gradient = loss_and_gradient(logits.transpose(0, 1), targets, weights)
+
+    def compute():
+        leaf = logits.to(device, copy=True).requires_grad_()
+        arguments = leaf, targets.to(device), weights.to(device), rank.groups.tp
+        loss, _ = vocab_parallel_multi_hot_cross_entropy(*arguments, "native")
+        loss.sum().backward()
+        return loss.detach(), leaf.grad.transpose(0, 1)
+
+    (loss, gradient), is_same = twice(compute)
+    assert is_same  # nothing is added up across rows
+    record_property("largest relative error of the loss", error(loss, wanted_loss))
+    assert error(loss, wanted_loss) < 1e-5
+    torch.testing.assert_close(gradient.cpu().double(), wanted_gradient, rtol=ONE_ROUNDING, atol=1e-6)
+    assert error(loss.roll(1, dims=1), wanted_loss) > 0.01
