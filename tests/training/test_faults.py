@@ -12,7 +12,7 @@ import torch
 from megatron_tst.config import DivergedError, UserError
 from megatron_tst.telemetry import read_metrics
 from megatron_tst.training.step import Stepper
-from tests.training.kill_soak import soak
+from tests.training.kill_soak import KINDS, soak
 from tests.training.runs import ROOT, arguments, build_here, parameters, train_here
 
 RUN = "--tst-bag-size 4 --tst-steps 4"
@@ -188,7 +188,8 @@ def test_a_second_run_on_the_same_directory_is_refused(here, argv, tmp_path: Pat
     run.directory.leave()
 
 
-def test_a_run_killed_again_and_again_is_the_undisturbed_one(corpus, tokenizer, tmp_path: Path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_again_and_again_is_the_undisturbed_one(corpus, tokenizer, tmp_path: Path, kind):
     """The short form of ``python -m tests.training.kill_soak``."""
-    moments = soak(corpus, str(tokenizer.path), tmp_path, kills=3)
+    moments = soak(corpus, str(tokenizer.path), tmp_path, 2, kind)
     assert moments["save"] and moments["step"]
