@@ -56,7 +56,7 @@ def test_only_an_earlier_conversion_is_replaced_and_only_by_force(tmp_path):
     assert files(tmp_path) == {"b/config.json": "new"}
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match=f"holds no {MARK}, so --force does not replace it.*delete it yourself"):
+    with pytest.raises(UserError, match=f"holds no {MARK}, so --force does not replace it.*delete this one yourself"):
         fill(tmp_path / "home", "new", force=True)
     with pytest.raises(UserError, match="exists and is not a folder"):
         fill(tmp_path / "home" / "thesis.tex", "new", force=True)
