@@ -144,19 +144,30 @@ def _configured_end(path: Path, flag: str) -> str | None:
     return content
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
-    """Train a byte-level BPE and write it.
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that is too small to be learned.
+
+    Raises:
+        UserError: if it does not hold all bytes and the end-of-document token.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--tst-train-bpe {vocab_size}: must be at least 257, all bytes and the end of document")
+
+
+def learn_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """Learn a byte-level BPE.
 
     Args:
         texts: what to learn from; read once.
         vocab_size: tokens to learn, at least the 256 bytes and the end-of-document token.
-        path: the ``tokenizer.json`` to write.
+
+    Returns:
+        The content of its ``tokenizer.json``.
 
     Raises:
         UserError: if ``vocab_size`` is too small.
     """
-    if vocab_size < 257:
-        raise UserError(f"--tst-train-bpe {vocab_size}: must be at least 257, all bytes and the end of document")
+    check_vocab_size(vocab_size)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -167,8 +178,32 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    return str(model.to_str(pretty=True))
+
+
+def save_tokenizer(content: str, path: Path) -> Tokenizer:
+    """Write a ``tokenizer.json``, which appears complete or not at all, and load it.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    model.save(str(partial))
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--tokenizer-model {path}: cannot be written: {error}") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
     return load_tokenizer(str(path))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
+    """Learn a byte-level BPE and write it, as :func:`learn_bpe` and :func:`save_tokenizer` do.
+
+    Raises:
+        UserError: if ``vocab_size`` is too small, or the file cannot be written.
+    """
+    return save_tokenizer(learn_bpe(texts, vocab_size), path)

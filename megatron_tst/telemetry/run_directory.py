@@ -1,7 +1,6 @@
 """The run directory: everything that a run leaves behind."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import logging
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from megatron_tst.config import UserError, write_json
+from megatron_tst.config.locks import take_lock
 from megatron_tst.telemetry.metrics import cut_metrics
 from megatron_tst.telemetry.outputs import write_whole
 
@@ -60,19 +60,11 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / _LOCK).open("w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
-        try:
-            # The kernel lets go of it when this process ends, however it ends. Unlike flock's, such a lock is not
-            # held on by loader workers that outlive a killed run for seconds.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.close()
+            self._lock = take_lock(self.path / _LOCK)
+        except BlockingIOError:
             raise UserError(f"--tst-run-dir {self.path}: another run is in it ({_LOCK})") from None
         except OSError as error:
-            logging.getLogger(__name__).warning("WARNING: run.lock cannot be locked on this file system: %s", error)
-        self._lock = lock
+            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
 
     def refuse_used(self) -> None:
         """Refuse a folder that holds a run.
