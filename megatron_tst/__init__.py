@@ -1,6 +1,7 @@
 """Megatron-Core pre-training in which a run is a list of phases, each with a bag size."""
 
 import importlib.util
+import logging
 import sys
 import warnings
 
@@ -8,7 +9,7 @@ import torch
 
 __version__ = "0.1.0"
 
-# Both settings stand here because they must be made before the first megatron-core import.
+# All settings stand here because they must be made before the first megatron-core import.
 
 # megatron-core says at import, once per module, that Transformer Engine or Apex is absent; a run says it once, in
 # its own "using:" line.
@@ -17,6 +18,24 @@ warnings.filterwarnings(
     message=r"(Transformer Engine and Apex are|Apex is) not installed\. Falling back to",
     module=r"megatron\.core\.",
 )
+warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
+
+# What newer versions of megatron-core write to the log, or make torch write, that a user can do nothing about: the
+# logger, and how the line begins.
+_UNWANTED_LINES = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_UNWANTED_LINES[record.name])
+
+
+for _name in _UNWANTED_LINES:
+    logging.getLogger(_name).addFilter(_is_wanted)
 
 # megatron-core takes Adam and other parts from these wherever it can import them, but they compute with CUDA alone.
 if not torch.cuda.is_available():

@@ -45,6 +45,20 @@ class Trainables:
     ranks: Ranks
 
 
+@torch.no_grad()
+def gather_weights(trainables: Trainables) -> None:
+    """Complete this rank's weights, for whoever reads them outside a forward pass.
+
+    With ``--overlap-param-gather`` a step leaves each rank the new weights of its own shard of the optimizer alone; the
+    others' follow in the next forward pass.
+
+    Collective: every rank of the world calls it.
+    """
+    for chunk in trainables.chunks:
+        if chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+
 def list_model(trainables: Trainables) -> dict[str, Any]:
     """Return the shards of this rank's weights: ``model``, or ``model0`` and on where the pipeline is interleaved."""
     metadata = {**CONTENT_METADATA, "dp_cp_group": trainables.ranks.groups.dp_cp}
@@ -88,6 +102,7 @@ def list_all(trainables: Trainables, step: int, model: ModelSettings, samples: i
         model: its shape, for Megatron-LM's ``args``.
         samples: sequences read, likewise.
     """
+    gather_weights(trainables)
     shards, ranks = list_model(trainables), trainables.ranks
     return {
         **shards,

@@ -18,7 +18,10 @@ from megatron_tst.checkpoint.folders import CheckpointFolders, writing
 from megatron_tst.checkpoint.run_state import RunState, read_run_state, write_run_state
 from megatron_tst.config import UserError
 from megatron_tst.platform import Ranks, every_rank, main_rank_alone
+from megatron_tst.platform.common_state import write_common_state
+from megatron_tst.platform.main_rank_files import failing_together
 from megatron_tst.platform.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
+from megatron_tst.platform.versions import FILES_PER_RANK, save_settings
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,9 @@ class CheckpointSaver:
         self._is_validated = False
         # Data-parallel ranks share the writing of what they all hold.
         self._strategy = FullyParallelSaveStrategyWrapper(
-            InPlaceSaveStrategy("torch_dist", 1), ranks.groups.dp_cp, do_cache_distribution=True
+            InPlaceSaveStrategy("torch_dist", 1, thread_count=FILES_PER_RANK),
+            ranks.groups.dp_cp,
+            do_cache_distribution=True,
         )
 
     def save(self, state: RunState, list_content: Callable[[], dict[str, Any]]) -> None:
@@ -75,16 +80,19 @@ class CheckpointSaver:
         self.finish()
         started_s, step = time.perf_counter(), state.iteration
         main_rank_alone(lambda: self.folders.begin(step))
-        with self._abandoning(step), planning_for_threads():
+        with self._abandoning(step), planning_for_threads(), failing_together():
+            content = list_content()
             request = dist_checkpointing.save(
-                list_content(),
+                content,
                 str(self.folders.partial(step)),
                 self._strategy,
                 # Who writes what is the same each time: to have it checked once is enough.
                 validate_access_integrity=not self._is_validated,
                 async_sharded_save=True,
                 content_metadata=CONTENT_METADATA,
+                **save_settings(),
             )
+            main_rank_alone(lambda: self._write_common_state(step, content))
         self._is_validated = True
         self._pending = _Pending(state, ShardWriting(request, self._keep_training), started_s)
         if not self._keep_training:
@@ -112,8 +120,15 @@ class CheckpointSaver:
             return
         pending, self._pending = self._pending, None
         with self._abandoning(pending.state.iteration):
-            digests = {name: digest for part in every_rank(pending.writing.finish()) for name, digest in part.items()}
+            with failing_together():
+                written = pending.writing.finish()
+            digests = {name: digest for part in every_rank(written) for name, digest in part.items()}
             main_rank_alone(lambda: self._publish(pending, digests))
+
+    def _write_common_state(self, step: int, content: dict[str, Any]) -> None:
+        folder = self.folders.partial(step)
+        with writing(folder):
+            write_common_state(folder, content, CONTENT_METADATA)
 
     def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
         step = pending.state.iteration
@@ -162,5 +177,5 @@ def _one_line(error: BaseException, folder: Path) -> UserError:
         f"rank {rank}: {str(failure).removeprefix('Worker failure: ')}"
         for rank, (failure, _) in sorted(failures.items())
     ]
-    # A common file fails on the main rank alone.
+    # What is no CheckpointException may be this rank's alone.
     return UserError(f"--save: {folder} cannot be written: {'; '.join(reasons)}", own_rank=isinstance(error, OSError))

@@ -93,7 +93,7 @@ class Tokenizer:
         return str(self._model.decode(ids, skip_special_tokens=False))
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, flag: str = "--tokenizer-model") -> Tokenizer:
     """Read ``tokenizer.json``; nothing in it is executed.
 
     Truncation and padding that it stores are switched off: they are how some model's inputs were once made, and would
@@ -101,6 +101,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Args:
         name: the file, or a folder that holds it.
+        flag: what the user calls it, for messages.
 
     Raises:
         UserError: if there is no such file, it is not a tokenizer, or has no end-of-document token.
@@ -108,21 +109,21 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = Path(name)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"--tokenizer-model {name}: must be a tokenizer.json or a folder that holds one")
+        raise UserError(f"{flag} {name}: must be a tokenizer.json or a folder that holds one")
     try:
         model = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every malformed file
-        raise UserError(f"--tokenizer-model {name}: cannot be read as a tokenizer: {error}") from error
+        raise UserError(f"{flag} {name}: cannot be read as a tokenizer: {error}") from error
     model.no_truncation()
     model.no_padding()
-    ends = (_configured_end(path.with_name("tokenizer_config.json")), *KNOWN_ENDS)
+    ends = (_configured_end(path.with_name("tokenizer_config.json"), flag), *KNOWN_ENDS)
     eod = next((model.token_to_id(end) for end in ends if end and model.token_to_id(end) is not None), None)
     if eod is None:
-        raise UserError(f"--tokenizer-model {name}: has no end-of-document token; known are {', '.join(KNOWN_ENDS)}")
+        raise UserError(f"{flag} {name}: has no end-of-document token; known are {', '.join(KNOWN_ENDS)}")
     return Tokenizer(path, model, eod)
 
 
-def _configured_end(path: Path) -> str | None:
+def _configured_end(path: Path, flag: str) -> str | None:
     """Return the end-of-sequence token that ``tokenizer_config.json`` names, or None where it names none.
 
     Raises:
@@ -133,13 +134,13 @@ def _configured_end(path: Path) -> str | None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--tokenizer-model {path}: cannot be read as JSON: {error}") from error
+        raise UserError(f"{flag} {path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"--tokenizer-model {path}: must be a JSON object, not {type(config).__name__}")
+        raise UserError(f"{flag} {path}: must be a JSON object, not {type(config).__name__}")
     end = config.get("eos_token")
     content = end.get("content") if isinstance(end, dict) else end
     if end is not None and not isinstance(content, str):
-        raise UserError(f"--tokenizer-model {path}: eos_token {json.dumps(end)}: must be a token's text")
+        raise UserError(f"{flag} {path}: eos_token {json.dumps(end)}: must be a token's text")
     return content
 
 

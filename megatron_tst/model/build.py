@@ -13,6 +13,7 @@ from megatron_tst.model.layers import block_spec
 from megatron_tst.model.loss import LossChoice, LossImplementation
 from megatron_tst.model.te_loss import load_kernel
 from megatron_tst.platform import Libraries, Ranks
+from megatron_tst.platform.versions import without_cuda_graphs
 
 
 def transformer_config(
@@ -48,7 +49,7 @@ def transformer_config(
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=1,
         deallocate_pipeline_outputs=True,
-        cuda_graph_scope=[],
+        **without_cuda_graphs(),
         # Kernels that only the accelerator libraries have.
         gradient_accumulation_fusion=libraries.gradient_accumulation_fusion,
         bias_activation_fusion=has_te,
@@ -212,6 +213,8 @@ def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Librar
         grad_reduce_in_fp32=run.training.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        # Interleaved stages begin to gather together, as the schedule says, not as each one's modules are run.
+        align_param_gather=run.parallel.overlap_param_gather and virtual is not None,
         bucket_size=run.parallel.ddp_bucket_size,
         use_distributed_optimizer=run.optimizer.use_distributed_optimizer,
     )

@@ -6,6 +6,7 @@ torch.distributed.checkpoint reads with the plain unpickler. Here both are read 
 
 import contextlib
 import enum
+import functools
 import importlib
 import io
 import pickle
@@ -19,9 +20,12 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.futures import Future
 
 from megatron_tst.config import UserError
+from megatron_tst.platform.common_state import read_common_state, unpickle
+from megatron_tst.platform.versions import common_state_reader
 
 METADATA = ".metadata"
 
@@ -96,26 +100,49 @@ class _SafeReader(FileSystemReader):
         metadata.storage_meta = None
         return metadata
 
+    def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
+        """Read what is planned; planners would execute entries that are no tensors."""
+        planner.load_bytes = functools.partial(_load_entry, planner)
+        return super().read_data(plan, planner)
 
-class _SafePlanner(torch_strategy.MCoreLoadPlanner):
-    """Reads non-tensor entries weights-only: torch's list of safe classes and those megatron-core registers."""
 
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put one entry where the model's state wants it."""
-        entry = torch.load(value, weights_only=True)
-        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], entry)
+def _load_entry(planner: Any, read_item: ReadItem, value: io.BytesIO) -> None:
+    """Put one entry where the model's state wants it."""
+    name = read_item.dest_index.fqn
+    entry = unpickle(value, name)
+    if planner.flatten_state_dict:
+        set_element(planner.original_state_dict, planner.mappings[name], entry)
+    else:
+        planner.state_dict[name] = entry
 
 
 @contextlib.contextmanager
 def safe_loading() -> Iterator[None]:
     """Make megatron-core's ``dist_checkpointing.load`` execute nothing of what it reads."""
-    original = torch_strategy._get_filesystem_reader, torch_strategy.MCoreLoadPlanner
-    torch_strategy._get_filesystem_reader = lambda folder, cache_metadata=False: _SafeReader(folder)
-    torch_strategy.MCoreLoadPlanner = _SafePlanner
+
+    def read_common(*arguments: Any) -> dict[str, Any]:
+        """Take the folder, which may come after the object that the function is a method of."""
+        folder = Path(arguments[-1])
+        return read_common_state(folder, read_metadata(folder))
+
+    with (
+        _replaced(torch_strategy, "_get_filesystem_reader", lambda folder, *_, **__: _SafeReader(folder)),
+        _replaced(*common_state_reader(), read_common),
+        warnings.catch_warnings(),
+    ):
+        # megatron-core calls torch.distributed.checkpoint by names that torch has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        # Later versions let each rank load for itself, and torch takes that for a mistake.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", "The argument order of load has been changed")
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, stand_in)
     try:
-        with warnings.catch_warnings():
-            # megatron-core calls torch.distributed.checkpoint by names that torch has renamed.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
+        yield
     finally:
-        torch_strategy._get_filesystem_reader, torch_strategy.MCoreLoadPlanner = original
+        setattr(owner, name, original)

@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
+from megatron_tst.platform.versions import results_queue_name
+
 HASH_BLOCK_BYTES = 1 << 22
 
 
@@ -38,12 +40,13 @@ class InPlaceSaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 @contextlib.contextmanager
 def planning_for_threads() -> Iterator[None]:
     """Make the save requests planned inside report through a queue of this process."""
-    original = filesystem_async._get_write_results_queue
-    filesystem_async._get_write_results_queue = queue.Queue
+    name = results_queue_name()
+    original = getattr(filesystem_async, name)
+    setattr(filesystem_async, name, queue.Queue)
     try:
         yield
     finally:
-        filesystem_async._get_write_results_queue = original
+        setattr(filesystem_async, name, original)
 
 
 class ShardWriting:
@@ -146,11 +149,11 @@ def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[Any, str, s
     write_file(transforms, number, (path, name, (entries, _taken(tensors))), results, pending, use_fsync=True)
     _, result = results.get()
     if isinstance(result, Exception):
-        return _reason(Path(path), result), name, ""
+        return refusal(Path(path), result), name, ""
     return result, name, sha256(Path(path))
 
 
-def _reason(path: Path, error: Exception) -> OSError:
+def refusal(path: Path, error: Exception) -> OSError:
     """Return what the disk says of a file that could not be written: torch's archive writer hides it."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, str(path))

@@ -67,7 +67,7 @@ def _connect(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer, timers:
         # All but the last micro-batch accumulate; pipeline stages start to reduce together.
         config.no_sync_func = one_or_all("no_sync")
         config.grad_sync_func = one_or_all("start_grad_sync")
-    if ddp_config.overlap_param_gather:
+    if ddp_config.align_param_gather:
         config.param_sync_func = one_or_all("start_param_sync")
 
 

@@ -59,7 +59,7 @@ def pieces(run: Run) -> list[Piece]:
                 visit(child)
 
     for chunk in run.stepper.trainables.chunks:
-        visit(chunk.sharded_state_dict())
+        visit(chunk.module.sharded_state_dict())
     return found
 
 
@@ -78,7 +78,7 @@ def whole(parts: list[Piece]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for key, offset, shape, part in parts:
         total = weights.setdefault(key, torch.full(shape, torch.nan))
-        _slot(total, offset, part).copy_(part.detach().float().view(_slot(total, offset, part).shape))
+        place(total, offset, part).copy_(part.detach().float().view(place(total, offset, part).shape))
     return weights
 
 
@@ -86,7 +86,7 @@ def fill(run: Run, weights: dict[str, Tensor]) -> None:
     """Give this rank its part of the given weights."""
     with torch.no_grad():
         for key, offset, _, part in pieces(run):
-            slot = _slot(weights[key], offset, part)
+            slot = place(weights[key], offset, part)
             # The vocabulary may be padded further here: the padding keeps what it has.
             target = part.view(-1, *part.shape[1:]) if part.dim() == slot.dim() else part
             rows = tuple(slice(0, n) for n in slot.shape)
@@ -94,7 +94,7 @@ def fill(run: Run, weights: dict[str, Tensor]) -> None:
     run.stepper.trainables.optimizer.reload_model_params()
 
 
-def _slot(total: Tensor, offset: tuple[int, ...], part: Tensor) -> Tensor:
+def place(total: Tensor, offset: tuple[int, ...], part: Tensor) -> Tensor:
     """Where a part lies in its whole; layer and expert axes are lengths of one."""
     lead = len(offset) - part.dim()
     sizes = (*([1] * lead), *part.shape)

@@ -138,7 +138,8 @@ def test_reducing_and_gathering_are_the_communication(here, corpus, tokenizer, t
     monkeypatch.setattr("megatron.core.timers.time", clock)
     chunk = run.stepper.trainables.chunks[0]
     monkeypatch.setattr(chunk, "finish_grad_sync", clock.slow(chunk.finish_grad_sync, 5.0))
-    monkeypatch.setattr(chunk, "start_param_sync", clock.slow(chunk.start_param_sync, 2.0))
+    (bucket_group,) = chunk.bucket_groups
+    monkeypatch.setattr(bucket_group, "start_param_sync", clock.slow(bucket_group.start_param_sync, 2.0))
     made = batches(run, 4)
     assert [run.stepper.train(made).communication_s for _ in range(2)] == [7.0, 7.0]
     # What is sent inside the passes is not of it.

@@ -98,4 +98,6 @@ def test_the_common_state_has_the_fields_that_weights_need(saved, tmp_path):
         "common_backend_version": 1,
     }
     saved_formats = json.loads((run.checkpoints / "iter_0000012" / "metadata.json").read_text())
-    assert saved_formats == json.loads((folder / "metadata.json").read_text())
+    # From 0.19 on megatron-core leaves out what is the default of earlier versions.
+    assert saved_formats.items() <= json.loads((folder / "metadata.json").read_text()).items()
+    assert saved_formats["sharded_backend"] == "torch_dist"

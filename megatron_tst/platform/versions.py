@@ -1,0 +1,119 @@
+"""What differs between the supported versions of megatron-core, 0.16.1 and 0.19.2, and what serves both.
+
+The versions are told apart by what they have, never by their number, and here alone: the rest of the package is written
+once. A version between or after them was not tried.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megatron.core.dist_checkpointing import core, serialization
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One change of megatron-core's.
+
+    Attributes:
+        since: the release that made it.
+        change: what it is.
+        served_by: what makes it invisible.
+        is_here: whether the installed version has it.
+    """
+
+    since: str
+    change: str
+    served_by: str
+    is_here: Callable[[], bool]
+
+
+def _takes(function: Callable[..., Any], parameter: str) -> bool:
+    return parameter in inspect.signature(function).parameters
+
+
+def _has_field(dataclass_type: Any, name: str) -> bool:
+    return name in {field.name for field in fields(dataclass_type)}
+
+
+DIFFERENCES: dict[str, Difference] = {
+    "results queue": Difference(
+        "0.17",
+        "filesystem_async._get_write_results_queue lost its underscore",
+        "results_queue_name",
+        lambda: hasattr(filesystem_async, "get_write_results_queue"),
+    ),
+    "asynchronous saving": Difference(
+        "0.17",
+        "dist_checkpointing.save plans for nvidia-resiliency-ext unless told otherwise",
+        "save_settings",
+        lambda: _takes(serialization.save, "async_strategy"),
+    ),
+    "files per rank": Difference(
+        "0.17",
+        "TorchDistSaveShardedStrategy writes one file per rank, not two",
+        "FILES_PER_RANK",
+        lambda: inspect.signature(torch_strategy.TorchDistSaveShardedStrategy).parameters["thread_count"].default == 1,
+    ),
+    "loading": Difference(
+        "0.17",
+        "each rank plans its loading alone, without flattening the state, with a reader made from more arguments",
+        "the reader of safe_checkpoint.py",
+        lambda: _takes(torch_strategy._get_filesystem_reader, "async_strategy"),
+    ),
+    "CUDA graphs": Difference(
+        "0.18",
+        "TransformerConfig.cuda_graph_scope is called cuda_graph_modules",
+        "without_cuda_graphs",
+        lambda: _has_field(TransformerConfig, "cuda_graph_modules"),
+    ),
+    "plain values": Difference(
+        "0.19",
+        "what is not sharded is the entry common_state of the shards, not the file common.pt, and is unpickled "
+        "without a list of allowed classes",
+        "common_state_reader, and save.py, which writes common.pt on every version",
+        lambda: not hasattr(common, "TorchCommonLoadStrategy"),
+    ),
+    "metadata.json": Difference(
+        "0.19",
+        "metadata.json does not name the format of common.pt",
+        "nothing: 0.16.1 has that format as default",
+        lambda: not _has_field(core.CheckpointingConfig, "common_backend"),
+    ),
+    "log": Difference(
+        "0.19",
+        "building a GPTModel logs that it is deprecated; other lines and warnings came with 0.17 and 0.18",
+        "the filters of megatron_tst/__init__.py, device.py and safe_checkpoint.py",
+        lambda: "IS DEPRECATED" in inspect.getsource(GPTModel.__init__),
+    ),
+}
+
+# What 0.16.1 does by default.
+FILES_PER_RANK = 2
+
+
+def results_queue_name() -> str:
+    """Return the name in ``filesystem_async`` of the function that makes the queue of writers' results."""
+    return "get_write_results_queue" if DIFFERENCES["results queue"].is_here() else "_get_write_results_queue"
+
+
+def save_settings() -> dict[str, Any]:
+    """Return the arguments of ``dist_checkpointing.save`` that choose megatron-core's own writer."""
+    return {"async_strategy": "mcore"} if DIFFERENCES["asynchronous saving"].is_here() else {}
+
+
+def without_cuda_graphs() -> dict[str, Any]:
+    """Return the arguments of ``TransformerConfig`` that leave every module out of CUDA graphs."""
+    return {"cuda_graph_modules" if DIFFERENCES["CUDA graphs"].is_here() else "cuda_graph_scope": []}
+
+
+def common_state_reader() -> tuple[Any, str]:
+    """Return where ``dist_checkpointing.load`` finds the function, of a folder, that reads what is not sharded."""
+    if DIFFERENCES["plain values"].is_here():
+        return serialization, "load_common_state_dict"
+    return common.TorchCommonLoadStrategy, "load_common"

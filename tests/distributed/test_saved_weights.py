@@ -1,0 +1,163 @@
+"""What is saved is what was trained, whatever a rank held when the save began, and a run goes on from it bitwise.
+
+With gathering overlapped, a step leaves each rank the new weights of its own shard alone.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_tst.checkpoint import content
+from megatron_tst.checkpoint.conversion.saved_runs import find_saved_run
+from megatron_tst.checkpoint.conversion.to_megatron import Import
+from megatron_tst.checkpoint.conversion.torch_dist import StackedWeights
+from megatron_tst.training.monitor import Monitor
+from megatron_tst.training.run import Run
+from megatron_tst.training.step import Stepper
+from tests.distributed.launch import run_distributed
+from tests.distributed.layouts import Outcome, Piece, pieces, place, train_layout, whole
+from tests.distributed.test_layouts import DENSE, MOE, setup  # noqa: F401
+from tests.distributed.test_overlap import EP2, OVERLAPS, SINGLE
+from tests.training.runs import start
+
+pytestmark = pytest.mark.distributed
+
+# The phase ends at step 4 of 8. Main weights are float32: a bfloat16 weight that is none's rounding is stale.
+RUN = f"--bf16 --hidden-dropout 0.1 --attention-dropout 0.1 --save-interval 3 {OVERLAPS['gather']}"
+INTERVAL, PHASE, SIGNAL, END = 3, 4, 7, 8
+LAYOUTS = {"dp2": (DENSE, 2, ""), "ep2-dp2": (MOE, 4, f"{EP2} {SINGLE}")}
+EVALUATIONS = {"never evaluated": "--eval-iters 0", "evaluated each step": "--eval-interval 1"}
+
+# Per step that was saved: what the next forward pass reads on this rank.
+Kept = dict[int, list[Piece]]
+
+
+def train_and_keep(argv: list[str], signalled_after: int | None = None, gathers: bool = True) -> tuple[Outcome, Kept]:
+    """Train; the last rank alone is signalled within a step."""
+    kept: Kept = {}
+    read: list[list] = []
+    train, save, record = Stepper.train, Run.save, Monitor.record
+
+    def training(stepper, batches):
+        read[:] = [batches]
+        return train(stepper, batches)
+
+    def saving(run, step, *rest):
+        save(run, step, *rest)
+        # A forward pass gathers by hooks of its own.
+        run.stepper.evaluate(read[0])
+        kept[step] = [(key, offset, shape, part.detach().clone()) for key, offset, shape, part in pieces(run)]
+
+    def recording(monitor, step, *rest):
+        if step == signalled_after and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        record(monitor, step, *rest)
+
+    Stepper.train, Run.save, Monitor.record = training, saving, recording
+    if not gathers:
+        content.gather_weights = lambda _: None
+    return train_layout(argv), kept
+
+
+def saved_tensors(checkpoints: Path, step: int) -> dict[str, Tensor]:
+    stored = StackedWeights(checkpoints / f"iter_{step:07d}")
+    return {key: stored.read(key, ()) for key in stored.entries}
+
+
+def num_stale(saved: dict[str, Tensor]) -> int:
+    """Weights that are not the rounding of their main weights."""
+    mains = {key: value for key, value in saved.items() if key.startswith("optimizer.state.param.")}
+    assert len(mains) == sum(not key.startswith("optimizer.") for key in saved) > 5
+    weights = {key: saved[key.removeprefix("optimizer.state.param.")] for key in mains}
+    assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
+    return sum(int((weights[key] != main.bfloat16()).sum()) for key, main in mains.items())
+
+
+def assert_holds_the_model(saved: dict[str, Tensor], parts: list[Piece]) -> None:
+    for key, offset, _, part in parts:
+        assert torch.equal(place(saved[key], offset, part).view_as(part), part), key
+
+
+@pytest.fixture(scope="module")
+def stopped(setup):  # noqa: F811
+    """Trains a run of each layout until it is signalled after step 7, once."""
+    argv, _ = setup
+    known: dict[tuple[str, str], tuple[list[str], list[Kept], Path]] = {}
+
+    def train(layout: str, evaluation: str):
+        if (layout, evaluation) not in known:
+            model, world_size, flags = LAYOUTS[layout]
+            arguments = argv(f"stopped {layout} {evaluation}", model, f"{flags} {RUN} {EVALUATIONS[evaluation]}")
+            ranks = run_distributed(train_and_keep, world_size, arguments, SIGNAL)
+            checkpoints = Path(arguments[arguments.index("--tst-run-dir") + 1]) / "checkpoints"
+            known[layout, evaluation] = arguments, [kept for _, kept in ranks], checkpoints
+        return known[layout, evaluation]
+
+    return train
+
+
+CASES = [
+    ("dp2", "never evaluated"),
+    ("dp2", "evaluated each step"),
+    ("ep2-dp2", "never evaluated"),
+    pytest.param("ep2-dp2", "evaluated each step", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("layout", "evaluation"), CASES)
+def test_what_is_saved_was_trained_and_goes_on_bitwise(setup, stopped, layout, evaluation):  # noqa: F811
+    argv, _ = setup
+    arguments, ranks, checkpoints = stopped(layout, evaluation)
+    model, world_size, flags = LAYOUTS[layout]
+    resumed = run_distributed(train_and_keep, world_size, [*arguments, "--load", str(checkpoints)])
+    for step in (INTERVAL, PHASE, SIGNAL, END):
+        saved = saved_tensors(checkpoints, step)
+        assert num_stale(saved) == 0, step
+        for kept in ranks if step != END else [kept for _, kept in resumed]:
+            assert_holds_the_model(saved, kept[step])
+
+    undisturbed = argv(f"undisturbed {layout} {evaluation}", model, f"{flags} {RUN} {EVALUATIONS[evaluation]}")
+    calm = run_distributed(train_layout, world_size, undisturbed)[0]
+    outcome, _ = resumed[0]
+    assert len(calm.losses) == END
+    assert (outcome.losses, outcome.grad_norms, outcome.valid) == (calm.losses, calm.grad_norms, calm.valid)
+    folder = Path(undisturbed[undisturbed.index("--tst-run-dir") + 1]) / "checkpoints"
+    wanted, found = saved_tensors(folder, END), saved_tensors(checkpoints, END)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_save_without_gathering_is_told_apart(setup):  # noqa: F811
+    """The control."""
+    argv, _ = setup
+    arguments = argv("ungathered save", DENSE, f"{RUN} {EVALUATIONS['never evaluated']} --train-iters 5")
+    ranks = run_distributed(train_and_keep, 2, arguments, None, False)
+    checkpoints = Path(arguments[arguments.index("--tst-run-dir") + 1]) / "checkpoints"
+    saved = saved_tensors(checkpoints, INTERVAL)
+    assert num_stale(saved) > 1000
+    with pytest.raises(AssertionError):
+        assert_holds_the_model(saved, ranks[0][1][INTERVAL])
+
+
+def test_the_export_of_a_run_that_was_stopped_is_its_model(stopped, tmp_path):
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    _, ranks, checkpoints = stopped("dp2", "never evaluated")
+    exported = tmp_path / "hf"
+    done = start(
+        "tools/convert_ckpt.py", "--load", str(checkpoints), "--iteration", str(SIGNAL), "--save", str(exported)
+    )
+    assert done.returncode == 0, done.stderr
+    Import(exported).write(tmp_path / "back", exported / "tokenizer.json")
+    found = find_saved_run(tmp_path / "back", None)
+    back = StackedWeights(found.folder)
+    model = whole([piece for kept in ranks for piece in kept[SIGNAL]])
+    assert model.keys() <= back.entries.keys()
+    for key, value in model.items():
+        weight = back.read(key, ())
+        # The export leaves out the rows that pad the vocabulary; no other tensor has as many rows.
+        rows = slice(found.vocab_size)
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight[rows].float(), value[rows]), key
