@@ -62,9 +62,6 @@ def test_a_run_to_hugging_face_and_on_to_another_run(trained, corpus, tokenizer,
     assert done.returncode == 0, done.stderr
     assert logit_difference(done.stdout) < 1e-5
     assert not done.stderr
-    done = convert(*load, "--save", tmp_path / "strict", "--verify-tolerance", 1e-12)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "error: --verify: largest logit difference" in done.stderr
     back = ("--direction", "hf-to-megatron", "--load", tmp_path / "hf", "--save", tmp_path / "weights")
     done = convert(*back, "--verify-text", __file__)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from megatron_tst.checkpoint.conversion.casting import Casting
-from megatron_tst.checkpoint.conversion.verify import Difference, DifferentLogitsError, tolerance_for
+from megatron_tst.checkpoint.conversion.verify import (
+    EXACT,
+    Difference,
+    DifferentLogitsError,
+    compare_logits,
+    tolerance_for,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,3 +42,22 @@ def test_what_is_no_number_never_passes(largest, largest_logit):
     with pytest.raises(DifferentLogitsError):
         Difference(positions=5, largest=largest, largest_logit=largest_logit, same_choice=5).check(9.0)
     assert DifferentLogitsError.exit_code == 1
+
+
+@pytest.mark.parametrize("spoil", [None, 1.0, math.nan])
+def test_models_that_differ_are_told_from_models_that_agree(saved, tmp_path, spoil):
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    safetensors = pytest.importorskip("safetensors.torch", reason="the extra hf is not installed")
+    run = saved("llama")
+    path = run.export(tmp_path / "hf") / "model.safetensors"
+    weights = safetensors.load_file(path)
+    if spoil is not None:
+        weights["model.norm.weight"][3] += spoil
+        safetensors.save_file(weights, path, metadata={"format": "pt"})
+    found = compare_logits(run.model, tmp_path / "hf", list(range(16)))
+    if spoil is None:
+        assert found.largest_logit > 1
+        found.check(EXACT)
+        return
+    with pytest.raises(DifferentLogitsError):
+        found.check(EXACT)
