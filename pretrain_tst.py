@@ -7,8 +7,9 @@ torchrun --nproc-per-node 8 pretrain_tst.py --config ... --tensor-model-parallel
 
 import os
 import sys
+from typing import NoReturn
 
-from megatron_tst.config import EXIT_RESUMABLE, RunConfig, UserError, parse_config
+from megatron_tst.config import EXIT_RESUMABLE, RunConfig, StoppedInSetUp, UserError, parse_config
 from megatron_tst.determinism import compute_deterministically
 
 
@@ -18,23 +19,42 @@ def main(config: RunConfig) -> int:
         compute_deterministically()
     # Imported only now: megatron-core brings Transformer Engine, which reads its switches when it is imported.
     from megatron_tst.platform import leave_ranks
+    from megatron_tst.platform.signals import StopSignals, ignore_stop_signals
     from megatron_tst.training import build_run, check_cluster, train
 
-    if config.parallel.preflight or config.parallel.preflight_only:
-        check_cluster(config)
-        if config.parallel.preflight_only:
-            return 0
-    is_complete = train(build_run(config))
-    leave_ranks()
-    return 0 if is_complete else EXIT_RESUMABLE
+    signals = StopSignals()
+    try:
+        if config.parallel.preflight or config.parallel.preflight_only:
+            check_cluster(config)
+            if config.parallel.preflight_only:
+                return 0
+        is_complete = train(build_run(config, signals), signals)
+        leave_ranks()
+        return 0 if is_complete else EXIT_RESUMABLE
+    finally:
+        # The exit code is decided. A scheduler that sees the first rank end signals the others, which are about to.
+        ignore_stop_signals()
+
+
+def leave(code: int, line: str | None = None) -> NoReturn:
+    """Say a line and exit; the code stands where the line cannot be written."""
+    try:
+        if line is not None:
+            print(f"pretrain_tst.py: {line}", file=sys.stderr)
+        sys.stderr.flush()
+    except OSError:
+        # Python would try again at its end, and exit with 120.
+        sys.stderr = None  # type: ignore[assignment]
+    sys.exit(code)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(parse_config(sys.argv[1:])))
+        leave(main(parse_config(sys.argv[1:])))
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
+    except StoppedInSetUp as stop:
+        leave(stop.exit_code, str(stop))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or error.own_rank:
-            print(f"pretrain_tst.py: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        is_spoken_for = os.environ.get("RANK", "0") != "0" and not error.own_rank
+        leave(error.exit_code, None if is_spoken_for else f"error: {error}")

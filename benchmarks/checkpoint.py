@@ -2,11 +2,13 @@
 """Seconds, MB/s and memory of saving and loading a checkpoint, against torch.save and torch.load of the same state.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--layers 8] [--hidden-size 512] [--json checkpoint.json]
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/checkpoint.py --use-distributed-optimizer
 
-One rank, weights and Adam's moments in float32. ``blocked`` is how long training stands still: with ``--async-save``
-until the state is copied. Ours writes checksums and waits for the disk, which torch.save does not; loading compares the
-checksums unless told not to. Times are medians of ratios of neighbouring runs; memory is the peak above what is held
-before.
+Weights and Adam's moments in float32, data parallel where there are several ranks; torch.save and torch.load take what
+each rank holds. ``blocked`` is how long training stands still: with ``--async-save`` until the state is copied. Ours
+writes checksums and waits for the disk, which torch.save does not; loading compares the checksums unless told not to.
+Times are medians of ratios of neighbouring runs on the first rank. Memory is the highest peak of a rank above what it
+holds before; ``peak / written`` divides it by the bytes of that rank's files.
 """
 
 import argparse
@@ -27,7 +29,15 @@ from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import CheckpointSettings, ModelSettings, OptimizerSettings, RunConfig, dump_config, write_json
 from megatron_tst.model import build_model
-from megatron_tst.platform import Libraries, ParallelSizes, enter_device, join_ranks, seed_everything
+from megatron_tst.platform import (
+    Libraries,
+    ParallelSizes,
+    enter_device,
+    every_rank,
+    join_ranks,
+    main_rank_alone,
+    seed_everything,
+)
 from megatron_tst.superposition import Phase, Schedule
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
 
@@ -37,14 +47,17 @@ VOCAB = 8192
 class Case:
     """A model with its optimizer state, and every way to save and load it."""
 
-    def __init__(self, model: ModelSettings, folder: Path) -> None:
-        """Build the model and its optimizer's state."""
-        config = RunConfig(model=model, optimizer=OptimizerSettings(lr=1e-3))
+    def __init__(self, model: ModelSettings, folder: Path, use_distributed_optimizer: bool) -> None:
+        """Build the model and its optimizer's state; the first rank's folder is used."""
+        optimizer_settings = OptimizerSettings(lr=1e-3, use_distributed_optimizer=use_distributed_optimizer)
+        config = RunConfig(model=model, optimizer=optimizer_settings)
         ranks = join_ranks(ParallelSizes())
+        folder = main_rank_alone(lambda: folder)
         seed_everything(config.training.seed)
         chunks = build_model(config, VOCAB, ranks, Libraries())
         optimizer = build_optimizer(config.optimizer, chunks, bf16=False, overlap_param_gather=False)
         self.trainables = Trainables(chunks, optimizer, build_scheduler(config.optimizer, optimizer, 1, 1), ranks)
+        self.bytes_per_parameter = 16 if use_distributed_optimizer else 12
         optimizer.step()  # with gradients of zero: Adam's moments come to be
         self.model, self.folder = model, folder
         self.state = RunState(
@@ -55,13 +68,24 @@ class Case:
         self.config_yaml = dump_config(config)
 
     @property
+    def written_bytes(self) -> int:
+        """Bytes of the files that this rank wrote of the last checkpoint."""
+        folder = self.folder / "ours" / "iter_0000001"
+        return sum(path.stat().st_size for path in folder.glob(f"__{self.trainables.ranks.rank}_*.distcp"))
+
+    @property
+    def plain_file(self) -> Path:
+        """What torch.save writes."""
+        return self.folder / f"plain-{self.trainables.ranks.rank}.pt"
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of weights and moments."""
-        return 12 * sum(p.numel() for chunk in self.trainables.chunks for p in chunk.parameters())
+        """Bytes of weights and moments; where the optimizer is sharded, it has weights of its own."""
+        return self.bytes_per_parameter * sum(p.numel() for chunk in self.trainables.chunks for p in chunk.parameters())
 
     def saver(self, keep_training: bool) -> CheckpointSaver:
         """Return a saver into an empty folder."""
-        shutil.rmtree(self.folder / "ours", ignore_errors=True)
+        main_rank_alone(lambda: shutil.rmtree(self.folder / "ours", ignore_errors=True))
         folders = CheckpointFolders(self.folder / "ours")
         ranks = self.trainables.ranks
         return CheckpointSaver(folders, ranks, self.config_yaml, keep_training=keep_training, keep_last=None)
@@ -86,17 +110,18 @@ class Case:
 
     def torch_save(self) -> float:
         """Save with torch.save; return the seconds."""
-        chunk, optimizer = self.trainables.chunks[0], self.trainables.optimizer
+        chunk, (optimizer,) = self.trainables.chunks[0], self.trainables.optimizer.chained_optimizers
         start = time.perf_counter()
-        torch.save({"model": chunk.state_dict(), "optimizer": optimizer.state_dict()}, self.folder / "plain.pt")
+        torch.save({"model": chunk.state_dict(), "optimizer": optimizer.optimizer.state_dict()}, self.plain_file)
         return time.perf_counter() - start
 
     def torch_load(self) -> float:
         """Load with torch.load; return the seconds."""
+        (optimizer,) = self.trainables.optimizer.chained_optimizers
         start = time.perf_counter()
-        loaded = torch.load(self.folder / "plain.pt", weights_only=True)
+        loaded = torch.load(self.plain_file, weights_only=True)
         self.trainables.chunks[0].load_state_dict(loaded["model"])
-        self.trainables.optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.optimizer.load_state_dict(loaded["optimizer"])
         return time.perf_counter() - start
 
 
@@ -125,6 +150,7 @@ def compare(case: Case, repeats: int) -> list[dict]:
     rows = []
     for name, (ours, plain) in ways.items():
         pairs = [(ours(), plain()) for _ in range(repeats + 1)][1:]
+        peak = peak_of(ours)
         seconds, plain_seconds = (statistics.median(side) for side in zip(*pairs, strict=True))
         rows.append(
             {
@@ -133,7 +159,8 @@ def compare(case: Case, repeats: int) -> list[dict]:
                 "mb_per_s": case.num_bytes / 1e6 / seconds,
                 "plain_s": plain_seconds,
                 "ratio": statistics.median(a / b for a, b in pairs),
-                "peak_mib": peak_of(ours) / 2**20,
+                "peak_mib": max(every_rank(peak)) / 2**20,
+                "peak_per_written": max(every_rank(peak / case.written_bytes)),
                 "plain_peak_mib": peak_of(plain) / 2**20,
             }
         )
@@ -147,6 +174,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder where not given")
+    parser.add_argument("--use-distributed-optimizer", action="store_true", help="shard the optimizer's state")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = enter_device()
@@ -156,14 +184,18 @@ def main() -> None:
         untie_embeddings_and_output_weights=True,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        case = Case(model, Path(folder))
+        case = Case(model, Path(folder), arguments.use_distributed_optimizer)
         rows = compare(case, arguments.repeats)
-    print(f"{device.name}, torch {torch.__version__}, {case.num_bytes / 2**20:.0f} MiB of weights and moments")
-    print("| way | s | MB/s | torch, s | ratio | peak, MiB | torch, peak, MiB |\n|---|---|---|---|---|---|---|")
+    if not case.trainables.ranks.is_main:
+        return
+    ranks, size = case.trainables.ranks.world_size, case.num_bytes / 2**20
+    print(f"{device.name}, {ranks} ranks, torch {torch.__version__}, {size:.0f} MiB of weights and moments")
+    print("| way | s | MB/s | torch, s | ratio | peak, MiB | peak / written | torch, peak, MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['way']} | {row['s']:.2f} | {row['mb_per_s']:.0f} | {row['plain_s']:.2f} | {row['ratio']:.2f} | "
-            f"{row['peak_mib']:.0f} | {row['plain_peak_mib']:.0f} |"
+            f"{row['peak_mib']:.0f} | {row['peak_per_written']:.2f} | {row['plain_peak_mib']:.0f} |"
         )
     if arguments.json:
         arguments.json.write_text(write_json(rows, indent=2) + "\n")

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_tst.checkpoint.conversion.saved_runs import SavedRun, find_saved_run
+from megatron_tst.checkpoint.conversion.settings import inexpressible
 from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.checkpoint.conversion.to_megatron import Import
 from megatron_tst.config import UserError
@@ -48,48 +50,94 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="with tokenizer.json; the run's where not given")
     parser.add_argument("--max-shard-size", default="5GB", help="most weights in a file of a Hugging Face folder")
     parser.add_argument("--force", action="store_true", help="replace an earlier conversion, once the new one is whole")
+    parser.add_argument(
+        "--no-verify-checkpoint", action="store_true", help="do not compare the checkpoint's files with their checksums"
+    )
     parser.add_argument("--verify", action="store_true", help="compare the logits of both sides; loads both models")
     parser.add_argument("--verify-text", type=Path, metavar="FILE", help="text to compare on, instead of a sentence")
+    parser.add_argument(
+        "--verify-tolerance", type=float, metavar="SHARE", help="largest difference allowed, over the largest logit"
+    )
     return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion to be done.
+
+    Attributes:
+        title: what it is, for the progress bar.
+        work: knows the weights and what becomes of them.
+        tokenizer: of the model.
+        write: does it; takes what to call with the bytes of each weight.
+        sides: returns, once it is done, our side and the Hugging Face folder.
+        warnings: what it cannot carry over.
+    """
+
+    title: str
+    work: Export | Import
+    tokenizer: Tokenizer
+    write: Callable[[Callable[[int], object]], None]
+    sides: Callable[[], tuple[SavedRun, Path]]
+    warnings: list[str]
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Convert, then compare if asked to."""
-    convert = _to_hugging_face if arguments.direction == "megatron-to-hf" else _to_megatron
     text = _text(arguments.verify_text)
-    saved, tokenizer, hugging_face = convert(arguments)
+    tolerance = arguments.verify_tolerance
+    if tolerance is not None and not tolerance > 0:
+        raise UserError(f"--verify-tolerance {tolerance}: must be above 0")
+    prepare = _to_hugging_face if arguments.direction == "megatron-to-hf" else _to_megatron
+    conversion = prepare(arguments)
+    tokens = conversion.tokenizer.encode_batch([text])[0]
+    if not tokens:
+        raise UserError(f"--verify-text {arguments.verify_text}: holds no token to compare on")
+    _show_progress(conversion)
     print(f"wrote {arguments.save}", flush=True)
-    if arguments.verify or arguments.verify_text:
-        _verify(saved, hugging_face, tokenizer.encode_batch([text])[0])
+    for warning in (*conversion.warnings, *_not_finite(conversion.work.casting.not_finite)):
+        print(f"convert_ckpt.py: warning: {warning}", file=sys.stderr)
+    if arguments.verify or arguments.verify_text or tolerance is not None:
+        _verify(*conversion.sides(), tokens, conversion.work, tolerance)
 
 
-def _to_hugging_face(arguments: argparse.Namespace) -> tuple[SavedRun, Tokenizer, Path]:
-    saved = find_saved_run(arguments.load, arguments.iteration)
+def _not_finite(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"{names[0]} holds NaN or infinity, as do {len(names) - 1} other weights: they are written as they are"]
+
+
+def _to_hugging_face(arguments: argparse.Namespace) -> Conversion:
+    saved = find_saved_run(arguments.load, arguments.iteration, verify=not arguments.no_verify_checkpoint)
     tokenizer = _tokenizer(arguments.tokenizer or saved.tokenizer, saved.vocab_size)
     end = EndOfDocument(tokenizer.eod, tokenizer.decode([tokenizer.eod]))
     export = Export(saved, DTYPES.get(arguments.dtype))
     max_shard_bytes = _bytes(arguments.max_shard_size)
-    _show_progress(
-        f"{saved.folder.name} to Hugging Face",
-        export.num_bytes,
-        lambda advance: export.write(
+    return Conversion(
+        title=f"{saved.folder.name} to Hugging Face",
+        work=export,
+        tokenizer=tokenizer,
+        write=lambda advance: export.write(
             arguments.save, tokenizer.path, end, max_shard_bytes, arguments.force, on_progress=advance
         ),
+        sides=lambda: (saved, arguments.save),
+        warnings=inexpressible(saved.config.model),
     )
-    return saved, tokenizer, arguments.save
 
 
-def _to_megatron(arguments: argparse.Namespace) -> tuple[SavedRun, Tokenizer, Path]:
+def _to_megatron(arguments: argparse.Namespace) -> Conversion:
     if arguments.iteration is not None:
         raise UserError(f"--iteration {arguments.iteration}: a Hugging Face folder has no iterations")
     weights = Import(arguments.load, DTYPES.get(arguments.dtype))
     tokenizer = _tokenizer(arguments.tokenizer or arguments.load, weights.vocab_size)
-    _show_progress(
-        "Hugging Face to checkpoint",
-        weights.num_bytes,
-        lambda advance: weights.write(arguments.save, tokenizer.path, arguments.force, on_progress=advance),
+    return Conversion(
+        title="Hugging Face to checkpoint",
+        work=weights,
+        tokenizer=tokenizer,
+        write=lambda advance: weights.write(arguments.save, tokenizer.path, arguments.force, on_progress=advance),
+        sides=lambda: (find_saved_run(arguments.save, None), arguments.load),
+        warnings=[],
     )
-    return find_saved_run(arguments.save, None), tokenizer, arguments.load
 
 
 def _text(path: Path | None) -> str:
@@ -100,9 +148,9 @@ def _text(path: Path | None) -> str:
 
 
 def _tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    if not path.exists():
-        raise UserError(f"--tokenizer {path}: does not exist; name the folder of the model's tokenizer.json")
-    tokenizer = load_tokenizer(str(path))
+    if not (path / "tokenizer.json" if path.is_dir() else path).is_file():
+        raise UserError(f"{path} holds no tokenizer.json: name the folder of the model's with --tokenizer")
+    tokenizer = load_tokenizer(str(path), flag="--tokenizer")
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"--tokenizer {path}: has {tokenizer.vocab_size} tokens, but the model knows {vocab_size}")
     return tokenizer
@@ -115,7 +163,7 @@ def _bytes(size: str) -> int:
     return int(float(parts[1]) * UNITS[parts[2]])
 
 
-def _show_progress(what: str, num_bytes: int, write: Callable[[Callable[[int], object]], None]) -> None:
+def _show_progress(conversion: Conversion) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -125,12 +173,14 @@ def _show_progress(what: str, num_bytes: int, write: Callable[[Callable[[int], o
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=num_bytes)
-        write(lambda written: progress.advance(task, written))
+        task = progress.add_task(conversion.title, total=conversion.work.num_bytes)
+        conversion.write(lambda written: progress.advance(task, written))
 
 
-def _verify(saved: SavedRun, hugging_face: Path, tokens: list[int]) -> None:
-    from megatron_tst.checkpoint.conversion.verify import compare_logits, load_weights
+def _verify(
+    saved: SavedRun, hugging_face: Path, tokens: list[int], work: Export | Import, tolerance: float | None
+) -> None:
+    from megatron_tst.checkpoint.conversion.verify import EXACT, ROUNDED, compare_logits, load_weights
     from megatron_tst.config import ParallelSettings, TrainingSettings
     from megatron_tst.model import LossChoice, build_gpt, transformer_config
     from megatron_tst.platform import (
@@ -151,10 +201,10 @@ def _verify(saved: SavedRun, hugging_face: Path, tokens: list[int]) -> None:
     load_weights(gpt.to(enter_device().torch_device), saved.folder)
     found = compare_logits(gpt, hugging_face, tokens[: model.max_position_embeddings or model.seq_length])
     leave_ranks()
-    print(
-        f"largest logit difference {found.largest:.2g} (largest logit {found.largest_logit:.3g}), "
-        f"same most likely token at {found.same_choice} of {found.positions} positions"
-    )
+    if tolerance is None:
+        tolerance = ROUNDED[work.casting.dtype] if work.casting.rounded and work.casting.dtype else EXACT
+    found.check(tolerance)
+    print(found)
 
 
 if __name__ == "__main__":
@@ -164,5 +214,5 @@ if __name__ == "__main__":
         print(f"convert_ckpt.py: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("convert_ckpt.py: interrupted: nothing was written", file=sys.stderr)
+        print("convert_ckpt.py: interrupted: nothing is half-written", file=sys.stderr)
         sys.exit(130)

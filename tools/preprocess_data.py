@@ -9,6 +9,7 @@ folders of them. Writes OUTPUT_PREFIX_text_document.bin and .idx, as Megatron-LM
 """
 
 import argparse
+import contextlib
 import random
 import sys
 from pathlib import Path
@@ -17,9 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_tst.config import EXIT_CODE, UserError
+from megatron_tst.config.locks import locked
 from megatron_tst.data.documents import Skipped, list_inputs, read_documents
-from megatron_tst.data.preprocess import Written, write_indexed
-from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from megatron_tst.data.interruption import InterruptedBySignal, raise_on_signals
+from megatron_tst.data.preprocess import Written, learn_tokenizer, write_indexed
+from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,11 +47,30 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     """Learn the tokenizer if asked to, then encode."""
+    if sys.getfilesystemencoding() != "utf-8":
+        raise UserError(
+            f"LC_ALL: this locale's encoding is {sys.getfilesystemencoding()}, must be UTF-8: set PYTHONUTF8=1"
+        )
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: must be at least 1")
+    if not arguments.output_prefix:
+        raise UserError("--output-prefix : must name a path without suffix")
     files = list_inputs(arguments.input, tuple(arguments.tst_suffixes), frozenset(arguments.tst_exclude))
     if arguments.tst_shuffle_files is not None:
         random.Random(arguments.tst_shuffle_files).shuffle(files)  # noqa: S311
+    prefix = Path(f"{arguments.output_prefix}_{arguments.json_keys}_document")
+    with contextlib.ExitStack() as outputs:
+        outputs.enter_context(locked(prefix, f"--output-prefix {arguments.output_prefix}"))
+        if arguments.tst_train_bpe is not None:
+            path = Path(arguments.tokenizer_model)
+            if path.is_dir():
+                raise UserError(f"--tokenizer-model {path}: is a folder; --tst-train-bpe writes a file: name it")
+            outputs.enter_context(locked(path, f"--tokenizer-model {path}"))
+        _encode(arguments, files, prefix)
+
+
+def _encode(arguments: argparse.Namespace, files: list[Path], prefix: Path) -> None:
+    tokenizer = _tokenizer(arguments, files)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -58,13 +80,12 @@ def main(arguments: argparse.Namespace) -> None:
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        tokenizer = _tokenizer(arguments, files)
         task = progress.add_task("encoding", total=sum(file.stat().st_size for file in files))
         skipped = Skipped()
         written = write_indexed(
             read_documents(files, arguments.json_keys, skipped),
             tokenizer,
-            Path(f"{arguments.output_prefix}_{arguments.json_keys}_document"),
+            prefix,
             append_eod=arguments.append_eod,
             workers=arguments.workers,
             on_progress=lambda num_bytes: progress.advance(task, num_bytes),
@@ -75,10 +96,9 @@ def main(arguments: argparse.Namespace) -> None:
 def _tokenizer(arguments: argparse.Namespace, files: list[Path]) -> Tokenizer:
     if arguments.tst_train_bpe is None:
         return load_tokenizer(arguments.tokenizer_model)
-    # What cannot be read is counted when it is encoded.
-    texts = (document.text for document in read_documents(files, arguments.json_keys, Skipped()))
     print(f"learning a byte-level BPE of {arguments.tst_train_bpe} tokens", flush=True)
-    return train_bpe(texts, arguments.tst_train_bpe, Path(arguments.tokenizer_model))
+    content = learn_tokenizer(files, arguments.json_keys, arguments.tst_train_bpe)
+    return save_tokenizer(content, Path(arguments.tokenizer_model))
 
 
 def _report(written: Written, tokenizer: Tokenizer, skipped: Skipped) -> None:
@@ -92,7 +112,11 @@ def _report(written: Written, tokenizer: Tokenizer, skipped: Skipped) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse_arguments())
+        with raise_on_signals():
+            main(parse_arguments())
+    except InterruptedBySignal as stop:
+        print(f"preprocess_data.py: ended by {stop.name}: no corpus was written", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except UserError as error:
         print(f"preprocess_data.py: error: {error}", file=sys.stderr)
         sys.exit(EXIT_CODE)

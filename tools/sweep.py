@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_tst.config import EXIT_CODE, UserError
+from megatron_tst.config.locks import locked
 from megatron_tst.planning.sweep import (
     NOT_STARTED,
     Runner,
@@ -56,7 +57,8 @@ def main(arguments: argparse.Namespace, flags: list[str]) -> int:
         if flags:
             raise UserError(f"{flags[0]}: is not taken with --draw, which trains nothing")
         make_folder(arguments.output)
-        show([read_result(path) for path in arguments.draw], arguments.output)
+        with locked(arguments.output / "sweep", f"--output {arguments.output}"):
+            show([read_result(path) for path in arguments.draw], arguments.output)
         return 0
     runs = plan_sweep(
         arguments.bag_sizes, arguments.step_ratios, arguments.bag_weights, arguments.seeds, arguments.output, flags
@@ -67,11 +69,17 @@ def main(arguments: argparse.Namespace, flags: list[str]) -> int:
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     make_folder(arguments.output)
-    print(f"{len(runs)} runs, {len(missing)} of them to train, {workers} at a time", flush=True)
-    is_done = train(missing, Runner(PROGRAM, workers, gpus))
+    with locked(arguments.output / "sweep", f"--output {arguments.output}"):
+        return train_and_show(runs, missing, Runner(PROGRAM, workers, gpus), arguments.output)
+
+
+def train_and_show(runs: Sequence[SweepRun], missing: Sequence[SweepRun], runner: Runner, output: Path) -> int:
+    """Train the missing runs, then show all that ended; return the exit code."""
+    print(f"{len(runs)} runs, {len(missing)} of them to train, {runner.workers} at a time", flush=True)
+    is_done = train(missing, runner)
     ended = [read_result(run.directory.path) for run in runs if run.is_complete]
     if ended:
-        show(ended, arguments.output)
+        show(ended, output)
     return 0 if is_done else 1
 
 

@@ -45,12 +45,25 @@ def find_damage(folder: Path, ranks: Ranks) -> str | None:
     Returns:
         What is wrong with the first file that differs, or None.
     """
+    damage = find_damage_alone(folder, slice(ranks.rank, None, ranks.world_size))
+    return next((found for found in every_rank(damage) if found), None)
+
+
+def find_damage_alone(folder: Path, share: slice = slice(None)) -> str | None:
+    """Compare a checkpoint's files with their checksums in this process alone.
+
+    Args:
+        folder: of one checkpoint.
+        share: which of the files, in the order of their names.
+
+    Returns:
+        What is wrong with the first file that differs, or None.
+    """
     try:
         known = read_checksums(folder)
-        damage = _unlisted(folder, known) or _damage(folder, sorted(known.items())[ranks.rank :: ranks.world_size])
+        return _unlisted(folder, known) or _damage(folder, sorted(known.items())[share])
     except UserError as error:
-        damage = str(error)
-    return next((found for found in every_rank(damage) if found), None)
+        return str(error)
 
 
 def _unlisted(folder: Path, known: dict[str, str]) -> str | None:

@@ -19,6 +19,7 @@ from megatron_tst.checkpoint.run_state import RunState, read_run_state, write_ru
 from megatron_tst.config import UserError
 from megatron_tst.platform import Ranks, every_rank, main_rank_alone
 from megatron_tst.platform.common_state import write_common_state
+from megatron_tst.platform.main_rank_files import failing_together
 from megatron_tst.platform.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
 from megatron_tst.platform.versions import FILES_PER_RANK, save_settings
 
@@ -79,7 +80,7 @@ class CheckpointSaver:
         self.finish()
         started_s, step = time.perf_counter(), state.iteration
         main_rank_alone(lambda: self.folders.begin(step))
-        with self._abandoning(step), planning_for_threads():
+        with self._abandoning(step), planning_for_threads(), failing_together():
             content = list_content()
             request = dist_checkpointing.save(
                 content,
@@ -91,8 +92,7 @@ class CheckpointSaver:
                 content_metadata=CONTENT_METADATA,
                 **save_settings(),
             )
-            if self._ranks.is_main:
-                write_common_state(self.folders.partial(step), content, CONTENT_METADATA)
+            main_rank_alone(lambda: self._write_common_state(step, content))
         self._is_validated = True
         self._pending = _Pending(state, ShardWriting(request, self._keep_training), started_s)
         if not self._keep_training:
@@ -120,8 +120,15 @@ class CheckpointSaver:
             return
         pending, self._pending = self._pending, None
         with self._abandoning(pending.state.iteration):
-            digests = {name: digest for part in every_rank(pending.writing.finish()) for name, digest in part.items()}
+            with failing_together():
+                written = pending.writing.finish()
+            digests = {name: digest for part in every_rank(written) for name, digest in part.items()}
             main_rank_alone(lambda: self._publish(pending, digests))
+
+    def _write_common_state(self, step: int, content: dict[str, Any]) -> None:
+        folder = self.folders.partial(step)
+        with writing(folder):
+            write_common_state(folder, content, CONTENT_METADATA)
 
     def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
         step = pending.state.iteration
@@ -170,5 +177,5 @@ def _one_line(error: BaseException, folder: Path) -> UserError:
         f"rank {rank}: {str(failure).removeprefix('Worker failure: ')}"
         for rank, (failure, _) in sorted(failures.items())
     ]
-    # A common file fails on the main rank alone.
+    # What is no CheckpointException may be this rank's alone.
     return UserError(f"--save: {folder} cannot be written: {'; '.join(reasons)}", own_rank=isinstance(error, OSError))

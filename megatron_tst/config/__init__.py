@@ -1,6 +1,6 @@
 """What a run is: settings from a YAML file and flags, and every rule that ties them together."""
 
-from megatron_tst.config.errors import EXIT_CODE, EXIT_RESUMABLE, DivergedError, UserError
+from megatron_tst.config.errors import EXIT_CODE, EXIT_RESUMABLE, DivergedError, StoppedInSetUp, UserError
 from megatron_tst.config.parse import config_from_mapping, dump_config, load_config, parse_config, read_config
 from megatron_tst.config.rules import check_config, check_layout, check_sizes, global_batch_size, padded_vocab_size
 from megatron_tst.config.settings import (
@@ -29,6 +29,7 @@ __all__ = [
     "OptimizerSettings",
     "ParallelSettings",
     "RunConfig",
+    "StoppedInSetUp",
     "SuperpositionSettings",
     "TrainingSettings",
     "UserError",

@@ -24,6 +24,15 @@ class UserError(ValueError):
         self.own_rank = own_rank
 
 
+class StoppedInSetUp(BaseException):
+    """A signal asked the run to stop before its first step; nothing is lost.
+
+    Not an Exception: nothing on the way may take it for a failure of its own.
+    """
+
+    exit_code = EXIT_RESUMABLE
+
+
 class DivergedError(UserError):
     """Training produced no finite number for too many steps; its last checkpoint is from before."""
 

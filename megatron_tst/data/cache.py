@@ -1,9 +1,10 @@
 """Arrays kept in ``--data-cache-path``: written whole and to the disk, read without executing anything."""
 
+import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ def cached(load: Callable[[], _Found | None], write: Callable[[], None], cache: 
             cache.mkdir(parents=True, exist_ok=True)
             write()
         except OSError as error:
-            raise UserError(f"--data-cache-path {cache}: cannot be written: {error}") from error
+            raise UserError(f"--data-cache-path {cache}: cannot be written: {error.strerror or error}") from error
 
     main_rank_alone(write_missing)
     found = load()
@@ -68,13 +69,28 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array so that the file appears complete or not at all, also after a crash of the machine."""
     with tempfile.NamedTemporaryFile(prefix=f"{path.name}.partial-", dir=path.parent, delete=False) as file:
         try:
-            numpy.save(file, array, allow_pickle=False)
+            with _refusal_told(path.parent):
+                numpy.save(file, array, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
             Path(file.name).unlink()
             raise
     Path(file.name).rename(path)
+
+
+@contextlib.contextmanager
+def _refusal_told(folder: Path) -> Iterator[None]:
+    """Have an error say why the disk took no more: numpy tells only how much of an array it took."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is not None:
+            raise
+        # Nothing may be deleted before: there would be space again.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 22))
+        raise
 
 
 def save_folder(folder: Path, fill: Callable[[Path], None], is_whole: Callable[[], bool]) -> None:
@@ -88,7 +104,8 @@ def save_folder(folder: Path, fill: Callable[[Path], None], is_whole: Callable[[
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as room:
         new, old = Path(room) / "new", Path(room) / "old"
         new.mkdir()
-        fill(new)
+        with _refusal_told(folder.parent):
+            fill(new)
         for path in new.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

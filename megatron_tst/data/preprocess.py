@@ -1,11 +1,9 @@
 """Turn text into megatron-core's ``.bin``/``.idx`` files: streaming, in several processes, all or nothing."""
 
+import contextlib
 import functools
-import multiprocessing
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +11,16 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_tst.config import UserError
-from megatron_tst.data.documents import Document
-from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_tst.data.documents import Document, Skipped, read_documents
+from megatron_tst.data.tokenizer import Tokenizer, check_vocab_size, learn_bpe
+from megatron_tst.data.workers import ask_all, ask_one
 
 # Documents travel to the workers in batches of about this many characters: enough to amortise the trip, few enough
 # that all workers stay busy.
 BATCH_CHARACTERS = 1 << 20
-BATCHES_AHEAD_PER_WORKER = 3
 
+# (texts, bytes of input they took)
+_Batch = tuple[list[str], int]
 # (token ids of all documents end to end, length of each document, bytes of input they took)
 _Encoded = tuple[NDArray[numpy.uint32], NDArray[numpy.int64], int]
 
@@ -51,7 +51,8 @@ def write_indexed(
 ) -> Written:
     """Encode documents and write them as ``prefix.bin`` and ``prefix.idx``, in the order given.
 
-    Both files appear at the end, complete; an error or an interruption leaves neither.
+    Both files appear at the end, complete; an error or an interruption leaves neither. No other process may write the
+    same prefix meanwhile: the caller holds its lock.
 
     Args:
         documents: the text.
@@ -71,12 +72,13 @@ def write_indexed(
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         builder = IndexedDatasetBuilder(str(partial_bin), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-        for ids, lengths, num_bytes in _encode_all(documents, tokenizer, append_eod, workers):
-            for document in numpy.split(ids, numpy.cumsum(lengths)[:-1]):
-                builder.add_document(document, [len(document)])
-            num_documents += len(lengths)
-            num_tokens += len(ids)
-            on_progress(num_bytes)
+        with contextlib.closing(_encode_all(documents, tokenizer, append_eod, workers)) as encoded:
+            for ids, lengths, num_bytes in encoded:
+                for document in numpy.split(ids, numpy.cumsum(lengths)[:-1]):
+                    builder.add_document(document, [len(document)])
+                num_documents += len(lengths)
+                num_tokens += len(ids)
+                on_progress(num_bytes)
         if not num_documents:
             raise UserError("--input: holds no document to write")
         builder.finalize(str(partial_idx))
@@ -91,57 +93,59 @@ def write_indexed(
     return Written(prefix, num_documents, num_tokens)
 
 
+def learn_tokenizer(files: list[Path], json_key: str, vocab_size: int) -> str:
+    """Learn a byte-level BPE from the documents of all files, in a process of its own.
+
+    So that this one can be interrupted meanwhile: the library does not return before it is done.
+
+    Returns:
+        The content of its ``tokenizer.json``.
+
+    Raises:
+        UserError: if ``vocab_size`` is too small, a file cannot be read, or the process was ended.
+    """
+    check_vocab_size(vocab_size)
+    content: str = ask_one(functools.partial(_learn, json_key=json_key, vocab_size=vocab_size), files)
+    return content
+
+
+def _learn(files: list[Path], json_key: str, vocab_size: int) -> str:
+    # What cannot be read is counted when it is encoded.
+    return learn_bpe((document.text for document in read_documents(files, json_key, Skipped())), vocab_size)
+
+
 def _encode_all(
     documents: Iterable[Document], tokenizer: Tokenizer, append_eod: bool, workers: int
 ) -> Iterator[_Encoded]:
     end = tokenizer.eod if append_eod else None
-    batches = _batches(documents)
     if workers == 1:
-        yield from (_encode(batch, tokenizer, end) for batch in batches)
-        return
-    # Spawned, not forked: the parent may already run threads, the tokenizer's among them.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        waiting: deque[Future[_Encoded]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_encode_in_worker, batch, str(tokenizer.path), end))
-                if len(waiting) >= workers * BATCHES_AHEAD_PER_WORKER:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return (_encode(batch, tokenizer, end) for batch in _batches(documents))
+    return ask_all(functools.partial(_encode_alone, tokenizer=tokenizer, end=end), _batches(documents), workers)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
+def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
+    texts: list[str] = []
+    size = num_bytes = 0
     for document in documents:
-        batch.append(document)
-        size += len(document.text)
+        texts.append(document.text)
+        size, num_bytes = size + len(document.text), num_bytes + document.num_bytes
         if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            yield texts, num_bytes
+            texts, size, num_bytes = [], 0, 0
+    if texts:
+        yield texts, num_bytes
 
 
-def _encode(batch: list[Document], tokenizer: Tokenizer, end: int | None) -> _Encoded:
-    ids, lengths = tokenizer.encode_flat([document.text for document in batch])
+def _encode(batch: _Batch, tokenizer: Tokenizer, end: int | None) -> _Encoded:
+    texts, num_bytes = batch
+    ids, lengths = tokenizer.encode_flat(texts)
     if end is not None:
         ids, lengths = numpy.insert(ids, numpy.cumsum(lengths), end), lengths + 1
-    return ids, lengths, sum(document.num_bytes for document in batch)
+    return ids, lengths, num_bytes
 
 
-def _start_worker() -> None:
-    # One process is one worker: the libraries' own threads would fight over the same cores.
+def _encode_alone(batch: _Batch, tokenizer: Tokenizer, end: int | None) -> _Encoded:
+    """Encode with one thread: the libraries' own would fight over the same cores as the other workers."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["FASTOKENS_BPE_THREADS"] = "1"
-
-
-_load_once = functools.cache(load_tokenizer)
-
-
-def _encode_in_worker(batch: list[Document], tokenizer_path: str, end: int | None) -> _Encoded:
-    return _encode(batch, _load_once(tokenizer_path), end)
+    return _encode(batch, tokenizer, end)

@@ -68,7 +68,7 @@ class EpochedText:
         Collective: every rank of the world calls it; the main rank writes what is not cached yet.
 
         Raises:
-            UserError: if the share is too small for one sample.
+            UserError: if the share is too small for one sample, or the cache cannot be written.
         """
         self._corpus = corpus
         tokens = int(corpus.lengths[documents].sum(dtype=numpy.int64))

@@ -93,7 +93,7 @@ class Tokenizer:
         return str(self._model.decode(ids, skip_special_tokens=False))
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, flag: str = "--tokenizer-model") -> Tokenizer:
     """Read ``tokenizer.json``; nothing in it is executed.
 
     Truncation and padding that it stores are switched off: they are how some model's inputs were once made, and would
@@ -101,6 +101,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Args:
         name: the file, or a folder that holds it.
+        flag: what the user calls it, for messages.
 
     Raises:
         UserError: if there is no such file, it is not a tokenizer, or has no end-of-document token.
@@ -108,21 +109,21 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = Path(name)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"--tokenizer-model {name}: must be a tokenizer.json or a folder that holds one")
+        raise UserError(f"{flag} {name}: must be a tokenizer.json or a folder that holds one")
     try:
         model = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every malformed file
-        raise UserError(f"--tokenizer-model {name}: cannot be read as a tokenizer: {error}") from error
+        raise UserError(f"{flag} {name}: cannot be read as a tokenizer: {error}") from error
     model.no_truncation()
     model.no_padding()
-    ends = (_configured_end(path.with_name("tokenizer_config.json")), *KNOWN_ENDS)
+    ends = (_configured_end(path.with_name("tokenizer_config.json"), flag), *KNOWN_ENDS)
     eod = next((model.token_to_id(end) for end in ends if end and model.token_to_id(end) is not None), None)
     if eod is None:
-        raise UserError(f"--tokenizer-model {name}: has no end-of-document token; known are {', '.join(KNOWN_ENDS)}")
+        raise UserError(f"{flag} {name}: has no end-of-document token; known are {', '.join(KNOWN_ENDS)}")
     return Tokenizer(path, model, eod)
 
 
-def _configured_end(path: Path) -> str | None:
+def _configured_end(path: Path, flag: str) -> str | None:
     """Return the end-of-sequence token that ``tokenizer_config.json`` names, or None where it names none.
 
     Raises:
@@ -133,29 +134,40 @@ def _configured_end(path: Path) -> str | None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--tokenizer-model {path}: cannot be read as JSON: {error}") from error
+        raise UserError(f"{flag} {path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"--tokenizer-model {path}: must be a JSON object, not {type(config).__name__}")
+        raise UserError(f"{flag} {path}: must be a JSON object, not {type(config).__name__}")
     end = config.get("eos_token")
     content = end.get("content") if isinstance(end, dict) else end
     if end is not None and not isinstance(content, str):
-        raise UserError(f"--tokenizer-model {path}: eos_token {json.dumps(end)}: must be a token's text")
+        raise UserError(f"{flag} {path}: eos_token {json.dumps(end)}: must be a token's text")
     return content
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
-    """Train a byte-level BPE and write it.
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that is too small to be learned.
+
+    Raises:
+        UserError: if it does not hold all bytes and the end-of-document token.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--tst-train-bpe {vocab_size}: must be at least 257, all bytes and the end of document")
+
+
+def learn_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """Learn a byte-level BPE.
 
     Args:
         texts: what to learn from; read once.
         vocab_size: tokens to learn, at least the 256 bytes and the end-of-document token.
-        path: the ``tokenizer.json`` to write.
+
+    Returns:
+        The content of its ``tokenizer.json``.
 
     Raises:
         UserError: if ``vocab_size`` is too small.
     """
-    if vocab_size < 257:
-        raise UserError(f"--tst-train-bpe {vocab_size}: must be at least 257, all bytes and the end of document")
+    check_vocab_size(vocab_size)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -166,8 +178,32 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    return str(model.to_str(pretty=True))
+
+
+def save_tokenizer(content: str, path: Path) -> Tokenizer:
+    """Write a ``tokenizer.json``, which appears complete or not at all, and load it.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    model.save(str(partial))
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--tokenizer-model {path}: cannot be written: {error}") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
     return load_tokenizer(str(path))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
+    """Learn a byte-level BPE and write it, as :func:`learn_bpe` and :func:`save_tokenizer` do.
+
+    Raises:
+        UserError: if ``vocab_size`` is too small, or the file cannot be written.
+    """
+    return save_tokenizer(learn_bpe(texts, vocab_size), path)

@@ -140,7 +140,7 @@ class Runner:
             workers: runs at a time.
             gpus: for CUDA_VISIBLE_DEVICES; empty for the CPU, whose cores the runs share.
         """
-        self._program, self._workers = program, workers
+        self._program, self.workers = program, workers
         self._slots: queue.Queue[dict[str, str]] = queue.Queue()
         share = str(max((os.cpu_count() or 1) // workers, 1))
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share)}
@@ -160,7 +160,7 @@ class Runner:
         After a user's mistake no other run is started. On an interruption, runs under way are told to save and stop,
         and waited for.
         """
-        with ThreadPoolExecutor(self._workers) as pool:
+        with ThreadPoolExecutor(self.workers) as pool:
             futures = {pool.submit(self._run, run): run for run in runs}
             try:
                 for future in as_completed(futures):

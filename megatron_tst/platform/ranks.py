@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_tst.config import UserError
+from megatron_tst.config import StoppedInSetUp, UserError
 from megatron_tst.platform.device import enter_device
 
 _Result = TypeVar("_Result")
@@ -159,13 +159,13 @@ def main_rank_alone(function: Callable[[], _Result]) -> _Result:
     Collective: every rank of the world calls it.
 
     Raises:
-        UserError: on every rank, if the main rank's call raised one: no rank is left waiting.
+        UserError, StoppedInSetUp: on every rank, if the main rank's call raised one: no rank is left waiting.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[1] = function()
-        except UserError as error:
+        except (UserError, StoppedInSetUp) as error:
             answer[0] = error
     dist.broadcast_object_list(answer)
     failure, result = answer

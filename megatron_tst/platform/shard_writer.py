@@ -149,11 +149,11 @@ def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[Any, str, s
     write_file(transforms, number, (path, name, (entries, _taken(tensors))), results, pending, use_fsync=True)
     _, result = results.get()
     if isinstance(result, Exception):
-        return _reason(Path(path), result), name, ""
+        return refusal(Path(path), result), name, ""
     return result, name, sha256(Path(path))
 
 
-def _reason(path: Path, error: Exception) -> OSError:
+def refusal(path: Path, error: Exception) -> OSError:
     """Return what the disk says of a file that could not be written: torch's archive writer hides it."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, str(path))

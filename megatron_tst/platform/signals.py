@@ -2,45 +2,68 @@
 
 import os
 import signal
-from types import FrameType, TracebackType
-from typing import Any
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from megatron_tst.config import StoppedInSetUp
 
 # SIGTERM comes from schedulers and shells, SIGUSR1 from SLURM's --signal=USR1@600.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A scheduler signals torchrun and its ranks alike, and torchrun passes its signal on to the ranks: it comes twice.
+ONE_REQUEST_S = 10.0
 
 
 class StopSignals:
-    """Within ``with``: the first SIGTERM or SIGUSR1 is noted, the second ends the process at once.
+    """Whether something asks this process to stop.
+
+    Once :meth:`listen` is called, SIGTERM and SIGUSR1 end the set-up by :class:`StoppedInSetUp`, wherever it is. From
+    :meth:`hold` on the signal is noted for the training loop to ask for. Whatever follows the first signal within
+    ``ONE_REQUEST_S`` seconds belongs to it; a later one ends the process at once.
 
     Attributes:
-        received: name of the signal that came, or None.
+        received: name of the first signal, or None.
     """
 
-    def __init__(self) -> None:
-        """Listen to nothing yet."""
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Listen to nothing yet.
+
+        Args:
+            clock: tells seconds.
+        """
         self.received: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._clock, self._received_s = clock, 0.0
+        self._is_set_up = False
+        # Nobody else can tell ranks that torchrun is gone. Any other parent may leave its run behind on purpose.
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
-    def __enter__(self) -> "StopSignals":
-        """Start to listen."""
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
+    def listen(self) -> None:
+        """Take the signals over for the rest of the process."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave signals as they were."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def hold(self) -> None:
+        """Note signals from now on instead of raising an error."""
+        self._is_set_up = True
+
+    @property
+    def request(self) -> str | None:
+        """What asks this process to stop: a signal, torchrun's end, or None."""
+        if self.received is None and self._agent is not None and os.getppid() != self._agent:
+            return "the end of torchrun"
+        return self.received
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._received_s = signal.Signals(number).name, self._clock()
+            if not self._is_set_up:
+                raise StoppedInSetUp(f"stopped by {self.received} before the first step; start the same command again")
+        elif self._clock() - self._received_s > ONE_REQUEST_S:
             os._exit(128 + number)
-        self.received = signal.Signals(number).name
 
 
 def ignore_stop_signals(_: int = 0) -> None:
-    """Make a loader worker deaf to the stop signals.
+    """Make this process deaf to the stop signals: a loader worker, or a run whose exit code is decided.
 
     SLURM signals every process of a step: a worker that died of it would take the step along that the run is to finish.
     """

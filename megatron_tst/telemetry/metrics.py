@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from megatron_tst.config import UserError, write_json
+from megatron_tst.telemetry.outputs import write_whole
 
 # Names the fields of a line that hold a number that is not finite, which JSON cannot write.
 NOT_FINITE = "not_finite"
@@ -181,16 +182,27 @@ Metrics: TypeAlias = StepMetrics | ValidMetrics | ExpertMetrics | SwitchMetrics 
 
 
 class MetricsFile:
-    """Appends metrics to ``metrics.jsonl``; a line is on disk as soon as it is written."""
+    """Appends metrics to ``metrics.jsonl``; a line is handed to the disk whole, or not at all."""
 
     def __init__(self, path: Path) -> None:
         """Open the file for appending."""
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer, which would keep a line that the disk refuses and fail again when it is closed.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, metrics: Metrics) -> None:
-        """Append one line."""
-        self._file.write(_write_line(dataclasses.asdict(metrics)))
-        self._file.flush()
+        """Append one line.
+
+        Raises:
+            OSError: if the disk refuses it; the file ends with the line before.
+        """
+        left = _write_line(dataclasses.asdict(metrics)).encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(size)
+            raise
 
     def sync(self) -> None:
         """Wait until all lines are on disk."""
@@ -203,13 +215,8 @@ class MetricsFile:
 
 def cut_metrics(path: Path, last_step: int) -> None:
     """Drop the lines of all steps after ``last_step``; the file is whole at any time."""
-    aside = path.with_name(f".partial-{path.name}")
     kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(map(_write_line, kept))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_whole(path, "".join(map(_write_line, kept)))
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:

@@ -1,10 +1,27 @@
-"""Whether results can be written, found out before long work is done for them."""
+"""Writing files whole, and finding out whether results can be written before long work is done for them."""
 
 import importlib.util
 import os
 from pathlib import Path
 
 from megatron_tst.config import UserError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, which holds the new text or, whatever happens, what it held before.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    aside = path.with_name(f".partial-{path.name}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def check_output(path: Path, flag: str) -> None:

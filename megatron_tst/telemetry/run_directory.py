@@ -1,6 +1,6 @@
 """The run directory: everything that a run leaves behind."""
 
-import fcntl
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from megatron_tst.config import UserError, write_json
+from megatron_tst.config.locks import take_lock
 from megatron_tst.telemetry.metrics import cut_metrics
+from megatron_tst.telemetry.outputs import write_whole
 
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy", "tokenizers")
 _LOCK = "run.lock"
@@ -58,19 +60,11 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / _LOCK).open("w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
-        try:
-            # The kernel lets go of it when this process ends, however it ends. Unlike flock's, such a lock is not
-            # held on by loader workers that outlive a killed run for seconds.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.close()
+            self._lock = take_lock(self.path / _LOCK)
+        except BlockingIOError:
             raise UserError(f"--tst-run-dir {self.path}: another run is in it ({_LOCK})") from None
         except OSError as error:
-            logging.getLogger(__name__).warning("WARNING: run.lock cannot be locked on this file system: %s", error)
-        self._lock = lock
+            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
 
     def refuse_used(self) -> None:
         """Refuse a folder that holds a run.
@@ -85,7 +79,7 @@ class RunDirectory:
             )
 
     def create(self, config_yaml: str, first_step: int) -> None:
-        """Record settings and versions.
+        """Record settings and versions, and send the package's log lines to ``log.txt`` too.
 
         Args:
             config_yaml: the settings.
@@ -97,10 +91,11 @@ class RunDirectory:
         try:
             if self.metrics.exists():
                 cut_metrics(self.metrics, first_step)
-            self.config.write_text(config_yaml, encoding="utf-8")
-            (self.path / "versions.json").write_text(write_json(versions(), indent=2) + "\n", encoding="utf-8")
+            write_whole(self.config, config_yaml)
+            write_whole(self.path / "versions.json", write_json(versions(), indent=2) + "\n")
+            _add_handler(_LogFile(self.path / "log.txt", encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error}") from error
+            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
 
     def link_checkpoints(self, folder: Path) -> None:
         """Let :attr:`checkpoints` lead to the folder that they are saved in, so that they are found from here.
@@ -129,10 +124,6 @@ class RunDirectory:
         self._lock.close()
         self._lock = None
 
-    def start_log_file(self) -> None:
-        """Send the package's log lines to ``log.txt`` too."""
-        _add_handler(logging.FileHandler(self.path / "log.txt", encoding="utf-8"))
-
 
 class _Screen(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to standard error as it is now: a live display takes it over and prints lines above itself."""
@@ -145,6 +136,18 @@ class _Screen(logging.StreamHandler):  # type: ignore[type-arg]
     @stream.setter
     def stream(self, _: TextIO) -> None:
         """The base class wants to set it."""
+
+
+class _LogFile(logging.FileHandler):
+    """Writes lines until the disk refuses one, which is said on the screen."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on without the file, whose buffer would be refused again at the end."""
+        package = logging.getLogger("megatron_tst")
+        package.removeHandler(self)
+        with contextlib.suppress(OSError):
+            self.close()
+        package.warning("WARNING: %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
 
 def start_log_screen() -> None:

@@ -195,10 +195,21 @@ def open_sinks(
     sinks = []
     if settings.tensorboard_dir is not None:
         folder = Path(settings.tensorboard_dir)
+        threading.excepthook = _spare_the_screen(threading.excepthook)
         sinks.append(BackgroundSink("TensorBoard", lambda: TensorBoard(folder, done)))
     if settings.wandb_project is not None:
         sinks.append(BackgroundSink("Weights & Biases", lambda: WeightsAndBiases(settings, directory, facts)))
     return sinks
+
+
+def _spare_the_screen(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
+    """Return a hook that tells no traceback of TensorBoard's thread: the next line offered there meets its error."""
+
+    def told(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            hook(args)
+
+    return told
 
 
 def check_sinks(settings: LoggingSettings) -> None:

@@ -11,24 +11,30 @@ from megatron_tst.training.run import Run
 from megatron_tst.training.stop import DivergenceGuard, StopConditions
 
 
-def train(run: Run) -> bool:
+def train(run: Run, signals: StopSignals | None = None) -> bool:
     """Train to the end of the schedule, or until asked to stop; what was done is saved either way.
 
     Collective: every rank of the world calls it.
+
+    Args:
+        run: what to train.
+        signals: of the process, if they are the run's to take.
 
     Returns:
         Whether the end was reached.
 
     Raises:
-        UserError: if a checkpoint cannot be written, or the data names tokens beyond the vocabulary.
+        UserError: if metrics or a checkpoint cannot be written, or the data names tokens beyond the vocabulary.
         DivergedError: if loss or gradient stays not finite.
     """
+    signals = signals or StopSignals()
+    signals.hold()
+    conditions = StopConditions(run.config.checkpoint, signals)
     reader = run.read(run.data.train, run.schedule, run.config.data.num_workers, run.first_step)
     monitor = Monitor(run)
     guard = DivergenceGuard(run.config.training.max_nan_steps)
     try:
-        with monitor.progress, StopSignals() as signals:
-            conditions = StopConditions(run.config.checkpoint, signals)
+        with monitor.progress:
             for step in range(run.first_step, run.schedule.num_steps):
                 point = run.schedule.phase_at(step)
                 started_s = time.perf_counter()
@@ -57,9 +63,16 @@ def _save_and_ask(run: Run, monitor: Monitor, conditions: StopConditions, step: 
     """Save if it is time to, and return whether to stop: a signal may have reached one rank only.
 
     Collective: every rank of the world calls it.
+
+    Raises:
+        UserError: if a checkpoint cannot be written, or metrics cannot and the run is saved.
     """
-    reason = conditions.reason(step)
-    is_asked, is_writing = any_rank(reason is not None, run.saver.is_writing)
+
+    def reason() -> str | None:
+        """Say why this rank is to stop; metrics that cannot be written are a reason too."""
+        return monitor.failure or conditions.reason(step)
+
+    is_asked, is_writing = any_rank(reason() is not None, run.saver.is_writing)
     if run.saver.has_unpublished and not is_writing:
         run.saver.finish()
     is_end = step == run.schedule.num_steps
@@ -68,11 +81,15 @@ def _save_and_ask(run: Run, monitor: Monitor, conditions: StopConditions, step: 
         with monitor.pace.paused():
             monitor.sync()
             run.save(step, monitor.gpu_hours)
+        # Asked during the save: it is the one to stop at.
+        (is_asked,) = any_rank(reason() is not None)
     if is_asked or is_end:
         run.saver.finish()
+    if is_asked:
+        monitor.check(step)
     if is_asked and not is_end:
         monitor.note(
-            f"stopped after step {step} by {reason or 'a signal to another rank'}; "
+            f"stopped after step {step} by {reason() or 'a signal to another rank'}; "
             f"go on with --load {run.saver.folders.path}"
         )
     return is_asked and not is_end

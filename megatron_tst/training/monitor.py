@@ -1,8 +1,12 @@
 """From step reports to metrics, in the file, in the sinks and on the screen."""
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 
+from megatron_tst.config import UserError
+from megatron_tst.platform import main_rank_alone
 from megatron_tst.platform.device import peak_memory_bytes
 from megatron_tst.superposition import PhasePoint
 from megatron_tst.telemetry import (
@@ -34,11 +38,23 @@ def is_due(step: int, interval: int, run: Run) -> bool:
 
 
 class Monitor:
-    """Turns step reports into metrics; the main rank writes and shows them."""
+    """Turns step reports into metrics; the main rank writes and shows them.
+
+    Attributes:
+        failure: of the disk to take metrics, on the main rank: the run is to save and stop.
+    """
 
     def __init__(self, run: Run) -> None:
-        """Open the metrics file of a run."""
+        """Open the metrics file of a run.
+
+        Collective: every rank of the world calls it.
+
+        Raises:
+            UserError: if it cannot be opened.
+        """
         self._run = run
+        self.failure: str | None = None
+        main_rank_alone(self._touch)
         self._main = run.ranks.is_main
         self._file = MetricsFile(run.directory.metrics) if self._main else None
         lines = read_metrics(run.directory.metrics) if self._main else []
@@ -57,6 +73,13 @@ class Monitor:
         self._sinks = self._open_sinks() if self._main else []
         self.pace = Pace()
         self._step_s_by_phase: dict[int, float] = {}
+
+    def _touch(self) -> None:
+        path = self._run.directory.metrics
+        try:
+            path.touch()
+        except OSError as error:
+            raise UserError(f"--tst-run-dir: {path} cannot be written: {error.strerror}") from error
 
     def _open_sinks(self) -> list[BackgroundSink]:
         run = self._run
@@ -185,7 +208,9 @@ class Monitor:
     def _write(self, metrics: Metrics) -> None:
         """Write a line to the file, and offer it to the sinks."""
         assert self._file is not None
-        self._file.write(metrics)
+        if self.failure is None:
+            with self._noting_failure():
+                self._file.write(metrics)
         for sink in self._sinks:
             sink.offer(numbers(metrics))
 
@@ -197,7 +222,36 @@ class Monitor:
     def sync(self) -> None:
         """Wait until the metrics file is on disk: a checkpoint must not know more than it does."""
         if self._file is not None:
-            self._file.sync()
+            with self._noting_failure():
+                self._file.sync()
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """Keep what the disk says: raised here, on one rank, it would leave the others waiting and the run unsaved."""
+        try:
+            yield
+        except OSError as error:
+            self.failure = error.strerror
+
+    def check(self, step: int) -> None:
+        """End the run if metrics could not be written, once it is saved.
+
+        Collective: every rank of the world calls it.
+
+        Raises:
+            UserError: on every rank.
+        """
+        folder = self._run.saver.folders.path
+
+        def tell() -> None:
+            """Raise the error on the main rank."""
+            if self.failure is not None:
+                raise UserError(
+                    f"--tst-run-dir: {self._run.directory.metrics} cannot be written: {self.failure}; saved after step "
+                    f"{step}, go on with --load {folder}"
+                )
+
+        main_rank_alone(tell)
 
     def close(self) -> None:
         """Close the metrics file and the sinks."""

@@ -28,6 +28,7 @@ from megatron_tst.platform import (
     main_rank_alone,
     seed_everything,
 )
+from megatron_tst.platform.signals import StopSignals
 from megatron_tst.superposition import Phase, Schedule, bag_weights
 from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_flops, versions
 from megatron_tst.telemetry.sinks import check_sinks
@@ -154,18 +155,26 @@ class Run:
         return Schedule((Phase(1, len(self.data.valid.phases[0]) // self.global_batch_size),))
 
 
-def build_run(config: RunConfig) -> Run:
+def build_run(config: RunConfig, signals: StopSignals | None = None) -> Run:
     """Build everything before the first step, and load the checkpoint to go on from.
 
     Collective: every rank of the world calls it.
 
+    Args:
+        config: the settings.
+        signals: of the process, if they are the run's to take.
+
     Raises:
         UserError: if a setting or a file cannot be used.
+        StoppedInSetUp: if a signal asks to stop.
     """
     device = enter_device()
     libraries = find_libraries()
     check_sinks(config.logging)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
+    # Not earlier: a rank that waits for others to join would hear a signal only once they have.
+    if signals is not None:
+        signals.listen()
     assert config.logging.tst_run_dir
     directory = RunDirectory(Path(config.logging.tst_run_dir))
     if ranks.is_main:
@@ -235,7 +244,6 @@ def _open_directory(
     def create() -> None:
         """Write on the main rank alone."""
         directory.create(config_yaml, first_step)
-        directory.start_log_file()
         folders.check_writable()
         directory.link_checkpoints(folders.path)
 

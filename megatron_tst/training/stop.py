@@ -18,8 +18,8 @@ class StopConditions:
     def reason(self, step: int) -> str | None:
         """Return why the run is to stop after ``step`` steps, or None."""
         minutes, interval = self._settings.exit_duration_in_mins, self._settings.exit_interval
-        if self._signals.received:
-            return self._signals.received
+        if self._signals.request:
+            return self._signals.request
         if minutes is not None and time.monotonic() - self._started_s > minutes * 60:
             return f"--exit-duration-in-mins {minutes:g}"
         if interval is not None and step % interval == 0:

@@ -59,6 +59,32 @@ def test_a_checkpoint_saved_again_is_moved_aside(folders):
     assert folders.steps() == [5]
 
 
+def test_later_checkpoints_are_of_another_course(folders):
+    for step in (5, 10, 15):
+        save(folders, step)
+    folders.begin(7)
+    assert folders.publish(7) == [10, 15]
+    assert (folders.steps(), folders.latest()) == ([5, 7], 7)
+    assert sorted(path.name for path in folders.path.glob("*.replaced")) == [
+        "iter_0000010.replaced", "iter_0000015.replaced",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", " \n", "release", "-5", "1.5", "1_0", "\u0661"])
+def test_a_tracker_may_name_no_step(folders, text):
+    save(folders, 5)
+    folders.tracker.write_text(text, encoding="utf-8")
+    assert folders.latest() is None
+    folders.tracker.write_text(" 12\n")
+    assert folders.latest() == 12
+
+
+def test_a_tracker_that_cannot_be_read_is_named(folders):
+    folders.tracker.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration.txt: cannot be read: Is a directory"):
+        folders.latest()
+
+
 def test_an_abandoned_or_removed_checkpoint_leaves_nothing(folders):
     save(folders, 5)
     folders.begin(10)

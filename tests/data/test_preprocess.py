@@ -1,3 +1,6 @@
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy
@@ -8,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_tst.config import UserError
 from megatron_tst.data import preprocess
 from megatron_tst.data.documents import Document
+from megatron_tst.data.interruption import InterruptedBySignal, raise_on_signals
 from megatron_tst.data.preprocess import write_indexed
 
 TEXTS = [f"def function_{n}(argument):\n    return {n} * argument\n" * (n % 7 + 1) for n in range(60)]
@@ -57,6 +61,43 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, tokenizer, workers):
     with pytest.raises(KeyboardInterrupt):
         write_indexed(interrupted(), tokenizer, tmp_path / "corpus", workers=workers)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing_and_no_worker(tmp_path: Path, tokenizer, number):
+    def interrupted():
+        yield from list(documents())[:40]
+        os.kill(os.getpid(), number)
+        yield from documents()
+
+    before = signal.getsignal(number)
+    workers = 2 if number == signal.SIGTERM else 1
+    with pytest.raises(InterruptedBySignal, match=number.name) as caught, raise_on_signals():
+        write_indexed(interrupted(), tokenizer, tmp_path / "corpus", workers=workers)
+    assert caught.value.exit_code == 128 + number
+    assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with raise_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_killed_worker_is_named(tmp_path: Path, tokenizer):
+    def killing():
+        yield from list(documents())[:40]
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        yield from documents()
+
+    with pytest.raises(UserError, match=r"--workers: worker process \d+ was ended by SIGKILL") as caught:
+        write_indexed(killing(), tokenizer, tmp_path / "corpus", workers=2)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
 
 
 def test_nothing_to_write_is_refused(tmp_path: Path, tokenizer):

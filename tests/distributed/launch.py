@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -28,9 +29,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         AssertionError: with the traceback of the first rank that failed, or naming the ranks that still ran when the
             time was up.
     """
-    store = _open_store()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    store = open_store()
+    context = forking_context()
     processes, pipes = [], {}
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
@@ -51,7 +51,14 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
             process.join()
 
 
-def _open_store() -> dist.TCPStore:
+def forking_context() -> ForkServerContext:
+    """Return a context whose processes begin with the slow imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def open_store() -> dist.TCPStore:
     """Open a store whose next port is free too: the preflight meets there.
 
     Both lie below the ports that the kernel hands out by itself, so no connection takes the second in the meantime.

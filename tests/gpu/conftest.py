@@ -26,7 +26,7 @@ def cuda(device) -> torch.device:
     return device
 
 
-@pytest.fixture(params=[False, True], ids=["", "deterministic"])
+@pytest.fixture(params=[False, True], ids=["ordinary", "deterministic"])
 def mode(request) -> bool:
     torch.use_deterministic_algorithms(request.param)
     yield request.param

@@ -114,8 +114,12 @@ def write_report(outcomes: list[Outcome]) -> str:
     """Return the report as Markdown."""
     is_failed = any(outcome.is_failed for outcome in outcomes)
     seconds = sum(outcome.seconds for outcome in outcomes)
+    devices = [
+        test["figures"]["device"] for outcome in outcomes for test in outcome.tests if "device" in test["figures"]
+    ]
     head = (
-        f"**{'Failed' if is_failed else 'Passed'}** in {seconds:.0f} s on {platform.node()}, "
+        f"**{'Failed' if is_failed else 'Passed'}** in {seconds:.0f} s. "
+        f"Device: {', '.join(devices) or 'not found out'}. "
         f"Python {platform.python_version()}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC."
     )
     rows = [

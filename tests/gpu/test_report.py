@@ -16,6 +16,7 @@ FILES = {
     "fine": """
 def test_good(record_property):
     record_property("error", 0.00012345)
+    record_property("device", "a card")
 """,
     "broken": """
 def test_bad():
@@ -68,17 +69,17 @@ def test_parts_that_pass_or_lack_something_are_no_failure(parts, tmp_path, capsy
     assert main(parts("fine", "lacking"), tmp_path / "folder/report.md") == 0
     report = (tmp_path / "folder/report.md").read_text()
     assert capsys.readouterr().out == report
-    assert "**Passed**" in report
+    assert "**Passed**" in report and "Device: a card." in report
     assert row(report, "fine")[2:] == ["", "1 passed"]
-    assert row(report, "test_good")[1::2] == ["passed", "error 0.000123"]
+    assert row(report, "test_good")[1::2] == ["passed", "error 0.000123; device a card"]
     assert row(report, "lacking")[2:] == ["", "1 skipped"]
     assert row(report, "test_absent")[1::2] == ["skipped", "needs a CUDA device"]
 
 
 def test_a_failing_part_stops_no_other(parts, tmp_path, capsys):
-    assert main(parts("broken", "dying", "empty", "hanging", "fine"), None) == 1
+    assert main(parts("broken", "dying", "empty", "hanging", "lacking"), None) == 1
     report = capsys.readouterr().out
-    assert "**Failed**" in report
+    assert "**Failed**" in report and "Device: not found out." in report
     assert row(report, "broken")[2:] == ["**failed**", "1 passed, 1 failed"]
     assert row(report, "test_bad")[3] == r"AssertionError: one \| two"
     assert "AssertionError: one | two" in report.partition("The end of its output")[2]
@@ -86,7 +87,7 @@ def test_a_failing_part_stops_no_other(parts, tmp_path, capsys):
     assert row(report, "dying")[2:] == ["**failed**", "1 passed, pytest ended with code 9"]
     assert row(report, "empty")[2:] == ["**failed**", "pytest ended with code 5"]
     assert row(report, "hanging")[2:] == ["**failed**", "ended after its limit of 20 s"]
-    assert row(report, "fine")[2:] == ["", "1 passed"]
+    assert row(report, "lacking")[2:] == ["", "1 skipped"]
     # What the hanging part started ends with it.
     with contextlib.suppress(ProcessLookupError):
         child = os.pidfd_open(int((tmp_path / "child").read_text()))

@@ -8,6 +8,7 @@ advertised, not real. Needs root; installs Debian's packages where they are miss
 
 import contextlib
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "shellcheck")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "shellcheck")
-FIRST_PORT = 17400
 # Give a daemon the host name $0 and the cluster's own /etc/hosts $1, then become it.
 ON_NODE = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 
@@ -49,6 +49,9 @@ class Cluster:
         self.folder, self.num_nodes = folder, num_nodes
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
+        # Another cluster may be up on this machine: its daemons, and its jobs, whose ports follow from their numbers.
+        self._first_port = random.SystemRandom().randrange(11000, 19000, 20)
+        self._first_job = random.SystemRandom().randrange(1, 10000)
         for name in ("state", "spool", "munge", "log"):
             (folder / name).mkdir(parents=True)
         folder.chmod(0o755)
@@ -75,9 +78,9 @@ class Cluster:
         return f"AutoDetect=off\nNodeName=n[1-{self.num_nodes}] Name=gpu File={devices}\n" if count else ""
 
     def _configuration(self, gpus: int, cpus: int) -> str:
-        n, folder = self.num_nodes, self.folder
+        n, folder, port = self.num_nodes, self.folder, self._first_port
         settings = {
-            "ClusterName": "test", "SlurmctldHost": "ctl(127.0.0.1)", "SlurmctldPort": FIRST_PORT, "SlurmUser": "root",
+            "ClusterName": "test", "SlurmctldHost": "ctl(127.0.0.1)", "SlurmctldPort": port, "SlurmUser": "root",
             "SlurmdUser": "root", "AuthType": "auth/munge", "CredType": "cred/munge",
             # A requeued job waits for its old credential to expire: two minutes, unless told; five seconds at least.
             "AuthInfo": f"socket={folder}/munge.socket,cred_expire=5",
@@ -91,12 +94,13 @@ class Cluster:
             "SelectTypeParameters": "CR_Core", "SchedulerType": "sched/backfill",
             "SchedulerParameters": "sched_interval=2,bf_interval=2,batch_sched_delay=0", "ReturnToService": 2,
             "SlurmdParameters": "config_overrides", "KillWait": 5, "JobRequeue": 1, "MailProg": "/bin/true",
+            "FirstJobId": self._first_job,
         }  # fmt: skip
         if gpus:
             settings["GresTypes"] = "gpu"
         lines = [f"{name}={value}" for name, value in settings.items()]
         lines.append(
-            f"NodeName=n[1-{n}] NodeAddr=127.0.2.[1-{n}] Port=[{FIRST_PORT + 1}-{FIRST_PORT + n}] CPUs={cpus} "
+            f"NodeName=n[1-{n}] NodeAddr=127.0.2.[1-{n}] Port=[{port + 1}-{port + n}] CPUs={cpus} "
             f"RealMemory=4000 State=UNKNOWN {f'Gres=gpu:{gpus}' if gpus else ''}"
         )
         lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
@@ -126,7 +130,7 @@ class Cluster:
 
         self._wait(are_idle, "nodes do not become idle")
 
-    def _wait(self, condition, failure: str, timeout_s: float = 60.0) -> None:
+    def _wait(self, condition, failure: str, timeout_s: float = 300.0) -> None:
         """Return once a condition holds; stop everything if it does not within the time."""
         for _ in range(int(timeout_s * 20)):
             if condition():

@@ -1,8 +1,9 @@
 import pytest
 import torch.distributed as dist
 
-from megatron_tst.config import UserError
+from megatron_tst.config import StoppedInSetUp, UserError
 from megatron_tst.platform import ParallelSizes, join_ranks, main_rank_alone, seed_everything
+from tests.distributed.launch import run_distributed
 
 
 def test_one_process_is_a_world(rank):
@@ -23,6 +24,24 @@ def test_an_error_on_the_main_rank_reaches_the_caller(rank):
     with pytest.raises(UserError, match="--flag 1: wrong"):
         main_rank_alone(fail)
     assert main_rank_alone(dist.get_rank) == 0
+
+
+def stop_the_main_rank():
+    def stop():
+        if dist.get_rank() == 0:
+            raise StoppedInSetUp("stopped by SIGTERM")
+
+    dist.init_process_group("gloo")
+    try:
+        main_rank_alone(stop)
+    except StoppedInSetUp as stopped:
+        return str(stopped)
+    return None
+
+
+@pytest.mark.distributed
+def test_a_signal_to_the_main_rank_stops_all():
+    assert run_distributed(stop_the_main_rank, 2) == ["stopped by SIGTERM"] * 2
 
 
 def test_seeds_repeat(rank):

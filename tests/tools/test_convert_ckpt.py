@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +38,14 @@ def convert_here(monkeypatch):
     """The program's main function, without the seconds that starting a process takes."""
     spec = importlib.util.spec_from_file_location("convert_ckpt", ROOT / "tools" / "convert_ckpt.py")
     program = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "convert_ckpt", program)  # where its dataclasses look
     spec.loader.exec_module(program)
 
     def run(*argv: object):
         monkeypatch.setattr(sys, "argv", ["convert_ckpt.py", *map(str, argv)])
         program.main(program.parse_arguments())
 
+    run.program = program
     return run
 
 
@@ -90,7 +93,10 @@ def test_shards_and_types(trained, tmp_path, convert_here):
     ("argv", "message"),
     [
         ("--load RUN/checkpoints --iteration 3", r"--iteration 3: \S+ holds \[2, 4\]"),
-        ("--load RUN/checkpoints --tokenizer RUN/nowhere", r"--tokenizer \S+nowhere: does not exist"),
+        (
+            "--load RUN/checkpoints --tokenizer RUN/nowhere",
+            r"nowhere holds no tokenizer\.json: .* --tokenizer",
+        ),
         (
             "--load RUN/checkpoints --tokenizer RUN/large.json",
             r"--tokenizer \S+: has 301 tokens, but the model knows 300",
@@ -98,6 +104,8 @@ def test_shards_and_types(trained, tmp_path, convert_here):
         ("--load RUN/checkpoints --max-shard-size 5boxes", "--max-shard-size 5boxes: must be a number of bytes"),
         ("--load RUN/checkpoints --max-shard-size 0GB", "--max-shard-size 0GB: must be a number of bytes"),
         ("--load RUN/checkpoints --verify-text RUN/nowhere", r"--verify-text \S+: cannot be read"),
+        ("--load RUN/checkpoints --verify-text /dev/null", "--verify-text /dev/null: holds no token"),
+        ("--load RUN/checkpoints --verify-tolerance nan", "--verify-tolerance nan: must be above 0"),
         ("--load RUN/checkpoints --direction hf-to-megatron", "is not a Hugging Face folder"),
         ("--load RUN --direction hf-to-megatron --iteration 1", "--iteration 1: a Hugging Face folder has no"),
         ("--load RUN", "is not a folder of checkpoints"),
@@ -127,3 +135,57 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(trained, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "cannot be written: File too large" in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def damaged(trained, tmp_path) -> Path:
+    """The run's checkpoints with one bit of a shard flipped, in the middle of its weights."""
+    checkpoints = Path(shutil.copytree(trained / "checkpoints", tmp_path / "damaged"))
+    shard = max((checkpoints / "iter_0000004").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return checkpoints
+
+
+def test_a_damaged_checkpoint_is_refused_unless_asked_for(damaged, tmp_path, convert_here):
+    argv = ("--load", damaged, "--save", tmp_path / "hf")
+    with pytest.raises(UserError, match=r"distcp is damaged: its bytes do not match .*; --no-verify-checkpoint"):
+        convert_here(*argv)
+    assert not (tmp_path / "hf").exists()
+    convert_here(*argv, "--iteration", 2)
+    convert_here(*argv, "--force", "--no-verify-checkpoint")
+
+
+def test_both_sides_are_judged(trained, tmp_path, convert_here, monkeypatch, capsys):
+    """A difference that rounding explains passes; a tighter tolerance, other weights and NaN do not."""
+    from megatron_tst.checkpoint.conversion import verify
+
+    found = []
+    monkeypatch.setattr(verify, "load_weights", lambda *_: None)
+    monkeypatch.setattr(verify, "compare_logits", lambda *_: found[-1])
+    argv = ("--load", trained / "checkpoints", "--save", tmp_path / "hf", "--force", "--verify")
+    for largest, more, passes in (
+        (1e-4, (), True),
+        (1e-1, (), False),
+        (1e-1, ("--verify-tolerance", "0.02"), True),
+        (1e-1, ("--dtype", "fp16"), True),  # the weights themselves were rounded
+        (1e-1, ("--dtype", "fp32"), False),
+        (float("nan"), ("--verify-tolerance", "9"), False),
+    ):
+        found.append(verify.Difference(positions=5, largest=largest, largest_logit=10.0, same_choice=5))
+        if passes:
+            convert_here(*argv, *more)
+            assert "largest logit difference" in capsys.readouterr().out
+            continue
+        with pytest.raises(verify.DifferentLogitsError, match=r"--verify: largest logit difference .*-tolerance"):
+            convert_here(*argv, *more)
+    assert verify.DifferentLogitsError.exit_code == 1
+
+
+def test_what_is_lost_is_told(trained, tmp_path, convert_here, capsys, monkeypatch):
+    from megatron_tst.config import ModelSettings
+
+    monkeypatch.setattr(convert_here.program, "inexpressible", lambda model: [f"lost of {type(model).__name__}"])
+    convert_here("--load", trained / "checkpoints", "--save", tmp_path / "hf")
+    assert capsys.readouterr().err == f"convert_ckpt.py: warning: lost of {ModelSettings.__name__}\n"

@@ -1,9 +1,14 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_tst.data.tokenizer import load_tokenizer
-from tests.training.runs import real_text, start
+from tests.training.runs import ROOT, real_text, start
 
 
 def run(folder: Path, *extra: str):
@@ -50,4 +55,33 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, tokenizer):
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     done = run(tmp_path, "--input", str(tmp_path / "empty.jsonl"))
     assert done.returncode == 2 and "holds no document" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_two_at_a_time_and_a_signal(tmp_path: Path, tokenizer):
+    """The first waits for a writer of its input, while a second one comes and a signal ends it."""
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
+    (tmp_path / "text").write_text("one")
+    os.mkfifo(tmp_path / "pipe")
+    files = ("--output-prefix", str(tmp_path / "out"), "--tokenizer-model", str(tmp_path / "tokenizer.json"))
+    command = [sys.executable, "tools/preprocess_data.py", "--input", str(tmp_path / "pipe"), *files]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as first:
+        try:
+            # Opening it for writing waits until the tool opens it for reading, which has locked its output then.
+            opened: list[int] = []
+            writer = threading.Thread(
+                target=lambda: opened.append(os.open(tmp_path / "pipe", os.O_WRONLY)), daemon=True
+            )
+            writer.start()
+            writer.join(timeout=240)
+            assert opened
+            second = run(tmp_path, "--input", str(tmp_path / "text"))
+            assert second.returncode == 2 and "out: another process is writing it" in second.stderr
+            first.send_signal(signal.SIGTERM)
+            _, told = first.communicate(timeout=240)
+        finally:
+            first.kill()
+    os.close(opened[0])
+    assert first.returncode == 143
+    assert told == "preprocess_data.py: ended by SIGTERM: no corpus was written\n"
     assert not list(tmp_path.glob("out*"))

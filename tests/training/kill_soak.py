@@ -1,76 +1,126 @@
 """Kill a run again and again, in the middle of saves too, and see that its curve is the undisturbed one.
 
-python -m tests.training.kill_soak [--kills 20]
+python -m tests.training.kill_soak [--kills 20] [--kind overlapped]
 """
 
 import argparse
+import contextlib
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
+import pretrain_tst
+from megatron_tst.checkpoint.conversion.torch_dist import StackedWeights
+from megatron_tst.config import parse_config
 from megatron_tst.data.documents import Skipped, list_inputs, read_documents
 from megatron_tst.data.preprocess import write_indexed
 from megatron_tst.data.tokenizer import train_bpe
 from megatron_tst.telemetry import read_metrics
 from tests.corpora import FILES
-from tests.training.runs import ROOT, arguments, real_text
+from tests.distributed.launch import forking_context, open_store
+from tests.training.runs import arguments, real_text
 
 # A save after every second step, written while training goes on.
 RUN = (
     "--tst-bag-size 4 --tst-step-ratio 0.4 --attention-dropout 0.1 --hidden-dropout 0.1 --save-interval 2 --async-save "
     "--keep-last 3 --eval-interval 1000 --num-workers 1"
 )
+# At most, counted from the last line of the start before.
+STEPS_PER_KILL = 20
+# kind: (ranks, flags)
+KINDS = {
+    "single": (1, RUN),
+    # Buckets end behind nearly every parameter, padded behind each norm.
+    "overlapped": (
+        2,
+        f"{RUN} --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 200",
+    ),
+}
 
 
-def soak(corpus: str, tokenizer: str, folder: Path, kills: int, seed: int = 1) -> Counter:
-    """Train once undisturbed and once killed ``kills`` times.
+def soak(corpus: str, tokenizer: str, folder: Path, kills: int, kind: str = "single", seed: int = 1) -> Counter:
+    """Train once undisturbed and once killed ``kills`` times, all ranks at once.
 
     Returns:
         How often the run was killed within a save, and within a step.
 
     Raises:
-        AssertionError: if a start does not resume, or the curves differ.
+        AssertionError: if a start does not resume, or the curves or the last checkpoints differ.
     """
+    world_size, flags = KINDS[kind]
     # Long enough that the run is still going when it is killed for the last time.
-    length = f"--train-iters {40 * (kills + 1)}"
-    calm = arguments(corpus, tokenizer, folder / "calm", f"{RUN} {length}")
-    harried = arguments(corpus, tokenizer, folder / "run", f"{RUN} {length} --load {folder / 'run' / 'checkpoints'}")
-    assert _start(calm).wait() == 0
+    length = f"--train-iters {STEPS_PER_KILL * (kills + 1)}"
+    calm = arguments(corpus, tokenizer, folder / "calm", f"{flags} {length}")
+    harried = arguments(corpus, tokenizer, folder / "run", f"{flags} {length} --load {folder / 'run' / 'checkpoints'}")
+    _finish(calm, world_size)
     generator, moments = random.Random(seed), Counter()
     for number in range(kills):
-        moments[_kill_once(harried, folder / "run", generator, in_save=number % 2 == 0)] += 1
-    assert _start(harried).wait() == 0
+        moments[_kill_once(harried, world_size, folder / "run", generator, in_save=number % 2 == 0)] += 1
+    _finish(harried, world_size)
     assert _curve(folder / "run") == _curve(folder / "calm")
+    found, wanted = _last_tensors(folder / "run"), _last_tensors(folder / "calm")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     return moments
 
 
-def _start(argv: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "pretrain_tst.py", *argv], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
-    )
+def _rank(argv: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
+    sys.exit(pretrain_tst.main(parse_config(argv)))
 
 
-def _kill_once(argv: list[str], run: Path, generator: random.Random, in_save: bool) -> str:
+@contextlib.contextmanager
+def _started(argv: list[str], world_size: int) -> Iterator[list[BaseProcess]]:
+    """Start all ranks; those that still run in the end are killed."""
+    store, context = open_store(), forking_context()
+    environment = {
+        "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    ranks = [
+        context.Process(target=_rank, args=(argv, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            rank.join()
+
+
+def _finish(argv: list[str], world_size: int) -> None:
+    with _started(argv, world_size) as ranks:
+        for rank in ranks:
+            rank.join()
+        assert [rank.exitcode for rank in ranks] == [0] * world_size
+
+
+def _kill_once(argv: list[str], world_size: int, run: Path, generator: random.Random, in_save: bool) -> str:
     """Start the run and kill it in the first save that is seen, or after a random number of new lines."""
-    first, steps = _last_step(run), generator.randint(1, 30)
-    process = _start(argv)
-    while True:
-        partial = list((run / "checkpoints").glob(".partial-*")) if (run / "checkpoints").exists() else []
-        # What an earlier kill left half-written lies there until the same step is saved again: wait for new lines.
-        if _last_step(run) >= first + steps or (in_save and partial and _last_step(run) > first):
-            process.kill()
-            process.wait()
-            return "save" if in_save and partial else "step"
-        try:
-            code = process.wait(timeout=0.001)
-        except subprocess.TimeoutExpired:
-            continue
-        raise AssertionError(f"the run ended by itself, with code {code}")
+    first = _last_step(run)
+    steps = STEPS_PER_KILL - 2 if in_save else generator.randint(1, STEPS_PER_KILL // 2)
+    with _started(argv, world_size) as ranks:
+        while True:
+            partial = list((run / "checkpoints").glob(".partial-*")) if (run / "checkpoints").exists() else []
+            # What an earlier kill left half-written lies there until the same step is saved again: wait for new lines.
+            if _last_step(run) >= first + steps or (in_save and partial and _last_step(run) > first):
+                return "save" if in_save and partial else "step"
+            ranks[0].join(timeout=0.001)
+            if ranks[0].exitcode is not None:
+                raise AssertionError(f"the run ended by itself, with code {ranks[0].exitcode}")
 
 
 def _last_step(run: Path) -> int:
@@ -84,19 +134,28 @@ def _curve(run: Path) -> list[tuple]:
     return [(line["step"], line["bag_size"], line["loss"], line["grad_norm"], line["lr"]) for line in lines]
 
 
+def _last_tensors(run: Path) -> dict[str, torch.Tensor]:
+    stored = StackedWeights(max((run / "checkpoints").glob("iter_*")))
+    return {key: stored.read(key, ()) for key in stored.entries}
+
+
 def main() -> None:
     """Make a corpus, soak, and say what happened."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    kills = parser.parse_args().kills
+    parser.add_argument("--kind", choices=KINDS, default="single")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = (Path(file).read_text(encoding="utf-8") for file in FILES)
         tokenizer = train_bpe(texts, 300, folder / "tokenizer.json")
         documents = read_documents(list_inputs(real_text(folder / "text")), "text", Skipped())
         corpus = str(write_indexed(documents, tokenizer, folder / "corpus").prefix)
-        moments = soak(corpus, str(tokenizer.path), folder, kills)
-    print(f"killed {moments['save']} times within a save, {moments['step']} times within a step: the curve is the same")
+        moments = soak(corpus, str(tokenizer.path), folder, options.kills, options.kind)
+    print(
+        f"killed {moments['save']} times within a save, {moments['step']} times within a step: the curve and the last "
+        "checkpoint are the same"
+    )
 
 
 if __name__ == "__main__":

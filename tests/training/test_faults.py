@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tst.config import EXIT_RESUMABLE, DivergedError, UserError
-from megatron_tst.platform.signals import StopSignals
+from megatron_tst.config import DivergedError, UserError
 from megatron_tst.telemetry import read_metrics
 from megatron_tst.training.step import Stepper
-from tests.training.kill_soak import soak
+from tests.training.kill_soak import KINDS, soak
 from tests.training.runs import ROOT, arguments, build_here, parameters, train_here
 
 RUN = "--tst-bag-size 4 --tst-steps 4"
@@ -85,18 +83,6 @@ def test_a_tracker_that_names_nothing_is_told_and_the_newest_taken(here, argv, t
     assert run.first_step == 8
     assert "latest_checkpointed_iteration.txt is missing or names no step" in caplog.text
     run.directory.leave()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of one megabyte."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stands(here, argv, small_disk: Path, caplog):
@@ -192,65 +178,6 @@ def test_a_run_that_stays_not_finite_stops_and_leaves_its_last_checkpoint(here, 
     assert DivergedError.exit_code == 3
 
 
-def start(argv) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "pretrain_tst.py", *argv], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_step(process: subprocess.Popen, metrics: Path, step: int) -> None:
-    """Return once a run has logged a step; fail if it ends before."""
-    while not (metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics))):
-        try:
-            process.wait(timeout=0.02)
-        except subprocess.TimeoutExpired:
-            continue
-        raise AssertionError(process.stderr.read())
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_goes_on_from_there(here, argv, tmp_path: Path, number):
-    long = "--train-iters 2000 --eval-iters 0 --num-workers 1"
-    process = start(argv("run", long))
-    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 6)
-    process.send_signal(number)
-    _, screen = process.communicate(timeout=120)
-    assert process.returncode == EXIT_RESUMABLE == 75, screen
-    assert f"by {number.name}; go on with --load {tmp_path / 'run' / 'checkpoints'}" in screen
-    assert "Traceback" not in screen
-    done = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    run = build_here(argv("run", long, load="run"))
-    assert run.first_step == done >= 6
-    run.directory.leave()
-
-
-def test_the_second_signal_ends_the_process_at_once():
-    program = (
-        "import os, signal, sys\n"
-        "from megatron_tst.platform.signals import StopSignals\n"
-        "with StopSignals() as signals:\n"
-        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "    print(signals.received, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print('still there')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "SIGUSR1\n")
-
-
-def test_signals_are_left_as_they_were():
-    before = signal.getsignal(signal.SIGUSR1)
-    with StopSignals() as signals:
-        assert signal.getsignal(signal.SIGUSR1) != before
-    assert (signal.getsignal(signal.SIGUSR1), signals.received) == (before, None)
-
-
-def test_a_run_stops_when_its_time_is_up(here, argv, tmp_path: Path):
-    train_here(argv("run", "--exit-duration-in-mins 1e-9"))
-    assert (tmp_path / "run" / "checkpoints" / "iter_0000001").is_dir()
-
-
 def test_a_second_run_on_the_same_directory_is_refused(here, argv, tmp_path: Path):
     run = build_here(argv("run"))
     done = subprocess.run(
@@ -261,7 +188,8 @@ def test_a_second_run_on_the_same_directory_is_refused(here, argv, tmp_path: Pat
     run.directory.leave()
 
 
-def test_a_run_killed_again_and_again_is_the_undisturbed_one(corpus, tokenizer, tmp_path: Path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_again_and_again_is_the_undisturbed_one(corpus, tokenizer, tmp_path: Path, kind):
     """The short form of ``python -m tests.training.kill_soak``."""
-    moments = soak(corpus, str(tokenizer.path), tmp_path, kills=3)
+    moments = soak(corpus, str(tokenizer.path), tmp_path, 2, kind)
     assert moments["save"] and moments["step"]

@@ -61,5 +61,7 @@ LLAMA = Architecture(
     rows=(*FIRST, *ATTENTION, *FEED_FORWARD, *LAST),
     qk_layernorm=False,
     experts=False,
-    always={"mlp_bias": False, "pretraining_tp": 1},
+    always={"mlp_bias": False},
+    inert={"pretraining_tp": 1},  # how a matrix was cut when the model was trained
+    absent={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
 )

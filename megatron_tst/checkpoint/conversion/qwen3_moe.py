@@ -42,4 +42,11 @@ QWEN3_MOE = Architecture(
     always={"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     # The softmax over the chosen experts is the softmax over all of them, divided by the chosen ones' sum.
     stated={"norm_topk_prob": True},
+    inert={"sliding_window": None},
+    absent={
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 8,
+        "router_aux_loss_coef": 0.001,
+    },
 )

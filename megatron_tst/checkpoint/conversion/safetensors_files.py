@@ -6,8 +6,8 @@ weights' bytes. The library writes a file from a dictionary of all its weights; 
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -123,51 +123,77 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers of all files.
+        """Read the headers of all files; the library refuses one whose header and length disagree.
 
         Args:
             folder: with ``model.safetensors``, or shards and their index.
 
         Raises:
-            UserError: if a file is missing or is not what it should be, or the safetensors package is not installed.
+            UserError: if a file is missing or is not what it should be, the index and the files disagree, or the
+                safetensors package is not installed.
         """
-        self._files: dict[str, Path] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}  # a weight's file, and its name there
         self.weights: dict[str, Weight] = {}
-        for path in _files(folder):
-            with _open(path) as file:
-                for name in file.keys():  # noqa: SIM118 - the library's object is no mapping
-                    found = file.get_slice(name)
-                    code = found.get_dtype()
-                    if code not in DTYPES:
-                        raise UserError(f"{path}: {name}: type {code} cannot be converted, only {', '.join(DTYPES)}")
-                    self.weights[name] = Weight(name, tuple(found.get_shape()), DTYPES[code])
-                    self._files[name] = path
+        index = folder / INDEX
+        places = _read_index(index) if index.exists() else None
+        for name in [ONE_FILE] if places is None else sorted(set(places.values())):
+            self._add(_existing(folder, name), places)
+        for name, file in (places or {}).items():
+            if name not in self._stored:
+                raise UserError(f"{folder / file}: does not hold {name}, but {INDEX} says so")
+
+    def _add(self, path: Path, places: dict[str, str] | None) -> None:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 - the library's object is no mapping
+                found = file.get_slice(name)
+                code = found.get_dtype()
+                if code not in DTYPES:
+                    raise UserError(f"{path}: {name}: type {code} cannot be converted, only {', '.join(DTYPES)}")
+                if places is not None and places.get(name) != path.name:
+                    raise UserError(f"{path}: holds {name}, but {INDEX} names {places.get(name, 'no file')} for it")
+                self.weights[name] = Weight(name, tuple(found.get_shape()), DTYPES[code])
+                self._stored[name] = path, name
 
     def read(self, name: str) -> Tensor:
         """Read one weight."""
-        with _open(self._files[name]) as file:
-            tensor = file.get_tensor(name)
+        path, stored_name = self._stored[name]
+        with _open(path) as file:
+            tensor = file.get_tensor(stored_name)
         assert isinstance(tensor, Tensor)
         return tensor
 
+    def rename(self, name: str, other: str) -> None:
+        """Let a weight be known by another name."""
+        weight = self.weights.pop(name)
+        self.weights[other] = replace(weight, name=other)
+        self._stored[other] = self._stored.pop(name)
 
-def _files(folder: Path) -> Iterator[Path]:
-    index = folder / INDEX
-    if not index.exists():
-        path = folder / ONE_FILE
-        if not path.is_file():
-            raise UserError(f"{folder}: is not a Hugging Face folder with safetensors: {ONE_FILE} is missing")
-        yield path
-        return
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the file of each weight."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        wrong = next(((name, file) for name, file in places.items() if not isinstance(file, str)), None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: cannot be read as an index of weights: {error!r}") from error
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise UserError(f"{path}: is missing, but {index.name} names it")
-        yield path
+        raise UserError(f"{path}: cannot be read as an index of weights: {error!r}") from error
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]}: {wrong[1]!r} is not the name of a file")
+    return dict(places)
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = folder / name
+    if path.is_file() and Path(name).name == name:
+        return path
+    if name != ONE_FILE:
+        raise UserError(f"{path}: is missing, but {INDEX} names it")
+    pickled = next((path.name for path in sorted(folder.glob("pytorch_model*.bin"))), None)
+    if pickled:
+        raise UserError(
+            f"{folder}: holds pickled weights ({pickled}), which can run code when read; only safetensors are read: "
+            "load it with transformers and save it again with save_pretrained"
+        )
+    raise UserError(f"{folder}: is not a Hugging Face folder with safetensors: {ONE_FILE} is missing")
 
 
 def _open(path: Path) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tst.checkpoint.checksums import write_checksums
+from megatron_tst.checkpoint.checksums import find_damage_alone, write_checksums
 from megatron_tst.checkpoint.content import FORMAT_VERSION
 from megatron_tst.checkpoint.folders import TRACKER, CheckpointFolders
 from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE, read_run_state, read_saved_config
@@ -38,15 +38,16 @@ class SavedRun:
     tokenizer: Path
 
 
-def find_saved_run(checkpoints: Path, iteration: int | None) -> SavedRun:
+def find_saved_run(checkpoints: Path, iteration: int | None, *, verify: bool = True) -> SavedRun:
     """Find a checkpoint, of a run or of imported weights.
 
     Args:
         checkpoints: the folder of checkpoints.
         iteration: which; the one that the tracker names where not given.
+        verify: whether to compare its files with their checksums.
 
     Raises:
-        UserError: if there is none, or its settings cannot be read.
+        UserError: if there is none, a file is damaged, or its settings cannot be read.
     """
     folders = CheckpointFolders(checkpoints)
     wanted, steps = folders.latest() if iteration is None else iteration, folders.steps()
@@ -55,6 +56,9 @@ def find_saved_run(checkpoints: Path, iteration: int | None) -> SavedRun:
     if wanted not in steps:
         raise UserError(f"--iteration {wanted}: {checkpoints} holds {steps or 'no checkpoints'}")
     folder = folders.of(wanted)
+    damage = find_damage_alone(folder) if verify else None
+    if damage is not None:
+        raise UserError(f"{damage}; --no-verify-checkpoint converts it unchecked")
     config = read_saved_config(folder)
     if (folder / RUN_STATE).exists():
         state = read_run_state(folder)

@@ -148,6 +148,8 @@ class Architecture:
         settings: our setting to its key in config.json, beyond those that all architectures share.
         always: keys of config.json with the only value that megatron-core's model computes; they may be left out.
         stated: the same, where leaving the key out would mean another value.
+        inert: keys of config.json to write, whose value does not matter where they are read.
+        absent: what transformers takes where a key is left out, if the architectures differ in it.
     """
 
     name: str
@@ -158,6 +160,8 @@ class Architecture:
     settings: Mapping[str, str] = field(default_factory=dict)
     always: Mapping[str, Any] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
+    inert: Mapping[str, Any] = field(default_factory=dict)
+    absent: Mapping[str, Any] = field(default_factory=dict)
 
     def rows_of(self, tied: bool) -> list[Row]:
         """Return the rows of a model whose head is, or is not, its embedding."""

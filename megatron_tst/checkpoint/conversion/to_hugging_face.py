@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_tst.checkpoint.conversion.casting import Casting
 from megatron_tst.checkpoint.conversion.safetensors_files import Weight, write_shards
 from megatron_tst.checkpoint.conversion.saved_runs import SavedRun
 from megatron_tst.checkpoint.conversion.settings import architecture_of, config_json, shape_of
 from megatron_tst.checkpoint.conversion.tables import EMBEDDING, Row, Shape, pieces
-from megatron_tst.checkpoint.conversion.tokenizer_files import complete_tokenizer, copy_tokenizer
+from megatron_tst.checkpoint.conversion.tokenizer_files import complete_tokenizer, copy_tokenizer, read_token_ids
 from megatron_tst.checkpoint.conversion.torch_dist import Index, StackedWeights
 from megatron_tst.checkpoint.conversion.whole_folder import whole_folder
 from megatron_tst.config import UserError
@@ -36,6 +37,7 @@ class Export:
 
     Attributes:
         weights: what will be written, in order.
+        casting: what became of their values.
     """
 
     def __init__(self, saved: SavedRun, dtype: torch.dtype | None = None) -> None:
@@ -51,7 +53,7 @@ class Export:
         self._model = saved.config.model
         self._vocab_size = saved.vocab_size
         self._stored = StackedWeights(saved.folder)
-        self._dtype = dtype
+        self._folder, self.casting = saved.folder, Casting(dtype)
         tied = not self._model.untie_embeddings_and_output_weights
         self._rows = architecture_of(self._model).rows_of(tied)
         self._shape = self._check(saved.folder)
@@ -82,13 +84,14 @@ class Export:
             on_progress: called with the bytes of each weight written.
 
         Raises:
-            UserError: if the checkpoint is damaged or the folder cannot be written.
+            UserError: if the checkpoint is damaged, a value exceeds its new type, or the folder cannot be written.
         """
         dtype = str(self.weights[0].dtype).removeprefix("torch.")
-        config = config_json(self._model, self._vocab_size, end_of_document.id, dtype)
-        with whole_folder(target, self.num_bytes, force, mark="config.json") as folder:
+        token_ids = read_token_ids(tokenizer).ending_with(end_of_document.id)
+        config = config_json(self._model, self._vocab_size, token_ids, dtype)
+        with whole_folder(target, self._folder, self.num_bytes, force) as folder:
             copy_tokenizer(tokenizer, folder)
-            complete_tokenizer(folder, end_of_document.id, end_of_document.text)
+            complete_tokenizer(folder, token_ids, end_of_document.text)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             tensors = itertools.chain.from_iterable(
                 self._convert(row, index) for row, index in pieces(self._rows, self._shape)
@@ -112,11 +115,11 @@ class Export:
         return shape
 
     def _coming(self, row: Row, index: Index) -> Iterator[Weight]:
-        dtype = self._dtype or self._stored.entries[row.megatron].properties.dtype
+        dtype = self.casting.dtype or self._stored.entries[row.megatron].properties.dtype
         for name, size in zip(row.names(index), row.hugging_face_sizes(self._shape), strict=True):
             yield Weight(name, size, dtype)
 
     def _convert(self, row: Row, index: Index) -> Iterator[Tensor]:
         weight = self._stored.read(row.megatron, index)
-        for part in row.transformation.split(weight, self._shape):
-            yield part.to(self._dtype or part.dtype)
+        for name, part in zip(row.names(index), row.transformation.split(weight, self._shape), strict=True):
+            yield self.casting(name, part, default=part.dtype)

@@ -4,17 +4,19 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_tst.checkpoint.conversion.casting import Casting
 from megatron_tst.checkpoint.conversion.safetensors_files import SafetensorsFolder
 from megatron_tst.checkpoint.conversion.saved_runs import complete_weights
 from megatron_tst.checkpoint.conversion.settings import read_config_json, shape_of
 from megatron_tst.checkpoint.conversion.tables import Row, pieces
-from megatron_tst.checkpoint.conversion.tokenizer_files import copy_tokenizer
+from megatron_tst.checkpoint.conversion.tokenizer_files import GENERATION, copy_tokenizer, write_token_ids
 from megatron_tst.checkpoint.conversion.torch_dist import Index, Slice, write_stacked
 from megatron_tst.checkpoint.conversion.whole_folder import whole_folder
 from megatron_tst.checkpoint.folders import CheckpointFolders
@@ -22,6 +24,8 @@ from megatron_tst.config import DataSettings, RunConfig, TrainingSettings, UserE
 
 # Buffers that old versions of transformers saved with the weights; they follow from rope_theta.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+# A layer's experts in one tensor, as transformers 5 keeps them in memory.
+_FUSED = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)\b")
 _LINEAR = re.compile(r"\.linear_\w+$")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -32,6 +36,7 @@ class Import:
     Attributes:
         model: the settings of its model.
         num_bytes: of all weights.
+        casting: what became of their values.
     """
 
     def __init__(self, source: Path, dtype: torch.dtype | None = None) -> None:
@@ -51,7 +56,7 @@ class Import:
             raise UserError(f"--load {source}: is not a Hugging Face folder: config.json: {error}") from error
         if not isinstance(contents, dict):
             raise UserError(f"--load {source}: is not a Hugging Face folder: config.json holds no object")
-        architecture, self.model = read_config_json(contents, str(path))
+        architecture, self.model, self._token_ids = read_config_json(contents, str(path))
         assert self.model.vocab_size
         multiple = self.model.make_vocab_size_divisible_by
         self._shape = shape_of(
@@ -59,7 +64,7 @@ class Import:
         )
         self._tied = not self.model.untie_embeddings_and_output_weights
         self._rows = architecture.rows_of(self._tied)
-        self._source, self._dtype = source, dtype
+        self._source, self.casting = source, Casting(dtype)
         self._given = SafetensorsFolder(source)
         self._check(architecture.name)
         self._slices = [self._slice(row, index) for row, index in pieces(self._rows, self._shape)]
@@ -86,13 +91,13 @@ class Import:
             on_progress: called with the bytes of each weight written.
 
         Raises:
-            UserError: if a weight cannot be read or the folder cannot be written.
+            UserError: if a weight cannot be read, a value exceeds its new type, or the folder cannot be written.
         """
         first = CheckpointFolders(target).of(0).name
-        with whole_folder(target, self.num_bytes, force, mark=first) as folder:
+        with whole_folder(target, self._source, self.num_bytes, force) as folder:
             for name in (first, "tokenizer"):
                 (folder / name).mkdir()
-            copy_tokenizer(tokenizer, folder / "tokenizer")
+            self._copy_tokenizer(tokenizer, folder / "tokenizer")
             write_stacked(folder / first, self._slices, self._empty_states(), on_progress)
             config = RunConfig(
                 model=self.model,
@@ -101,7 +106,16 @@ class Import:
             )
             complete_weights(folder, config)
 
+    def _copy_tokenizer(self, tokenizer: Path, target: Path) -> None:
+        """Copy the tokenizer, and what the model says of its special tokens whoever's tokenizer it is."""
+        copy_tokenizer(tokenizer, target)
+        write_token_ids(target, self._token_ids)
+        if (self._source / GENERATION).is_file():
+            shutil.copyfile(self._source / GENERATION, target / GENERATION)
+
     def _check(self, architecture: str) -> None:
+        if self._tied and _HEAD in self._given.weights and _EMBEDDING not in self._given.weights:
+            self._given.rename(_HEAD, _EMBEDDING)  # savers that keep one of two equal tables may keep this one
         given = {name: weight for name, weight in self._given.weights.items() if not _DERIVED.fullmatch(name)}
         if self._tied and _HEAD in given:
             del given[_HEAD]
@@ -112,6 +126,9 @@ class Import:
             for row, index in pieces(self._rows, self._shape)
             for name, size in zip(row.names(index), row.hugging_face_sizes(self._shape), strict=True)
         }
+        fused = next((name for name in sorted(given) if _FUSED.search(name)), None)
+        if fused:
+            raise UserError(f"{self._source}: {fused}: holds all experts of a layer; only one weight each is read")
         for name in sorted(given.keys() ^ table.keys()):
             where = "is not in the table of its architecture" if name in given else "is missing"
             raise UserError(f"{self._source}: {name}: {where}, {architecture}")
@@ -124,12 +141,12 @@ class Import:
         stacked = row.stacked(self._shape)
         # A stacked tensor has one type: that of its first weight.
         first = row.names(tuple(0 for _ in stacked))[0]
-        dtype = self._dtype or self._given.weights[first].dtype
+        dtype = self.casting.dtype or self._given.weights[first].dtype
 
         def load() -> Tensor:
             """Read the weight's parts and join them."""
-            parts = [self._given.read(name) for name in row.names(index)]
-            return row.transformation.join(parts, self._shape).to(dtype)
+            parts = [self.casting(name, self._given.read(name), default=dtype) for name in row.names(index)]
+            return row.transformation.join(parts, self._shape)
 
         return Slice(row.megatron, stacked, index, row.megatron_size(self._shape), dtype, load)
 

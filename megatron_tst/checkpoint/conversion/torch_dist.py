@@ -210,5 +210,9 @@ def write_stacked(
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     writer.set_up_storage_writer(is_coordinator=True)
     plan = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])[0]
-    results = writer.write_data(plan, _Source(by_index, on_progress)).wait()
+    try:
+        results = writer.write_data(plan, _Source(by_index, on_progress)).wait()
+    except RuntimeError as error:
+        # torch's archive writer hides what stopped it, an interruption say, behind a complaint of its own.
+        raise error.__context__ or error from None
     writer.finish(Metadata(entries, planner_data={}), [results])

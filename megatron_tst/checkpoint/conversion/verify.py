@@ -10,6 +10,17 @@ from megatron.core import dist_checkpointing
 from megatron_tst.config import UserError
 from megatron_tst.platform.safe_checkpoint import safe_loading
 
+# The largest difference of two logits, over the largest logit, that is rounding: of float32 arithmetic where the
+# weights are the same, of the weights themselves where they were rounded to a shorter type.
+EXACT = 1e-4
+ROUNDED = {torch.float32: EXACT, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+class DifferentLogitsError(UserError):
+    """The two sides of a conversion compute different things."""
+
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -26,6 +37,26 @@ class Difference:
     largest: float
     largest_logit: float
     same_choice: int
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return (
+            f"largest logit difference {self.largest:.2g} (largest logit {self.largest_logit:.3g}), "
+            f"same most likely token at {self.same_choice} of {self.positions} positions"
+        )
+
+    def check(self, tolerance: float) -> None:
+        """Judge the difference.
+
+        Args:
+            tolerance: most that it may be, over the largest logit.
+
+        Raises:
+            DifferentLogitsError: if it is more, or a logit is not a number.
+        """
+        if not self.largest <= tolerance * self.largest_logit:  # NaN compares as false
+            limit = f"{tolerance:.2g} (--verify-tolerance) of the largest logit"
+            raise DifferentLogitsError(f"--verify: {self}: more than {limit}")
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:

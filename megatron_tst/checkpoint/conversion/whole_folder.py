@@ -1,28 +1,36 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and that say what made them."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import megatron_tst
 from megatron_tst.checkpoint.folders import writing
 from megatron_tst.config import UserError
 
+MARK = "megatron_tst_conversion.json"
+
 
 @contextlib.contextmanager
-def whole_folder(target: Path, needed_bytes: int, force: bool, mark: str) -> Iterator[Path]:
+def whole_folder(target: Path, source: Path, needed_bytes: int, force: bool) -> Iterator[Path]:
     """Give a folder beside ``target`` to write in; it becomes ``target`` if the block ends without an error.
+
+    A file in it, the mark, says what made the folder and lists the files.
 
     Args:
         target: the folder to make; its parents are made too.
+        source: what is read meanwhile.
         needed_bytes: how much will be written.
-        force: whether a ``target`` that is not empty may be replaced, once the new one is whole.
-        mark: a file or folder that every such folder holds: without it, ``target`` is something else and stays.
+        force: whether a ``target`` that holds the mark and no file besides those listed may be replaced, once the new
+            one is whole.
 
     Raises:
         UserError: if ``target`` may not be replaced, there is too little space, or a file cannot be written.
     """
-    _check_replaceable(target, force, mark)
+    target = target.resolve()
+    _check_replaceable(target, source, force)
     aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     try:
         with writing(target):
@@ -31,6 +39,7 @@ def whole_folder(target: Path, needed_bytes: int, force: bool, mark: str) -> Ite
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
             aside.mkdir()
             yield aside
+            _write_mark(aside)
             if target.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 target.rename(old)
@@ -40,13 +49,32 @@ def whole_folder(target: Path, needed_bytes: int, force: bool, mark: str) -> Ite
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _write_mark(folder: Path) -> None:
+    made_by = f"tools/convert_ckpt.py of megatron-tst {megatron_tst.__version__}"
+    mark = {"made_by": made_by, "files": sorted(_files(folder))}
+    (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
+
+
+def _files(folder: Path) -> set[str]:
+    """Return the paths of all files and links, relative to the folder."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
 def _check_space(target: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes:
-        raise UserError(f"--save {target}: needs {needed_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
+        raise UserError(f"--save {target}: needs {_readable(needed_bytes)}, but {_readable(free)} are free")
 
 
-def _check_replaceable(target: Path, force: bool, mark: str) -> None:
+def _readable(num_bytes: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def _check_replaceable(target: Path, source: Path, force: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -54,6 +82,22 @@ def _check_replaceable(target: Path, force: bool, mark: str) -> None:
     if not any(target.iterdir()):
         return
     if not force:
-        raise UserError(f"--save {target}: is not empty; --force replaces it")
-    if not (target / mark).exists():
-        raise UserError(f"--save {target}: holds no {mark}, so it is something else: --force does not replace it")
+        raise UserError(f"--save {target}: is not empty; --force replaces it if this tool made it")
+    if source.resolve().is_relative_to(target):
+        raise UserError(f"--save {target}: holds what --load reads: --force does not replace it")
+    foreign = sorted(_files(target) - _listed(target) - {MARK})
+    if foreign:
+        raise UserError(f"--save {target}: holds {foreign[0]}, which this tool did not write: --force keeps it")
+
+
+def _listed(target: Path) -> set[str]:
+    """Return the files that the mark of an earlier conversion lists."""
+    try:
+        return set(json.loads((target / MARK).read_text(encoding="utf-8"))["files"])
+    except FileNotFoundError:
+        raise UserError(
+            f"--save {target}: holds no {MARK}, so --force does not replace it: name another folder, or delete this "
+            "one yourself if an earlier version wrote it"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--save {target}: {MARK} cannot be read, so --force does not replace it: {error!r}") from error

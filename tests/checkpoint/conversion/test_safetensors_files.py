@@ -91,3 +91,29 @@ def test_whole_numbers_are_no_weights(tmp_path):
     safetensors.torch.save_file({"steps": torch.ones(2, dtype=torch.int64)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="steps: type I64 cannot be converted"):
         SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"c": 5}, r"index\.json: c: 5 is not the name of a file"),
+        ({"x": "model-00001-of-00003.safetensors"}, r"00001-of-00003\.safetensors: does not hold x, but"),
+        ({"c": "model-00001-of-00003.safetensors"}, r"00001-of-00003\.safetensors: does not hold c, but"),
+        ({"a": None}, r"holds a, but \S+ names no file for it"),
+    ],
+)
+def test_an_index_that_disagrees_with_the_files_is_refused(tmp_path, change, message):
+    write(tmp_path, 100)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    places = {**index["weight_map"], **change}
+    path.write_text(json.dumps({"weight_map": {name: file for name, file in places.items() if file is not None}}))
+    with pytest.raises(UserError, match=message):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_pickled_weights_are_called_that(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"holds pickled weights \({name}\)"):
+        SafetensorsFolder(tmp_path)

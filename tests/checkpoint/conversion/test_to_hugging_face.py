@@ -11,8 +11,9 @@ from megatron_tst.checkpoint.conversion.safetensors_files import SafetensorsFold
 from megatron_tst.checkpoint.conversion.saved_runs import find_saved_run
 from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.checkpoint.conversion.torch_dist import StackedWeights
-from megatron_tst.config import UserError
-from tests.checkpoint.saved import VOCAB, change_contents
+from megatron_tst.config import ModelSettings, RunConfig, UserError
+from tests.checkpoint.conversion.conftest import export
+from tests.checkpoint.saved import MODELS, VOCAB, build, change_contents, save
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
@@ -166,3 +167,21 @@ def test_damaged_files_are_named(saved, tmp_path, name, content):
     run = saved("llama").copy(tmp_path / "checkpoints")
     (folder_of(run) / name).write_text(content)
     assert_refused(run, tmp_path, f"{name}.*(cannot be read|is not YAML|must hold sections)")
+
+
+def test_values_beyond_a_type_are_refused(rank, tokenizer, tmp_path):
+    (chunk,) = build(MODELS["llama"])
+    run = RunConfig(model=ModelSettings(**MODELS["llama"]))
+    weight = chunk.decoder.layers[2].mlp.linear_fc2.weight
+    for value, name in ((70000.0, "large"), (torch.nan, "nan")):
+        with torch.no_grad():
+            weight[0, 0] = value
+        save([chunk], tmp_path / name, run, str(tokenizer.path), rank)
+    with pytest.raises(UserError, match=r"layers\.2\.mlp\.down_proj\.weight: holds 7e\+04, but torch\.float16"):
+        export(tmp_path / "large", tmp_path / "hf", tokenizer, dtype=torch.float16)
+    assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".*"))
+    export(tmp_path / "large", tmp_path / "wide", tokenizer, dtype=torch.bfloat16)
+    export_nan = Export(find_saved_run(tmp_path / "nan", None), torch.float16)
+    export_nan.write(tmp_path / "hf", tokenizer.path, EndOfDocument(0, "<|endoftext|>"), 10**9)
+    assert export_nan.casting.not_finite == ["model.layers.2.mlp.down_proj.weight"]
+    assert export_nan.casting.rounded

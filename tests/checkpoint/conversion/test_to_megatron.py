@@ -9,6 +9,7 @@ from megatron_tst.checkpoint.conversion.safetensors_files import SafetensorsFold
 from megatron_tst.checkpoint.conversion.saved_runs import find_saved_run
 from megatron_tst.checkpoint.conversion.to_megatron import Import
 from megatron_tst.config import ModelSettings, UserError
+from megatron_tst.data.tokenizer import load_tokenizer
 from tests.checkpoint.conversion.conftest import export
 from tests.checkpoint.saved import MODELS
 
@@ -79,9 +80,23 @@ def test_what_follows_from_config_json_is_not_needed(hugging_face, tmp_path):
     Import(folder).write(tmp_path / "weights", folder / "tokenizer.json")
 
 
+def test_a_tied_model_may_keep_its_table_as_the_head(saved, hugging_face, tmp_path):
+    folder, change = hugging_face("llama-tied")
+    embedding = SafetensorsFolder(folder).read("model.embed_tokens.weight")
+    change(**{"lm_head.weight": embedding, "model.embed_tokens.weight": None})
+    Import(folder).write(tmp_path / "weights", folder / "tokenizer.json")
+    again = SafetensorsFolder(export(tmp_path / "weights", tmp_path / "again", saved("llama-tied").tokenizer))
+    assert torch.equal(again.read("model.embed_tokens.weight"), embedding)
+
+
 @pytest.mark.parametrize(
     ("name", "tensors", "message"),
     [
+        (
+            "qwen3-moe",
+            {"model.layers.0.mlp.experts.gate_up_proj": torch.ones(4, 48, 32)},
+            r"layers\.0\.mlp\.experts\.gate_up_proj: holds all experts of a layer",
+        ),
         ("llama", {"model.norm.weight": None}, r"model\.norm\.weight: is missing, LlamaForCausalLM"),
         ("llama", {"model.norm.bias": torch.ones(32)}, r"model\.norm\.bias: is not in the table of its architecture"),
         ("llama", {"model.layers.4.mlp.up_proj.weight": torch.ones(40, 32)}, r"layers\.4\.mlp.* is not in the table"),
@@ -120,3 +135,47 @@ def test_settings_that_do_not_fit_are_named(hugging_face):
         assert_refused(folder, r"is not a Hugging Face folder: config\.json")
     path.unlink()
     assert_refused(folder, r"is not a Hugging Face folder: config\.json")
+
+
+def test_special_tokens_survive_the_way_there_and_back(saved, hugging_face, tmp_path):
+    folder, _ = hugging_face("llama")
+    ids = {"eos_token_id": [0, 2], "bos_token_id": 5, "pad_token_id": 6}
+    contents = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**contents, **ids}))
+    generation = '{"eos_token_id": [0, 2, 9], "top_k": 5}'
+    (folder / "generation_config.json").write_text(generation)
+    Import(folder).write(tmp_path / "weights", saved("llama").tokenizer.path)  # from elsewhere
+    tokenizer = load_tokenizer(str(find_saved_run(tmp_path / "weights", None).tokenizer))
+    again = export(tmp_path / "weights", tmp_path / "again", tokenizer)
+    found = json.loads((again / "config.json").read_text())
+    assert {key: found[key] for key in ids} == ids
+    assert (again / "generation_config.json").read_text() == generation
+    (tmp_path / "weights" / "tokenizer" / "generation_config.json").unlink()
+    made = json.loads(
+        (export(tmp_path / "weights", tmp_path / "third", tokenizer) / "generation_config.json").read_text()
+    )
+    assert made == ids
+    # A model that is trained on ends its texts with the tokenizer's token, whatever else ended them before.
+    path = tmp_path / "weights" / "tokenizer" / "token_ids.json"
+    path.write_text(json.dumps({**ids, "eos_token_id": 2}))
+    found = json.loads((export(tmp_path / "weights", tmp_path / "last", tokenizer) / "config.json").read_text())
+    assert found["eos_token_id"] == [2, tokenizer.eod] == [2, 0]
+
+
+def test_values_beyond_a_type_are_refused_and_nan_is_remembered(hugging_face, tmp_path):
+    folder, change = hugging_face("llama")
+    norm = torch.ones(32)
+    norm[3] = -65504.0
+    change(**{"model.norm.weight": norm})
+    Import(folder, torch.float16).write(tmp_path / "fits", folder / "tokenizer.json")
+    norm[3] = -70000.0
+    change(**{"model.norm.weight": norm})
+    with pytest.raises(UserError, match=r"model\.norm\.weight: holds 7e\+04, but torch\.float16 ends at 6\.55e\+04"):
+        Import(folder, torch.float16).write(tmp_path / "out", folder / "tokenizer.json")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+    for value in (torch.nan, torch.inf):
+        norm[3] = value
+        change(**{"model.norm.weight": norm})
+        weights = Import(folder, torch.float16)
+        weights.write(tmp_path / str(value), folder / "tokenizer.json")
+        assert weights.casting.not_finite == ["model.norm.weight"]

@@ -1,10 +1,13 @@
 """Reading a checkpoint's tensors weight by weight, and writing them."""
 
+import contextlib
+import io
 import pickle
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_tst.checkpoint.conversion.torch_dist import Slice, StackedWeights, write_stacked
@@ -136,3 +139,23 @@ def test_a_chunk_may_span_several_layers(tmp_path):
     weights = StackedWeights(tmp_path)
     assert weights.entries["experts"].chunks == [ChunkStorageMetadata(torch.Size([0] * 4), WEIGHT.shape)]
     assert torch.equal(weights.read("experts", (2, 1)), WEIGHT[2, 1])
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_what_stops_a_writer_is_not_hidden(tmp_path, monkeypatch, stop):
+    """torch's archive writer answers whatever happens inside it with an error of its own."""
+
+    class Stopping(io.BufferedWriter):
+        def write(self, data):
+            if len(data) == 4 * WEIGHT[0, 0].numel():
+                raise stop
+            return super().write(data)
+
+    @contextlib.contextmanager
+    def create_stream(_, path, mode):
+        with Stopping(io.FileIO(path, mode)) as stream:
+            yield stream
+
+    monkeypatch.setattr(FileSystem, "create_stream", create_stream)
+    with pytest.raises(stop):
+        write(tmp_path / "checkpoint")

@@ -4,16 +4,18 @@ import shutil
 
 import pytest
 
-from megatron_tst.checkpoint.conversion.whole_folder import whole_folder
+from megatron_tst.checkpoint.conversion.whole_folder import MARK, whole_folder
 from megatron_tst.config import UserError
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    """What a folder holds beside marks."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
+    return {str(path.relative_to(folder)): path.read_text() for path in paths}
 
 
-def fill(target, text, force=False, fail=None, needed_bytes=0):
-    with whole_folder(target, needed_bytes, force, mark="config.json") as folder:
+def fill(target, text, force=False, fail=None, needed_bytes=0, source=None):
+    with whole_folder(target, source or target.parent / "source", needed_bytes, force) as folder:
         (folder / "config.json").write_text(text)
         assert not (target / "config.json").exists() or (target / "config.json").read_text() != text
         if fail:
@@ -54,7 +56,7 @@ def test_only_an_earlier_conversion_is_replaced_and_only_by_force(tmp_path):
     assert files(tmp_path) == {"b/config.json": "new"}
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match=r"holds no config\.json, so it is something else"):
+    with pytest.raises(UserError, match=f"holds no {MARK}, so --force does not replace it.*delete this one yourself"):
         fill(tmp_path / "home", "new", force=True)
     with pytest.raises(UserError, match="exists and is not a folder"):
         fill(tmp_path / "home" / "thesis.tex", "new", force=True)
@@ -67,6 +69,9 @@ def test_no_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     fill(tmp_path / "b", "new", needed_bytes=10**9)
     with pytest.raises(UserError, match=r"c: needs 1\.50 GB, but 1\.00 GB are free"):
         fill(tmp_path / "c", "new", needed_bytes=1_500_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12))
+    with pytest.raises(UserError, match=r"c: needs 2\.50 KB, but 12 bytes are free"):
+        fill(tmp_path / "c", "new", needed_bytes=2_500)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
@@ -75,3 +80,34 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"--save: .*c cannot be written: No space left on device"):
         fill(tmp_path / "c", "new", fail=full)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "iter_0000100/__0_0.distcp"])
+def test_force_keeps_what_was_added_to_a_conversion(tmp_path, name):
+    fill(tmp_path / "b", "old")
+    added = tmp_path / "b" / name
+    added.parent.mkdir(exist_ok=True)
+    added.write_text("years")
+    with pytest.raises(UserError, match=f"holds {name}, which this tool did not write"):
+        fill(tmp_path / "b", "new", force=True)
+    assert files(tmp_path) == {"b/config.json": "old", f"b/{name}": "years"}
+    added.unlink()
+    fill(tmp_path / "b", "new", force=True)
+    assert files(tmp_path) == {"b/config.json": "new"}
+
+
+@pytest.mark.parametrize("mark", ["", "[]", "{}", '{"files": 5}'])
+def test_force_trusts_no_damaged_mark(tmp_path, mark):
+    fill(tmp_path / "b", "old")
+    (tmp_path / "b" / MARK).write_text(mark)
+    with pytest.raises(UserError, match=f"{MARK} cannot be read"):
+        fill(tmp_path / "b", "new", force=True)
+    assert files(tmp_path) == {"b/config.json": "old"}
+
+
+@pytest.mark.parametrize("below", ["", "iter_0000000"])
+def test_force_does_not_replace_what_is_read(tmp_path, below):
+    fill(tmp_path / "b", "old")
+    with pytest.raises(UserError, match="holds what --load reads"):
+        fill(tmp_path / "b", "new", force=True, source=tmp_path / "b" / below)
+    assert files(tmp_path) == {"b/config.json": "old"}

@@ -1,0 +1,197 @@
+"""A run that is asked to stop, at any moment and by any launcher, saves once and says so by its exit code."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_tst.checkpoint.save import CheckpointSaver
+from megatron_tst.config import EXIT_RESUMABLE, StoppedInSetUp, parse_config
+from megatron_tst.data import samples
+from megatron_tst.platform.signals import STOP_SIGNALS, StopSignals
+from megatron_tst.telemetry import read_metrics, run_directory
+from megatron_tst.training import build_run, loop, train
+from megatron_tst.training.step import Stepper
+from tests.training.runs import ROOT, arguments, build_here, train_here
+
+RUN = "--tst-bag-size 4 --tst-steps 4"
+LONG = "--train-iters 2000 --eval-iters 0 --num-workers 1"
+TIMEOUT_S = 300
+
+
+@pytest.fixture
+def argv(corpus, tokenizer, tmp_path: Path):
+    def build(extra: str = "") -> list[str]:
+        return arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{RUN} {extra}")
+
+    return build
+
+
+@pytest.fixture
+def signals():
+    """Of this process, for as long as a test takes."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield StopSignals()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("iter_*"))
+
+
+def half_written(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.partial*"))
+
+
+def signal_within(monkeypatch, owner, name: str) -> None:
+    """Send this process both signals, one right after the other, whenever it calls a function."""
+    function = getattr(owner, name)
+
+    def signalled(*args, **kwargs):
+        for number in STOP_SIGNALS:
+            os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, signalled)
+
+
+# The function to signal in, and the step after which it is first called with checkpoints every so many steps.
+MOMENTS = {
+    "a step": (Stepper, "train", 1),
+    "an evaluation": (loop, "evaluate", 4),
+    "a save": (CheckpointSaver, "_publish", 3),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.parametrize("saving", ["", "--async-save"])
+def test_signals_within_anything_save_once(here, argv, tmp_path: Path, monkeypatch, signals, name, saving):
+    owner, function, step = MOMENTS[name]
+    run = build_run(parse_config(argv(f"{saving} --save-interval {step}")), signals)
+    signal_within(monkeypatch, owner, function)
+    assert train(run, signals) is False
+    done = checkpoints(tmp_path / "run")
+    # With --async-save a checkpoint is published while later steps are done: the run stops at one of those.
+    assert len(done) == 1 or (saving and len(done) == 2)
+    assert done[0] == f"iter_{step:07d}"
+    assert [line["step"] for line in read_metrics(run.directory.metrics) if "loss" in line][-1] == int(done[-1][5:])
+    monkeypatch.undo()
+
+
+SET_UP = {
+    "an index": (samples, "GPTDataset"),
+    "the order of a blend": (samples.numpy, "save"),
+    "the settings": (run_directory, "versions"),
+}
+
+
+@pytest.mark.parametrize("name", SET_UP)
+def test_signals_in_the_set_up_leave_nothing_half_written(here, argv, tmp_path: Path, monkeypatch, signals, name):
+    with monkeypatch.context() as patches:
+        signal_within(patches, *SET_UP[name])
+        with pytest.raises(StoppedInSetUp):
+            build_run(parse_config(argv()), signals)
+    assert not half_written(tmp_path)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run = build_here(argv())
+    assert run.first_step == 0
+    run.directory.leave()
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen, metrics: Path, step: int) -> None:
+    """Return once a run has logged a step; fail if it ends before, or takes too long."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not (metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics))):
+        try:
+            process.wait(timeout=0.05)
+        except subprocess.TimeoutExpired:
+            assert time.monotonic() < deadline_s
+            continue
+        raise AssertionError(process.stderr.read())
+
+
+def test_two_signals_save_once_and_the_run_goes_on_from_there(here, argv, tmp_path: Path):
+    process = start([sys.executable, "pretrain_tst.py", *argv(LONG)])
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 6)
+    for number in STOP_SIGNALS:
+        process.send_signal(number)
+    _, screen = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == EXIT_RESUMABLE == 75, screen
+    # Which of two waiting signals is the first is the kernel's choice.
+    assert re.search(rf"by SIG(TERM|USR1); go on with --load {tmp_path / 'run' / 'checkpoints'}", screen)
+    assert "Traceback" not in screen
+    done = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    run = build_here(argv(f"{LONG} --load {tmp_path / 'run' / 'checkpoints'}"))
+    assert run.first_step == done >= 6
+    run.directory.leave()
+
+
+def test_a_signal_in_the_set_up_is_one_line_and_an_exit_code(argv, tmp_path: Path):
+    program = (
+        "import os, runpy, signal\n"
+        "from megatron_tst.training import run\n"
+        "run.build_run_data = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "runpy.run_path('pretrain_tst.py', run_name='__main__')"
+    )
+    process = start([sys.executable, "-c", program, *argv()])
+    _, screen = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, screen) == (
+        EXIT_RESUMABLE,
+        "pretrain_tst.py: stopped by SIGTERM before the first step; start the same command again\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def torchrun(argv: list[str], *program: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, *program, "pretrain_tst.py", *argv]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_torchrun_and_its_ranks_signalled_together(argv, tmp_path: Path, number):
+    """As a scheduler does. The ranks' exit codes are written down by shells in between: torchrun exits with 1."""
+    codes = tmp_path / "codes"
+    shell = f'trap : TERM USR1; "{sys.executable}" "$0" "$@"; code=$?; echo $code >> {codes}; exit $code'
+    process = start(torchrun(argv(LONG), "--no-python", "sh", "-c", shell))
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 6)
+    agent = psutil.Process(process.pid)
+    below = agent.children(recursive=True)
+    for member in [*below, *([agent] if number == signal.SIGTERM else [])]:
+        member.send_signal(number)
+    _, screen = process.communicate(timeout=TIMEOUT_S)
+    assert codes.read_text() == f"{EXIT_RESUMABLE}\n" * 2, screen
+    assert screen.count(f"by {number.name}; go on with --load") == 1
+    last = max(line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert checkpoints(tmp_path / "run")[-1] == f"iter_{last:07d}"
+    assert process.returncode == 1
+
+
+@pytest.mark.distributed
+def test_ranks_whose_torchrun_dies_save_and_stop(argv, tmp_path: Path):
+    process = start(torchrun(argv(LONG)))
+    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 6)
+    process.send_signal(signal.SIGUSR1)
+    # The ranks hold the other end of the pipe: it is read until the last of them has ended.
+    _, screen = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == -signal.SIGUSR1
+    assert "by the end of torchrun; go on with --load" in screen
+    last = max(line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert checkpoints(tmp_path / "run")[-1] == f"iter_{last:07d}"
+
+
+def test_a_run_stops_when_its_time_is_up(here, argv, tmp_path: Path):
+    train_here(argv("--exit-duration-in-mins 1e-9"))
+    assert checkpoints(tmp_path / "run") == ["iter_0000001"]
