@@ -15,6 +15,7 @@ from packaging.version import Version
 import megatron_tst
 from megatron_tst.platform.versions import (
     DIFFERENCES,
+    accepted_transformer_engine,
     common_state_reader,
     common_state_writers,
     results_queue_name,
@@ -35,6 +36,18 @@ def test_a_difference_is_here_from_its_release_on(name: str):
 
 def test_only_versions_that_were_tried_are_installed():
     assert str(INSTALLED) in ("0.16.1", "0.19.2")
+
+
+BELONGING = {
+    "0.16.1": ("2.9.0+70f53666", "2.10.0", "2.11.0"),
+    "0.19.2": ("2.16.0+4220403e", "2.17.1+4329ff84", "2.19.0.dev0+4d4088b3", "2.20.2"),
+}
+NEVER = ("2.8.0", "2.12.0+5671fd36", "2.14.0", "2.21.0", "3.0")
+
+
+def test_a_transformer_engine_of_another_megatron_core_is_not_accepted():
+    tried = [*NEVER, *(version for versions in BELONGING.values() for version in versions)]
+    assert set(accepted_transformer_engine().filter(tried)) == set(BELONGING[str(INSTALLED)])
 
 
 def test_what_serves_a_difference_exists():
