@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv in a container image, once and for all, on top of the packages that the base image has (Dockerfile).
 #   bash tools/setup_image.sh EXTRAS                  extras of pyproject.toml, such as plot,dev
-#   MEGATRON_CORE=0.16.1 bash tools/setup_image.sh EXTRAS    another megatron-core than constraints.txt picks
+#   MEGATRON_CORE=0.19.2 bash tools/setup_image.sh EXTRAS    this megatron-core, whatever constraints.txt picks
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python3 -m venv --system-site-packages --without-pip .venv

@@ -8,6 +8,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1:-plot} venv=${VENV:-.venv}
+if [[ ,$extras, == *,gpu,* ]]; then
+  echo "setup_venv.sh: gpu: Transformer Engine and apex come with the container image; docs/docker.md has it, and the way by hand" >&2
+  exit 2
+fi
 # An image's environment is final (tools/setup_image.sh).
 if [ -e "$venv/final" ]; then exit 0; fi
 version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }

@@ -13,15 +13,14 @@ from megatron_tst.platform.common_state import COMMON_STATE
 from megatron_tst.platform.ranks import every_rank
 from megatron_tst.platform.safe_checkpoint import METADATA
 from megatron_tst.platform.shard_writer import refusal
-from megatron_tst.platform.versions import common_state_writer
+from megatron_tst.platform.versions import common_state_writers
 
 # Who writes a file, by which function, and the file's path from the function's arguments.
-_WRITERS: list[tuple[Any, str, Callable[..., Path]]] = [
+_WRITERS: tuple[tuple[Any, str, Callable[..., Path]], ...] = (
+    *((owner, name, lambda _, state, folder: Path(folder) / COMMON_STATE) for owner, name in common_state_writers()),
     (FileSystemWriterAsync, "finish", lambda writer, *_: Path(writer.path) / METADATA),
     (serialization, "save_config", lambda _, folder: Path(folder) / "metadata.json"),
-]
-if (writer := common_state_writer()) is not None:
-    _WRITERS.append((*writer, lambda _, state, folder: Path(folder) / COMMON_STATE))
+)
 
 
 @contextlib.contextmanager

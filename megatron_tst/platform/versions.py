@@ -4,6 +4,7 @@ The versions are told apart by what they have, never by their number, and here a
 once. A version between or after them was not tried.
 """
 
+import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from packaging.specifiers import SpecifierSet
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Difference:
 
 def _takes(function: Callable[..., Any], parameter: str) -> bool:
     return parameter in inspect.signature(function).parameters
+
+
+def _limits_transformer_engine() -> bool:
+    required = importlib.metadata.requires("megatron-core") or []
+    return any(line.startswith("transformer-engine") and "<" in line for line in required)
 
 
 def _has_field(dataclass_type: Any, name: str) -> bool:
@@ -66,6 +73,12 @@ DIFFERENCES: dict[str, Difference] = {
         "the reader of safe_checkpoint.py",
         lambda: _takes(torch_strategy._get_filesystem_reader, "async_strategy"),
     ),
+    "Transformer Engine": Difference(
+        "0.17",
+        "the package names no range of Transformer Engine's versions, and is written for newer ones",
+        "accepted_transformer_engine",
+        lambda: not _limits_transformer_engine(),
+    ),
     "CUDA graphs": Difference(
         "0.18",
         "TransformerConfig.cuda_graph_scope is called cuda_graph_modules",
@@ -76,7 +89,7 @@ DIFFERENCES: dict[str, Difference] = {
         "0.19",
         "what is not sharded is the entry common_state of the shards, not the file common.pt, and is unpickled "
         "without a list of allowed classes",
-        "common_state_reader, common_state_writer, and common_state.py, which writes common.pt instead",
+        "common_state_reader, common_state_writers, and common_state.py, which writes common.pt instead",
         lambda: not hasattr(common, "TorchCommonLoadStrategy"),
     ),
     "metadata.json": Difference(
@@ -93,8 +106,17 @@ DIFFERENCES: dict[str, Difference] = {
     ),
 }
 
+# The range that 0.16.1 names; for 0.19.2, from what its base image holds up to the newest that the loss was tried with.
+OLDER_TRANSFORMER_ENGINE = SpecifierSet(">=2.9,<2.12", prereleases=True)
+NEWER_TRANSFORMER_ENGINE = SpecifierSet(">=2.16,<2.21", prereleases=True)
+
 # What 0.16.1 does by default.
 FILES_PER_RANK = 2
+
+
+def accepted_transformer_engine() -> SpecifierSet:
+    """Return the versions of Transformer Engine that belong to the installed megatron-core."""
+    return NEWER_TRANSFORMER_ENGINE if DIFFERENCES["Transformer Engine"].is_here() else OLDER_TRANSFORMER_ENGINE
 
 
 def results_queue_name() -> str:
@@ -119,8 +141,6 @@ def common_state_reader() -> tuple[Any, str]:
     return common.TorchCommonLoadStrategy, "load_common"
 
 
-def common_state_writer() -> tuple[Any, str] | None:
-    """Return where the function is by which megatron-core writes ``common.pt``; None where it does not."""
-    if DIFFERENCES["plain values"].is_here():
-        return None
-    return common.TorchCommonSaveStrategy, "save_common"
+def common_state_writers() -> list[tuple[Any, str]]:
+    """Return where ``dist_checkpointing.save`` finds its function, if it has one, that writes ``common.pt``."""
+    return [] if DIFFERENCES["plain values"].is_here() else [(common.TorchCommonSaveStrategy, "save_common")]

@@ -29,6 +29,20 @@ def install() -> str | None:
     return None if done.returncode == 0 else f"apt-get: {done.stderr.strip().splitlines()[-1]}"
 
 
+def find_python(name: str) -> Path | None:
+    """Return the folder that holds an interpreter and nothing else of this machine; None if there is none."""
+    candidates = [name]
+    if shutil.which("pyenv"):
+        root = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True).stdout.strip()
+        candidates += [str(path) for path in Path(root, "versions").glob(f"*/bin/{name}")]
+    for candidate in candidates:
+        command = f"{candidate} -c 'import sys; print(sys.base_prefix)'"
+        folder = subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()
+        if folder not in ("", "/usr"):
+            return Path(folder)
+    return None
+
+
 class Builder:
     """Images in a folder of their own."""
 
@@ -79,6 +93,20 @@ class Builder:
         self.buildah("add", "--quiet", container, str(root), "/")
         self.commit(container, tag)
         root.unlink()
+
+    def add_python(self, container: str, python: Path) -> None:
+        """Put an interpreter of this machine, without the packages installed for it, in front of the container's own.
+
+        Args:
+            container: its name; of the same Debian as this machine, or a newer one.
+            python: the folder that the interpreter is installed in.
+        """
+        archive = self.folder / "python.tar"
+        without = ("--exclude=*/site-packages/*", "--exclude=./lib/python3.*/test", "--exclude=__pycache__")
+        subprocess.run(["tar", "--create", f"--file={archive}", f"--directory={python}", *without, "."], check=True)
+        self.buildah("add", "--quiet", container, str(archive), "/usr/local")
+        archive.unlink()
+        self.run(container, ["sh", "-ec", "ldconfig; python3 -m ensurepip"], *self.mounts)
 
     def commit(self, container: str, tag: str) -> None:
         """Make an image of a container, and remove the container."""

@@ -26,6 +26,7 @@ def test_hadolint_finds_nothing(tmp_path: Path):
 def test_the_base_is_one_version_and_an_argument():
     assert re.findall(r"^FROM (.*)", DOCKERFILE, re.MULTILINE) == ["${BASE_IMAGE}"]
     assert re.search(r"^ARG BASE_IMAGE=nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3$", DOCKERFILE, re.MULTILINE)
+    assert re.search(r"^ARG MEGATRON_CORE=\d+\.\d+\.\d+$", DOCKERFILE, re.MULTILINE)
 
 
 def test_the_last_user_is_not_root():

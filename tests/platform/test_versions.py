@@ -15,7 +15,9 @@ from packaging.version import Version
 import megatron_tst
 from megatron_tst.platform.versions import (
     DIFFERENCES,
+    accepted_transformer_engine,
     common_state_reader,
+    common_state_writers,
     results_queue_name,
     save_settings,
     without_cuda_graphs,
@@ -36,9 +38,22 @@ def test_only_versions_that_were_tried_are_installed():
     assert str(INSTALLED) in ("0.16.1", "0.19.2")
 
 
+BELONGING = {
+    "0.16.1": ("2.9.0+70f53666", "2.10.0", "2.11.0"),
+    "0.19.2": ("2.16.0+4220403e", "2.17.1+4329ff84", "2.19.0.dev0+4d4088b3", "2.20.2"),
+}
+NEVER = ("2.8.0", "2.12.0+5671fd36", "2.14.0", "2.21.0", "3.0")
+
+
+def test_a_transformer_engine_of_another_megatron_core_is_not_accepted():
+    tried = [*NEVER, *(version for versions in BELONGING.values() for version in versions)]
+    assert set(accepted_transformer_engine().filter(tried)) == set(BELONGING[str(INSTALLED)])
+
+
 def test_what_serves_a_difference_exists():
     assert callable(getattr(filesystem_async, results_queue_name()))
-    assert callable(getattr(*common_state_reader()))
+    for place in (common_state_reader(), *common_state_writers()):
+        assert callable(getattr(*place))
     assert save_settings().keys() <= inspect.signature(serialization.save).parameters.keys()
     (scopes,) = without_cuda_graphs()
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **without_cuda_graphs())

@@ -44,6 +44,13 @@ def test_a_final_environment_is_used_as_it_is(another_version: Path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_gpu_libraries_are_refused_with_the_way_to_have_them(tmp_path: Path):
+    done = bash("bash tools/setup_venv.sh plot,gpu", VENV=str(tmp_path / "venv"))
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "docs/docker.md" in line and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("venv", "wanted"), [("", ROOT / ".venv"), (".venv-3.12", ROOT / ".venv-3.12"), ("/opt/v", Path("/opt/v"))]
 )

@@ -1,0 +1,53 @@
+"""What is said of an environment: compiled libraries that import, that lack a driver, and that are broken."""
+
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.training.runs import start
+
+NO_DRIVER = "raise OSError('libcuda.so.1: cannot open shared object file: No such file or directory')"
+BELONGS = {"0.16.1": "2.9.0", "0.19.2": "2.16.0"}[importlib.metadata.version("megatron-core")]
+
+
+def check(folder: Path, version: str = BELONGS, **libraries: str):
+    """Run the tool where these modules and a Transformer Engine of this version are installed."""
+    for name, source in libraries.items():
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(source)
+        (folder / name / "pytorch.py").write_text("")
+    metadata = folder / f"transformer_engine-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: transformer_engine\nVersion: {version}\n")
+    path = os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))
+    return start("tools/check_environment.py", PYTHONPATH=path)
+
+
+def test_a_library_that_wants_the_driver_alone_is_told(tmp_path: Path):
+    torch_first = "import sys; assert 'torch' in sys.modules"
+    done = check(tmp_path, transformer_engine=NO_DRIVER, amp_C=torch_first)
+    assert done.returncode == 0, done.stderr
+    imported = json.loads(done.stdout)["imported"]
+    te = imported.pop("transformer_engine.pytorch")
+    assert te.startswith("not tried, for want of a driver: OSError: libcuda.so.1")
+    assert imported == {"amp_C": "imported", "fused_weight_gradient_mlp_cuda": "absent"}
+
+
+@pytest.mark.parametrize("reason", ["undefined symbol: _ZN3c10", "libcublas.so.99: cannot open shared object file"])
+def test_a_library_that_cannot_be_imported_for_another_reason_fails(tmp_path: Path, reason: str):
+    # A warning of a missing driver excuses nothing.
+    warning = "print('no NVIDIA driver', file=__import__('sys').stderr)"
+    done = check(tmp_path, amp_C=f"{warning}; raise ImportError({reason!r})")
+    assert done.returncode == 2 and done.stdout == ""
+    wanted = f"check_environment.py: error: amp_C is installed and cannot be imported: ImportError: {reason}"
+    assert done.stderr.splitlines()[-1] == wanted
+
+
+def test_a_transformer_engine_of_another_megatron_core_fails(tmp_path: Path):
+    done = check(tmp_path, version="2.8.0", transformer_engine="")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("check_environment.py: error: Transformer Engine 2.8.0 does not belong to megatron-core 0.1")
