@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from megatron_tst.checkpoint import save
 from megatron_tst.config import EXIT_CODE, UserError
-from megatron_tst.platform.versions import common_state_writer
+from megatron_tst.platform.versions import common_state_writers
 from megatron_tst.telemetry import MetricsFile
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout
@@ -21,7 +21,7 @@ from tests.training.test_full_disk import FULL, fill_before
 pytestmark = pytest.mark.distributed
 
 PLACES = {
-    "common.pt": common_state_writer() or (save, "write_common_state"),
+    "common.pt": (*common_state_writers(), (save, "write_common_state"))[0],
     ".metadata": (FileSystemWriterAsync, "finish"),
     "metadata.json": (serialization, "save_config"),
     "metrics.jsonl": (MetricsFile, "write"),
