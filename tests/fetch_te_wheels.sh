@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch Transformer Engine's pure-Python wheels, about 1 MB each, for tests/model/test_te_kernels.py: FOLDER/VERSION/.
+# Fetch Transformer Engine's pure-Python wheels, about 1 MB each, for tests/model/test_te_*.py: FOLDER/VERSION/.
 set -euo pipefail
 folder=$1 pip=$2
 for version in 2.9.0 2.11.0 2.17.0 2.18.0 2.20.2; do

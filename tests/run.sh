@@ -14,7 +14,8 @@ export OMP_NUM_THREADS=1
 "$VENV/bin/python" -m pytest "$@"
 if [ $# -eq 0 ] && [ ! -e "$VENV/final" ] && "$VENV/bin/python" -c 'import triton' 2>/dev/null; then
   # On their own: Triton chooses its interpreter when it is first imported.
-  echo "== Transformer Engine's kernels under Triton's interpreter"
+  echo "== Transformer Engine's kernels under Triton's interpreter, and what its Python code shows without a card"
   bash tests/fetch_te_wheels.sh "$VENV/transformer_engine" "$VENV/bin/pip"
-  TRITON_INTERPRET=1 TST_TE_WHEELS=$VENV/transformer_engine "$VENV/bin/python" -m pytest tests/model/test_te_kernels.py
+  TRITON_INTERPRET=1 TST_TE_WHEELS=$VENV/transformer_engine "$VENV/bin/python" -m pytest \
+    tests/model/test_te_kernels.py tests/model/test_te_without_card.py
 fi

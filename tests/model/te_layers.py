@@ -1,0 +1,180 @@
+"""Describe what each rank's checkpoint holds of the models of all presets, without a card and without memory.
+
+``python -m tests.model.te_layers FOLDER`` builds them of Transformer Engine's layers, from its own Python code in the
+folder of an unpacked wheel; without a folder, of megatron-core's own layers. What Transformer Engine would load from
+compiled libraries is replaced by :class:`CompiledLibrary`. Their tensors are on torch's meta device, and the
+other ranks do not exist. The descriptions are printed as JSON.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+MIXTURE = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "expert_model_parallel_size": 4,
+}
+# Tensor parallelism divides the attention's groups; experts are shared where there are any.
+PARALLEL = {
+    "270m": {"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2},
+    "600m": {"tensor_model_parallel_size": 5, "pipeline_model_parallel_size": 2},
+    "3b": {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
+    "10b-a1b": MIXTURE,
+    "small": MIXTURE,
+}
+VOCAB = 64
+
+
+class Compiled(type):
+    """A name of a compiled library: a function or class that is never called, or an enumeration of any members."""
+
+    def __getattr__(cls, name: str) -> int:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(cls, name, cls.__members__.setdefault(name, len(cls.__members__)))
+        return cls.__members__[name]
+
+    def __call__(cls, *_: Any, **__: Any) -> Any:
+        raise AssertionError(f"{cls.__name__} of a compiled library is called")
+
+
+class CompiledLibrary(types.ModuleType):
+    """A module that has every name."""
+
+    def __getattr__(self, name: str) -> Compiled:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(self, name, Compiled(name, (), {"__members__": {}}))
+        return getattr(self, name)
+
+
+def make_importable(folder: Path) -> None:
+    """Import the wheel's ``transformer_engine`` before megatron_tst is, which hides it where there is no card."""
+    # The last two stand for Python packages that come with an installation, and that building a model does not use.
+    for name in ("transformer_engine_torch", "transformer_engine.pytorch.onnx_extensions", "einops"):
+        sys.modules[name] = CompiledLibrary(name)
+    # The one function that is called: 9.14.0.
+    sys.modules["transformer_engine_torch"].get_cudnn_version = lambda: 91400
+    sys.path.insert(0, str(folder))
+    # Its own switch for its build: no library is loaded.
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    source = folder / "transformer_engine" / "common" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("transformer_engine.common", source)
+    common = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(common)
+    common.load_framework_extension = lambda framework: None
+    import transformer_engine.pytorch
+
+    # An import sets this, had it loaded the module itself.
+    transformer_engine.common = common
+
+
+def join_as(rank: int, world_size: int, sizes: Any) -> Any:
+    """Join a world in which no other rank exists and nothing is sent."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_tst.platform import join_ranks
+
+    init, new_group = dist.init_process_group, dist.new_group
+    world = {"store": FakeStore(), "rank": rank, "world_size": world_size}
+    with (
+        mock.patch.object(dist, "init_process_group", lambda *_, **__: init("fake", **world)),
+        mock.patch.object(dist, "new_group", lambda *args, **named: new_group(*args, **{**named, "backend": "fake"})),
+        mock.patch.dict(os.environ, WORLD_SIZE=str(world_size)),
+    ):
+        return join_ranks(sizes)
+
+
+def describe_checkpoint(chunk: Any) -> Any:
+    """Name each tensor with its type and its place in the whole, and what else there is."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = chunk.sharded_state_dict()
+    apply_factories(state)
+    tensors, others = [], set()
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor):
+            place = f"{entry.local_shape} at {entry.global_offset} of {entry.global_shape}"
+            tensors.append(f"{entry.key} {entry.dtype} {place}")
+        else:
+            others.add(entry.key.rsplit(".", 1)[-1])
+    return {"tensors": sorted(tensors), "others": sorted(others)}
+
+
+def describe_gradients(chunk: Any) -> dict[str, int]:
+    """Count the parameters of each type by the ranks over which their gradients are summed."""
+    sizes: dict[str, int] = {}
+    for parameter in chunk.parameters():
+        kind = f"{parameter.dtype} " + ("shared" if getattr(parameter, "allreduce", True) else "experts")
+        if getattr(parameter, "sequence_parallel", False):
+            kind += " sequence_parallel"
+        sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+    return sizes
+
+
+def describe_model(shape: dict[str, Any], device: str, rank: int, world_size: int, sizes: dict[str, int]) -> Any:
+    """Build one rank's part of a model of four layers, as a run does, and describe it."""
+    import torch
+
+    from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings
+    from megatron_tst.model import build_model
+    from megatron_tst.platform import ParallelSizes, find_libraries, leave_ranks, seed_everything
+
+    ranks = join_as(rank, world_size, ParallelSizes(**sizes))
+    seed_everything(1)
+    model = replace(ModelSettings(**shape), num_layers=4)
+    parallel = ParallelSettings(**sizes, sequence_parallel=world_size > 1)
+    run = RunConfig(model=model, parallel=parallel, training=TrainingSettings(bf16=True))
+    with (
+        # Its modules ask for a card and what it can do.
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        mock.patch.object(torch.cuda, "current_device", lambda: torch.device(device)),
+        torch.device(device),
+    ):
+        (chunk,) = build_model(run, model.vocab_size or VOCAB, ranks, find_libraries())
+        described = {"checkpoint": describe_checkpoint(chunk.module)}
+        if device == "cpu":
+            # On the meta device parameters lose these marks when they are moved.
+            described["gradients"] = describe_gradients(chunk)
+        # What a checkpoint of other layers lacks is given as None.
+        for module in chunk.modules():
+            if type(module).set_extra_state is not torch.nn.Module.set_extra_state:
+                module.set_extra_state(None)
+    leave_ranks()
+    return described
+
+
+def main(folder: str | None = None) -> None:
+    """Print the descriptions of one rank alone, and of the first and the last of many."""
+    if folder is not None:
+        make_importable(Path(folder))
+    from megatron_tst.config import PRESETS
+    from tests.model.small import MOE
+
+    models = {name: (shape, "meta") for name, shape in PRESETS.items()}
+    models["small"] = ({**MOE, "moe_grouped_gemm": True}, "cpu")
+    descriptions = {}
+    for name, (shape, device) in models.items():
+        sizes = PARALLEL[name]
+        # Twice data parallel. The experts are shared by tensor- and data-parallel ranks.
+        world_size = 2 * sizes["tensor_model_parallel_size"] * sizes["pipeline_model_parallel_size"]
+        descriptions[name] = {
+            "alone": describe_model(shape, device, 0, 1, {}),
+            "first": describe_model(shape, device, 0, world_size, sizes),
+            "last": describe_model(shape, device, world_size - 1, world_size, sizes),
+        }
+    print(json.dumps(descriptions))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
