@@ -180,7 +180,7 @@ def _show_progress(conversion: Conversion) -> None:
 def _verify(
     saved: SavedRun, hugging_face: Path, tokens: list[int], work: Export | Import, tolerance: float | None
 ) -> None:
-    from megatron_tst.checkpoint.conversion.verify import EXACT, ROUNDED, compare_logits, load_weights
+    from megatron_tst.checkpoint.conversion.verify import compare_logits, load_weights, tolerance_for
     from megatron_tst.config import ParallelSettings, TrainingSettings
     from megatron_tst.model import LossChoice, build_gpt, transformer_config
     from megatron_tst.platform import (
@@ -201,9 +201,7 @@ def _verify(
     load_weights(gpt.to(enter_device().torch_device), saved.folder)
     found = compare_logits(gpt, hugging_face, tokens[: model.max_position_embeddings or model.seq_length])
     leave_ranks()
-    if tolerance is None:
-        tolerance = ROUNDED[work.casting.dtype] if work.casting.rounded and work.casting.dtype else EXACT
-    found.check(tolerance)
+    found.check(tolerance_for(work.casting) if tolerance is None else tolerance)
     print(found)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_tst.config import ModelSettings, RunConfig, UserError, load_config, write_json
+from megatron_tst.platform.common_state import read_common_state
+from megatron_tst.platform.safe_checkpoint import read_metadata
 from megatron_tst.superposition import Phase, Schedule
 
 RUN_STATE, CONFIG = "run_state.json", "config.yaml"
@@ -83,13 +83,13 @@ def read_saved_config(folder: Path) -> RunConfig:
 
 
 def read_saved_arguments(folder: Path) -> RunConfig | None:
-    """Read the model's settings from the arguments that Megatron-LM keeps in ``common.pt``.
+    """Read the model's settings from the arguments that Megatron-LM keeps beside the shards.
 
     Returns:
         Settings of the model alone; None where there are none, or none that can be read without executing anything.
     """
     try:
-        arguments = vars(torch.load(folder / "common.pt", map_location="cpu", weights_only=True)["args"])
+        arguments = vars(read_common_state(folder, read_metadata(folder))["args"])
     except Exception:  # whatever is wrong with the file, loading the weights names it
         return None
     known = {

@@ -18,7 +18,7 @@ from megatron_tst.checkpoint.folders import CheckpointFolders, writing
 from megatron_tst.checkpoint.run_state import RunState, read_run_state, write_run_state
 from megatron_tst.config import UserError
 from megatron_tst.platform import Ranks, every_rank, main_rank_alone
-from megatron_tst.platform.common_state import write_common_state
+from megatron_tst.platform.common_state import COMMON_STATE, write_common_state
 from megatron_tst.platform.main_rank_files import failing_together
 from megatron_tst.platform.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
 from megatron_tst.platform.versions import FILES_PER_RANK, save_settings
@@ -127,7 +127,7 @@ class CheckpointSaver:
 
     def _write_common_state(self, step: int, content: dict[str, Any]) -> None:
         folder = self.folders.partial(step)
-        with writing(folder):
+        with writing(folder / COMMON_STATE):
             write_common_state(folder, content, CONTENT_METADATA)
 
     def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:

@@ -78,9 +78,12 @@ class ScaledDotProductAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend queries ``[Q, B, H, E]`` to keys and values ``[T, B, K, E]`` of the T positions that end with them."""
+        # torch cannot make the mask inside every mode (one that counts FLOPs, say), and a square one needs none.
+        is_square = query.shape[0] == key.shape[0]
         context = torch.nn.functional.scaled_dot_product_attention(
             *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
-            attn_mask=causal_lower_right(query.shape[0], key.shape[0]),
+            attn_mask=None if is_square else causal_lower_right(query.shape[0], key.shape[0]),
+            is_causal=is_square,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],

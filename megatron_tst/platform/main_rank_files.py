@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_tst.platform.common_state import COMMON_STATE
 from megatron_tst.platform.ranks import every_rank
 from megatron_tst.platform.safe_checkpoint import METADATA
 from megatron_tst.platform.shard_writer import refusal
+from megatron_tst.platform.versions import common_state_writers
 
 # Who writes a file, by which function, and the file's path from the function's arguments.
 _WRITERS: tuple[tuple[Any, str, Callable[..., Path]], ...] = (
-    (TorchCommonSaveStrategy, "save_common", lambda _, state, folder: Path(folder) / "common.pt"),
+    *((owner, name, lambda _, state, folder: Path(folder) / COMMON_STATE) for owner, name in common_state_writers()),
     (FileSystemWriterAsync, "finish", lambda writer, *_: Path(writer.path) / METADATA),
     (serialization, "save_config", lambda _, folder: Path(folder) / "metadata.json"),
 )

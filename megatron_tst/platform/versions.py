@@ -89,7 +89,7 @@ DIFFERENCES: dict[str, Difference] = {
         "0.19",
         "what is not sharded is the entry common_state of the shards, not the file common.pt, and is unpickled "
         "without a list of allowed classes",
-        "common_state_reader, and save.py, which writes common.pt on every version",
+        "common_state_reader, common_state_writers, and common_state.py, which writes common.pt instead",
         lambda: not hasattr(common, "TorchCommonLoadStrategy"),
     ),
     "metadata.json": Difference(
@@ -139,3 +139,8 @@ def common_state_reader() -> tuple[Any, str]:
     if DIFFERENCES["plain values"].is_here():
         return serialization, "load_common_state_dict"
     return common.TorchCommonLoadStrategy, "load_common"
+
+
+def common_state_writers() -> list[tuple[Any, str]]:
+    """Return where ``dist_checkpointing.save`` finds its function, if it has one, that writes ``common.pt``."""
+    return [] if DIFFERENCES["plain values"].is_here() else [(common.TorchCommonSaveStrategy, "save_common")]

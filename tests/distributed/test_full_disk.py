@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from megatron_tst.checkpoint import save
 from megatron_tst.config import EXIT_CODE, UserError
+from megatron_tst.platform.versions import common_state_writers
 from megatron_tst.telemetry import MetricsFile
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout
@@ -20,7 +21,7 @@ from tests.training.test_full_disk import FULL, fill_before
 pytestmark = pytest.mark.distributed
 
 PLACES = {
-    "common.pt": (TorchCommonSaveStrategy, "save_common"),
+    "common.pt": (*common_state_writers(), (save, "write_common_state"))[0],
     ".metadata": (FileSystemWriterAsync, "finish"),
     "metadata.json": (serialization, "save_config"),
     "metrics.jsonl": (MetricsFile, "write"),

@@ -98,7 +98,8 @@ def test_the_end_of_torchrun_is_a_request_and_that_of_another_parent_is_not(monk
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     signals = StopSignals()
     assert signals.request is None
-    monkeypatch.setattr(signals_module.os, "getppid", lambda: 1)
+    adoptive = os.getppid() + 1
+    monkeypatch.setattr(signals_module.os, "getppid", lambda: adoptive)
     assert signals.request == ("the end of torchrun" if launcher == "torchrun" else None)
 
 

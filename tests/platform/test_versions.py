@@ -17,6 +17,7 @@ from megatron_tst.platform.versions import (
     DIFFERENCES,
     accepted_transformer_engine,
     common_state_reader,
+    common_state_writers,
     results_queue_name,
     save_settings,
     without_cuda_graphs,
@@ -51,7 +52,8 @@ def test_a_transformer_engine_of_another_megatron_core_is_not_accepted():
 
 def test_what_serves_a_difference_exists():
     assert callable(getattr(filesystem_async, results_queue_name()))
-    assert callable(getattr(*common_state_reader()))
+    for place in (common_state_reader(), *common_state_writers()):
+        assert callable(getattr(*place))
     assert save_settings().keys() <= inspect.signature(serialization.save).parameters.keys()
     (scopes,) = without_cuda_graphs()
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **without_cuda_graphs())

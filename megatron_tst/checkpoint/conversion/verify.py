@@ -1,5 +1,6 @@
 """Both sides of a conversion on the same text."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_tst.checkpoint.conversion.casting import Casting
 from megatron_tst.config import UserError
 from megatron_tst.platform.safe_checkpoint import safe_loading
 
@@ -14,6 +16,11 @@ from megatron_tst.platform.safe_checkpoint import safe_loading
 # weights are the same, of the weights themselves where they were rounded to a shorter type.
 EXACT = 1e-4
 ROUNDED = {torch.float32: EXACT, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+def tolerance_for(casting: Casting) -> float:
+    """Return the largest difference, over the largest logit, that rounding explains once weights were cast."""
+    return ROUNDED[casting.dtype] if casting.rounded and casting.dtype else EXACT
 
 
 class DifferentLogitsError(UserError):
@@ -54,7 +61,7 @@ class Difference:
         Raises:
             DifferentLogitsError: if it is more, or a logit is not a number.
         """
-        if not self.largest <= tolerance * self.largest_logit:  # NaN compares as false
+        if not (math.isfinite(self.largest) and self.largest <= tolerance * self.largest_logit):
             limit = f"{tolerance:.2g} (--verify-tolerance) of the largest logit"
             raise DifferentLogitsError(f"--verify: {self}: more than {limit}")
 

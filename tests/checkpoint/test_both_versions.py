@@ -1,0 +1,45 @@
+"""One run under every supported version of megatron-core: the same numbers, and checkpoints that each resumes."""
+
+import json
+
+import pytest
+
+from tests.checkpoint.recorded_run import ONE_RANK, RECORDED, SAVED_STEP, TWO_RANKS, arguments
+from tests.distributed.launch import run_distributed
+from tests.distributed.layouts import train_layout
+
+pytestmark = pytest.mark.distributed
+VERSIONS = sorted(folder.name for folder in RECORDED.iterdir())
+METRICS = json.loads((RECORDED / VERSIONS[0] / "metrics.json").read_text())
+
+
+def differs(outcome, start: int = 0) -> float:
+    """The largest relative difference from the recorded run of losses and gradient norms."""
+    pairs = [*zip(outcome.losses, METRICS["loss"][start:], strict=True)]
+    pairs += zip(outcome.grad_norms, METRICS["grad_norm"][start:], strict=True)
+    pairs += zip(outcome.valid, METRICS["valid"], strict=True)
+    return max(abs(ours - recorded) / recorded for ours, recorded in pairs)
+
+
+def test_both_versions_are_recorded():
+    assert VERSIONS == ["0.16.1", "0.19.2"]
+    assert sum(path.stat().st_size for path in RECORDED.rglob("*")) < 600_000
+
+
+def test_the_installed_version_trains_as_the_recorded_one(tmp_path):
+    outcome = run_distributed(train_layout, 2, arguments(tmp_path, "run", TWO_RANKS))[0]
+    assert differs(outcome) < 1e-6
+    other_seed = run_distributed(train_layout, 2, arguments(tmp_path, "other", f"{TWO_RANKS} --seed 7"))[0]
+    assert differs(other_seed) > 1e-3
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(2, TWO_RANKS), (1, ONE_RANK)], ids=["tp2", "one rank"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_installed_version_resumes_what_each_has_saved(tmp_path, version, ranks, flags):
+    argv = [*arguments(tmp_path, "run", flags), "--load", str(RECORDED / version)]
+    assert differs(run_distributed(train_layout, ranks, argv)[0], SAVED_STEP) < 1e-6
+
+
+def test_a_run_without_the_saved_moments_is_told_apart(tmp_path):
+    argv = [*arguments(tmp_path, "run", ONE_RANK), "--load", str(RECORDED / VERSIONS[0]), "--no-load-optim"]
+    assert differs(run_distributed(train_layout, 1, argv)[0], SAVED_STEP) > 1e-4
