@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_named(here, argv, monkeypa
 
 
 def test_without_the_guard_the_weights_are_lost(here, argv, monkeypatch):
-    monkeypatch.setattr("megatron_tst.training.optimizer.math.isfinite", lambda _: True)
+    monkeypatch.setattr("megatron_tst.training.optimizer.math", SimpleNamespace(isfinite=lambda _: True))
     Poison(monkeypatch, {6}, "gradient")
     with pytest.raises(DivergedError):
         train_here(argv("run", "--max-nan-steps 1"))
