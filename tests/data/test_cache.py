@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from megatron.core.datasets import gpt_dataset
 
 from megatron_tst.config import UserError
 from megatron_tst.data import samples
@@ -81,7 +82,7 @@ def test_nothing_in_a_cache_is_executed(rank, prefix, tokenizer, tmp_path, kind)
     assert canary.exists()
 
 
-def test_megatron_cores_own_reading_executes_it(rank, prefix, tokenizer, tmp_path, monkeypatch):
+def test_megatron_cores_own_reading_executes_it_or_refuses(rank, prefix, tokenizer, tmp_path, monkeypatch):
     real, calls = samples.build_epoch, []
 
     def remember(*args):
@@ -95,9 +96,11 @@ def test_megatron_cores_own_reading_executes_it(rank, prefix, tokenizer, tmp_pat
     real(*arguments)
     for file in (tmp_path / "indices").glob("*_index.npy"):
         file.write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
-    with pytest.raises(AttributeError):  # what the pickle holds is no array
+    # Later versions of megatron-core refuse; on earlier ones what the pickle holds is no array.
+    is_guarded = hasattr(gpt_dataset, "safe_numpy_load")
+    with pytest.raises(pickle.UnpicklingError if is_guarded else AttributeError):
         real(*arguments)
-    assert (tmp_path / "canary").exists()
+    assert (tmp_path / "canary").exists() != is_guarded
 
 
 @pytest.mark.parametrize("place", ["file/below", "file"])
