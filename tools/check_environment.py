@@ -15,7 +15,7 @@ import sys
 
 import megatron_tst
 from megatron_tst.config import EXIT_CODE, UserError, write_json
-from megatron_tst.platform.versions import accepted_transformer_engine
+from megatron_tst.platform.versions import check_transformer_engine
 from megatron_tst.telemetry import versions
 
 COMPILED = ("transformer_engine.pytorch", "amp_C", "fused_weight_gradient_mlp_cuda")
@@ -56,12 +56,7 @@ def import_compiled(name: str) -> str:
 def main() -> None:
     """Fail with the first thing that is wrong."""
     recorded = versions()
-    engine, accepted = recorded["transformer-engine"], accepted_transformer_engine()
-    if engine is not None and engine not in accepted:
-        raise UserError(
-            f"Transformer Engine {engine} does not belong to megatron-core {recorded['megatron-core']}, which takes "
-            f"{accepted}: docs/docker.md has the pairs"
-        )
+    check_transformer_engine(recorded["transformer-engine"])
     imported = {name: import_compiled(name) for name in COMPILED}
     for module in pkgutil.walk_packages(megatron_tst.__path__, "megatron_tst."):
         importlib.import_module(module.name)

@@ -17,6 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from packaging.specifiers import SpecifierSet
 
+from megatron_tst.config import UserError
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -117,6 +119,24 @@ FILES_PER_RANK = 2
 def accepted_transformer_engine() -> SpecifierSet:
     """Return the versions of Transformer Engine that belong to the installed megatron-core."""
     return NEWER_TRANSFORMER_ENGINE if DIFFERENCES["Transformer Engine"].is_here() else OLDER_TRANSFORMER_ENGINE
+
+
+def check_transformer_engine(installed: str | None) -> None:
+    """Check that Transformer Engine is one that the installed megatron-core is written for.
+
+    Args:
+        installed: its version, or None where it is not used.
+
+    Raises:
+        UserError: if it is not.
+    """
+    accepted = accepted_transformer_engine()
+    if installed is not None and installed not in accepted:
+        core_version = importlib.metadata.version("megatron-core")
+        raise UserError(
+            f"Transformer Engine {installed} does not belong to megatron-core {core_version}, which takes {accepted}: "
+            "docs/docker.md has the pairs"
+        )
 
 
 def results_queue_name() -> str:

@@ -29,6 +29,7 @@ from megatron_tst.platform import (
     seed_everything,
 )
 from megatron_tst.platform.signals import StopSignals
+from megatron_tst.platform.versions import check_transformer_engine
 from megatron_tst.superposition import Phase, Schedule, bag_weights
 from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_flops, versions
 from megatron_tst.telemetry.sinks import check_sinks
@@ -170,6 +171,7 @@ def build_run(config: RunConfig, signals: StopSignals | None = None) -> Run:
     """
     device = enter_device()
     libraries = find_libraries()
+    check_transformer_engine(libraries.transformer_engine)
     check_sinks(config.logging)
     ranks = join_ranks(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
     # Not earlier: a rank that waits for others to join would hear a signal only once they have.

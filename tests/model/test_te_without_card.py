@@ -12,15 +12,12 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from megatron_tst.platform.versions import DIFFERENCES
+from megatron_tst.platform.versions import accepted_transformer_engine
 from tests.training.runs import start
 
 WHEELS = Path(os.environ.get("TST_TE_WHEELS", "nowhere"))
 VERSIONS = sorted((path for path in WHEELS.glob("*/")), key=lambda path: Version(path.name))
-# megatron-core 0.16.1 names Transformer Engine 2.9 to 2.11; 0.19.2 names no version.
-WITH_LAYERS = [
-    path for path in VERSIONS if DIFFERENCES["plain values"].is_here() or Version(path.name) < Version("2.12")
-]
+WITH_LAYERS = [path for path in VERSIONS if path.name in accepted_transformer_engine()]
 
 pytestmark = [
     pytest.mark.te_kernels,

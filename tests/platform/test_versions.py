@@ -13,9 +13,11 @@ from megatron.core.transformer import TransformerConfig
 from packaging.version import Version
 
 import megatron_tst
+from megatron_tst.config import UserError
 from megatron_tst.platform.versions import (
     DIFFERENCES,
     accepted_transformer_engine,
+    check_transformer_engine,
     common_state_reader,
     common_state_writers,
     results_queue_name,
@@ -67,8 +69,17 @@ def test_no_other_module_tells_versions_of_megatron_core_apart():
         for module in (ROOT / "megatron_tst").rglob("*.py")
         if asks.search(module.read_text(encoding="utf-8"))
     ]
-    assert found == []
+    assert found == ["megatron_tst/platform/versions.py"]
     assert asks.search("if megatron.core.__version__ >= '0.19'")
+
+
+def test_transformer_engine_has_to_belong_to_megatron_core():
+    (oldest,) = (part.version for part in accepted_transformer_engine() if part.operator == ">=")
+    check_transformer_engine(None)
+    check_transformer_engine(f"{oldest}.0+4220403e")
+    for other in ("2.8.0", "2.21.0"):
+        with pytest.raises(UserError, match=f"Transformer Engine {other} does not belong to megatron-core 0"):
+            check_transformer_engine(other)
 
 
 def test_a_run_and_its_resumption_show_their_own_lines_alone(corpus, tokenizer, tmp_path: Path):
