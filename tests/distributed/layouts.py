@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_tst.config import parse_config
 from megatron_tst.data import batches
 from megatron_tst.platform import leave_ranks
+from megatron_tst.platform.signals import StopSignals
 from megatron_tst.telemetry import read_metrics
 from megatron_tst.training import build_run, train
 from megatron_tst.training.experts import ExpertCounter, ExpertCounts
@@ -103,8 +104,8 @@ def place(total: Tensor, offset: tuple[int, ...], part: Tensor) -> Tensor:
 
 def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> Outcome:
     """Build a run, start it from the given weights, train it."""
-    config = parse_config(argv)
-    run = build_run(config)
+    signals = StopSignals()
+    run = build_run(parse_config(argv), signals)
     if initial is not None:
         fill(run, initial)
     text: list[list[tuple[int, ...]]] = []
@@ -130,7 +131,7 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
     ExpertCounter.take = recording_take
     batches.make_batch = recording
     try:
-        train(run)
+        train(run, signals)
     finally:
         batches.make_batch, ExpertCounter.take = make_batch, take
     path = Path(run.directory.metrics)
