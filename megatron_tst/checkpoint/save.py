@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -81,18 +82,7 @@ class CheckpointSaver:
         started_s, step = time.perf_counter(), state.iteration
         main_rank_alone(lambda: self.folders.begin(step))
         with self._abandoning(step), planning_for_threads(), failing_together():
-            content = list_content()
-            request = dist_checkpointing.save(
-                content,
-                str(self.folders.partial(step)),
-                self._strategy,
-                # Who writes what is the same each time: to have it checked once is enough.
-                validate_access_integrity=not self._is_validated,
-                async_sharded_save=True,
-                content_metadata=CONTENT_METADATA,
-                **save_settings(),
-            )
-            main_rank_alone(lambda: self._write_common_state(step, content))
+            request = self._plan(step, list_content())
         self._is_validated = True
         self._pending = _Pending(state, ShardWriting(request, self._keep_training), started_s)
         if not self._keep_training:
@@ -124,6 +114,21 @@ class CheckpointSaver:
                 written = pending.writing.finish()
             digests = {name: digest for part in every_rank(written) for name, digest in part.items()}
             main_rank_alone(lambda: self._publish(pending, digests))
+
+    def _plan(self, step: int, content: dict[str, Any]) -> AsyncRequest:
+        """Write what is not sharded, and plan to write the shards, which only the plan holds on to afterwards."""
+        request = dist_checkpointing.save(
+            content,
+            str(self.folders.partial(step)),
+            self._strategy,
+            # Who writes what is the same each time: to have it checked once is enough.
+            validate_access_integrity=not self._is_validated,
+            async_sharded_save=True,
+            content_metadata=CONTENT_METADATA,
+            **save_settings(),
+        )
+        main_rank_alone(lambda: self._write_common_state(step, content))
+        return request
 
     def _write_common_state(self, step: int, content: dict[str, Any]) -> None:
         folder = self.folders.partial(step)
