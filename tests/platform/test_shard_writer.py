@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_tst.platform import shard_writer
 from megatron_tst.platform.safe_checkpoint import safe_loading
 from megatron_tst.platform.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
+from megatron_tst.platform.versions import save_settings
 
 BUFFER = torch.arange(1000.0)
 
@@ -25,7 +26,8 @@ def plan(buffer, folder: Path):
     folder.mkdir()
     with planning_for_threads():
         strategy = InPlaceSaveStrategy("torch_dist", 1)
-        return dist_checkpointing.save(shards(buffer), str(folder), strategy, async_sharded_save=True)
+        settings = {"async_sharded_save": True, **save_settings()}
+        return dist_checkpointing.save(shards(buffer), str(folder), strategy, **settings)
 
 
 def load(folder: Path):
