@@ -171,7 +171,8 @@ def cuda(builder: Builder) -> str:
     return CUDA
 
 
-@pytest.mark.parametrize("name", ["26.06", pytest.param("25.11", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", BASES)
 def test_what_the_base_image_compiled_stays(builder: Builder, context: Path, cuda: str, name: str):
     """The base stands in for NVIDIA's: a torch of no index, an older numpy, TE and apex, all packages constrained."""
     base = BASES[name]
