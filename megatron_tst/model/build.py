@@ -83,9 +83,11 @@ def _shape(model: ModelSettings) -> dict[str, Any]:
 def _mixture_of_experts(model: ModelSettings, has_te: bool) -> dict[str, Any]:
     if model.num_experts is None:
         return {}
+    assert model.hidden_size
     return {
         "num_moe_experts": model.num_experts,
-        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        # megatron-core takes the same where it is not given, and warns.
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size,
         "moe_router_topk": model.moe_router_topk,
         # The softmax runs over the chosen experts, so their probabilities sum to 1.
         "moe_router_pre_softmax": False,

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-# What megatron-core 0.16.1 does that newer versions of torch warn of; a user can do nothing about it.
+# What megatron-core does that torch or itself warns of; a user can do nothing about it.
 _KNOWN_WARNINGS = (
     r"`torch\.distributed\.\w+_tensor` is deprecated",
     r"Please use DTensor instead and we are deprecating ShardedTensor",
     r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    # Attention registers its last projection before its first, so a bucket may begin between them: its weights are
+    # asked for early, once, and nothing is computed otherwise.
+    r"The next bucket's parameter all-gather operation has already been dispatched",
 )
 
 

@@ -93,6 +93,24 @@ def test_a_run_and_its_resumption_show_their_own_lines_alone(corpus, tokenizer, 
         assert any("saved" in line for line in lines)
 
 
+RANKS = {
+    # Buckets so small that one begins between two projections of attention.
+    "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000",
+    "ep2": "--num-experts 4 --moe-aux-loss-coeff 0.01 --expert-model-parallel-size 2 --bf16",
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", RANKS)
+def test_so_do_several_ranks(corpus, tokenizer, tmp_path: Path, layout: str):
+    argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", f"--train-iters 4 {RANKS[layout]}")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = start(*launch, "pretrain_tst.py", *argv, CUDA_HOME="/usr/local")
+    assert done.returncode == 0, done.stderr
+    lines = (done.stdout + done.stderr).splitlines()
+    assert [line for line in lines if not re.match(r"20\d\d-\d\d-\d\d ", line)] == []
+
+
 @pytest.mark.parametrize("name", megatron_tst._UNWANTED_LINES)
 def test_a_filter_drops_its_line_and_no_other(name: str, caplog):
     logger = logging.getLogger(name)
