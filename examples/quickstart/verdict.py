@@ -59,10 +59,10 @@ def _trust(baseline: Group, num_seeds: int) -> str:
     steps = max(steps for _, steps in losses)
     before, after = losses["baseline", steps], losses["tst", steps]
     gains = [before[seed] - after[seed] for seed in sorted(before)]
-    seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
+    few = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
     told = (
-        f"How far to trust {seeds}: in runs of {steps} steps with the {len(gains)} seeds {min(before)} to {max(before)} "
-        f"the gain was {Estimate.of(gains).write(4)}, from {min(gains):.4f} to {max(gains):.4f}."
+        f"How far to trust {few}: in runs of {steps} steps with {len(gains)} seeds, {min(before)} to {max(before)}, "
+        f"the gain was {Estimate.of(gains).write(4)} nats, from {min(gains):.4f} to {max(gains):.4f}."
     )
     if baseline.num_steps != steps:
         told += f" Runs of {baseline.num_steps} steps are not those."
