@@ -1,12 +1,9 @@
 """The README's first command, shortened: the script itself, from the packages' source to the picture."""
 
-import csv
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
 
 import pytest
 
