@@ -256,7 +256,6 @@ def _open_directory(
     def create() -> None:
         """Write on the main rank alone."""
         directory.create(config_yaml, first_step)
-        folders.check_writable()
         directory.link_checkpoints(folders.path)
 
     main_rank_alone(create)
