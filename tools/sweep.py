@@ -63,18 +63,18 @@ def main(arguments: argparse.Namespace, flags: list[str]) -> int:
     runs = plan_sweep(
         arguments.bag_sizes, arguments.step_ratios, arguments.bag_weights, arguments.seeds, arguments.output, flags
     )
-    missing = [run for run in runs if not run.is_complete]
     gpus = visible_gpus()
     workers = max(len(gpus), 1) if arguments.workers is None else arguments.workers
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     make_folder(arguments.output)
     with locked(arguments.output / "sweep", f"--output {arguments.output}"):
-        return train_and_show(runs, missing, Runner(PROGRAM, workers, gpus), arguments.output)
+        return train_and_show(runs, Runner(PROGRAM, workers, gpus), arguments.output)
 
 
-def train_and_show(runs: Sequence[SweepRun], missing: Sequence[SweepRun], runner: Runner, output: Path) -> int:
+def train_and_show(runs: Sequence[SweepRun], runner: Runner, output: Path) -> int:
     """Train the missing runs, then show all that ended; return the exit code."""
+    missing = [run for run in runs if not run.is_complete]
     print(f"{len(runs)} runs, {len(missing)} of them to train, {runner.workers} at a time", flush=True)
     is_done = train(missing, runner)
     ended = [read_result(run.directory.path) for run in runs if run.is_complete]

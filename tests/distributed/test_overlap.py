@@ -25,18 +25,21 @@ LAYOUTS = {
     "dp4": (DENSE, 4, "", SINGLE),
     "dp2-tied": (TIED, 2, "", ""),
     "tp2-dp2": (DENSE, 4, "--tensor-model-parallel-size 2", ""),
+    "cp2-dp2": (DENSE, 4, "--context-parallel-size 2", ""),
     "pp2-dp2": (DENSE, 4, PP2, ""),
     "pp2-dp2-tied": (TIED, 4, PP2, ""),
     "pp2-dp2-interleaved": (DENSE, 4, f"{PP2} --num-layers-per-virtual-pipeline-stage 1", SINGLE),
     "dp2-experts": (MOE, 2, "", ""),
     "ep2": (MOE, 2, EP2, ""),
     "ep2-dp2": (MOE, 4, EP2, SINGLE),
+    "pp2-cp2-ep2": (MOE, 4, f"{PP2} --context-parallel-size 2 {EP2}", ""),
     "tp2-sp-pp2-ep2": (MOE, 8, f"--tensor-model-parallel-size 2 --sequence-parallel {PP2} {EP2}", ""),
 }
 # One of each kind; the others take minutes.
 ORDINARY = [
     ("dp2", "reduce"),
     ("tp2-dp2", "gather"),
+    ("cp2-dp2", "gather"),
     ("pp2-dp2-tied", "gather"),
     ("pp2-dp2-interleaved", "gather"),
     ("ep2-dp2", "gather"),

@@ -1,6 +1,7 @@
 """The program as a user starts it: a run of ours to Hugging Face, and from there to another run."""
 
 import importlib.util
+import io
 import json
 import re
 import resource
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_tst.config import UserError
 from megatron_tst.telemetry import read_metrics
@@ -155,6 +157,17 @@ def test_a_damaged_checkpoint_is_refused_unless_asked_for(damaged, tmp_path, con
     assert not (tmp_path / "hf").exists()
     convert_here(*argv, "--iteration", 2)
     convert_here(*argv, "--force", "--no-verify-checkpoint")
+
+
+def test_both_long_parts_show_how_far_they_are(trained, tmp_path, convert_here, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(convert_here.program, "Console", lambda **_: Console(file=screen, force_terminal=True))
+    convert_here("--load", trained / "checkpoints", "--save", tmp_path / "hf")
+    for title in ("verifying iter_0000004", "iter_0000004 to Hugging Face"):
+        # Both counted to their end, in bytes.
+        last = screen.getvalue().rpartition(title)[2].splitlines()[0]
+        done, total = re.search(r"([\d.]+)/([\d.]+) [kM]?B", last).groups()
+        assert done == total != "0", last
 
 
 def test_what_is_lost_is_told(trained, tmp_path, convert_here, capsys, monkeypatch):

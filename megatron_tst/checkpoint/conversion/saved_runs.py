@@ -1,6 +1,7 @@
 """What a conversion needs to know of a checkpoint beside its tensors."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +39,30 @@ class SavedRun:
     tokenizer: Path
 
 
-def find_saved_run(checkpoints: Path, iteration: int | None, *, verify: bool = True) -> SavedRun:
+def check_files(folder: Path, on_progress: Callable[[int], object] = lambda _: None) -> None:
+    """Compare a checkpoint's files with their checksums.
+
+    Args:
+        folder: of the checkpoint.
+        on_progress: called with the bytes of each part that is read.
+
+    Raises:
+        UserError: if one of them is damaged.
+    """
+    damage = find_damage_alone(folder, on_progress=on_progress)
+    if damage is not None:
+        raise UserError(f"{damage}; --no-verify-checkpoint converts it unchecked")
+
+
+def find_saved_run(
+    checkpoints: Path, iteration: int | None, *, check: Callable[[Path], None] | None = check_files
+) -> SavedRun:
     """Find a checkpoint, of a run or of imported weights.
 
     Args:
         checkpoints: the folder of checkpoints.
         iteration: which; the one that the tracker names where not given.
-        verify: whether to compare its files with their checksums.
+        check: compares its files with their checksums; None to take them as they are.
 
     Raises:
         UserError: if there is none, a file is damaged, or its settings cannot be read.
@@ -56,9 +74,8 @@ def find_saved_run(checkpoints: Path, iteration: int | None, *, verify: bool = T
     if wanted not in steps:
         raise UserError(f"--iteration {wanted}: {checkpoints} holds {steps or 'no checkpoints'}")
     folder = folders.of(wanted)
-    damage = find_damage_alone(folder) if verify else None
-    if damage is not None:
-        raise UserError(f"{damage}; --no-verify-checkpoint converts it unchecked")
+    if check is not None:
+        check(folder)
     config = read_saved_config(folder)
     if (folder / RUN_STATE).exists():
         state = read_run_state(folder)

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_tst.checkpoint.conversion.whole_folder import MARK, whole_folder
 from megatron_tst.config import UserError
+from tests.locks import held_by_another
 
 
 def files(folder):
@@ -44,6 +45,21 @@ def test_an_interruption_leaves_what_was_there(tmp_path, failure):
 def test_what_a_killed_run_left_is_cleared_away(tmp_path):
     (tmp_path / ".b.partial" / "deep").mkdir(parents=True)
     (tmp_path / ".b.partial" / "model.safetensors").write_text("half")
+    fill(tmp_path / "b", "new")
+    assert files(tmp_path) == {"b/config.json": "new"}
+
+
+def test_two_conversions_to_one_folder_are_refused(tmp_path):
+    """The second does not take the files of the first for those of one that was killed."""
+    half = tmp_path / ".b.partial" / "model.safetensors"
+    half.parent.mkdir()
+    half.write_text("half")
+    with (
+        held_by_another(tmp_path / "b.lock"),
+        pytest.raises(UserError, match=f"--save {tmp_path / 'b'}: another process is writing it"),
+    ):
+        fill(tmp_path / "b", "new")
+    assert half.read_text() == "half" and not (tmp_path / "b").exists()
     fill(tmp_path / "b", "new")
     assert files(tmp_path) == {"b/config.json": "new"}
 
