@@ -117,6 +117,7 @@ def _to_hugging_face(arguments: argparse.Namespace) -> Conversion:
     tokenizer = _tokenizer(arguments.tokenizer or saved.tokenizer, saved.vocab_size)
     end = EndOfDocument(tokenizer.eod, tokenizer.decode([tokenizer.eod]))
     export = Export(saved, DTYPES.get(arguments.dtype))
+    unchecked = f"{saved.folder}: has no checksums, for megatron-tst did not write it: it was converted unchecked"
     max_shard_bytes = _bytes(arguments.max_shard_size)
     return Conversion(
         title=f"{saved.folder.name} to Hugging Face",
@@ -126,7 +127,7 @@ def _to_hugging_face(arguments: argparse.Namespace) -> Conversion:
             arguments.save, tokenizer.path, end, max_shard_bytes, arguments.force, on_progress=advance
         ),
         sides=lambda: (saved, arguments.save),
-        warnings=inexpressible(saved.config.model),
+        warnings=[*([] if saved.has_checksums else [unchecked]), *inexpressible(saved.config.model)],
     )
 
 
@@ -152,7 +153,9 @@ def _text(path: Path | None) -> str:
         raise UserError(f"--verify-text {path}: cannot be read: {error}") from error
 
 
-def _tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def _tokenizer(path: Path | None, vocab_size: int) -> Tokenizer:
+    if path is None:
+        raise UserError("--load: the checkpoint names no tokenizer: name the folder of the model's with --tokenizer")
     if not (path / "tokenizer.json" if path.is_dir() else path).is_file():
         raise UserError(f"{path} holds no tokenizer.json: name the folder of the model's with --tokenizer")
     tokenizer = load_tokenizer(str(path), flag="--tokenizer")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE
 from megatron_tst.config import UserError
 from megatron_tst.platform import Ranks, every_rank
 from megatron_tst.platform.safe_checkpoint import METADATA
@@ -22,6 +23,11 @@ def write_checksums(folder: Path, known: dict[str, str]) -> None:
     paths = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
     lines = [f"{known.get(path.name) or sha256(path)}  {path.name}\n" for path in paths]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def is_written_here(folder: Path) -> bool:
+    """Whether megatron-tst wrote a checkpoint, which then has checksums; those of Megatron-LM's own have none."""
+    return any((folder / name).exists() for name in (CHECKSUMS, RUN_STATE, CONFIG))
 
 
 def read_checksums(folder: Path) -> dict[str, str]:

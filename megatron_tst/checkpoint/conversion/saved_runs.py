@@ -1,5 +1,6 @@
 """What a conversion needs to know of a checkpoint beside its tensors."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,11 +8,18 @@ from pathlib import Path
 
 import torch
 
-from megatron_tst.checkpoint.checksums import find_damage_alone, write_checksums
+from megatron_tst.checkpoint.checksums import find_damage_alone, is_written_here, write_checksums
 from megatron_tst.checkpoint.content import FORMAT_VERSION
-from megatron_tst.checkpoint.find import refuse_other_folder
+from megatron_tst.checkpoint.find import count_embedding_rows, refuse_other_folder
 from megatron_tst.checkpoint.folders import TRACKER, CheckpointFolders
-from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE, read_run_state, read_saved_config
+from megatron_tst.checkpoint.run_state import (
+    CONFIG,
+    RUN_STATE,
+    read_run_state,
+    read_saved_arguments,
+    read_saved_config,
+)
+from megatron_tst.checkpoint.stock_arguments import find_foreign, model_settings
 from megatron_tst.config import RunConfig, UserError, dump_config
 
 # What dist_checkpointing asks before it reads.
@@ -31,13 +39,15 @@ class SavedRun:
         folder: ``iter_0000123``.
         config: the settings it was made with.
         vocab_size: tokens of its vocabulary, without padding.
-        tokenizer: its tokenizer's file or folder.
+        tokenizer: its tokenizer's file or folder; None where it names none.
+        has_checksums: whether it has any; those that Megatron-LM wrote have none.
     """
 
     folder: Path
     config: RunConfig
     vocab_size: int
-    tokenizer: Path
+    tokenizer: Path | None
+    has_checksums: bool = True
 
 
 def check_files(folder: Path, on_progress: Callable[[int], object] = lambda _: None) -> None:
@@ -58,17 +68,19 @@ def check_files(folder: Path, on_progress: Callable[[int], object] = lambda _: N
 def find_saved_run(
     checkpoints: Path, iteration: int | None, *, check: Callable[[Path], None] | None = check_files
 ) -> SavedRun:
-    """Find a checkpoint, of a run or of imported weights.
+    """Find a checkpoint: of a run, of imported weights, or of Megatron-LM's own.
 
     Args:
         checkpoints: the folder of checkpoints.
         iteration: which; the one that the tracker names where not given.
-        check: compares its files with their checksums; None to take them as they are.
+        check: compares its files with their checksums, if it has any; None to take them as they are.
 
     Raises:
         UserError: if there is none, a file is damaged, or its settings cannot be read.
     """
     folder = _find_folder(CheckpointFolders(checkpoints), iteration)
+    if not is_written_here(folder):
+        return _stock(folder)
     if check is not None:
         check(folder)
     config = read_saved_config(folder)
@@ -96,6 +108,28 @@ def _find_folder(folders: CheckpointFolders, iteration: int | None) -> Path:
             "with --iteration"
         )
     return folders.of(wanted)
+
+
+def _stock(folder: Path) -> SavedRun:
+    """Describe a checkpoint of Megatron-LM's own.
+
+    Its whole padded vocabulary is the model's: the padding took part in the softmax that it was trained with.
+    """
+    arguments = read_saved_arguments(folder)
+    if arguments is None:
+        raise UserError(f"{folder}: has neither {CONFIG} nor Megatron-LM's args: the settings of its model are unknown")
+    foreign = find_foreign(arguments)
+    if foreign:
+        raise UserError(f"{folder}: was made with {'; '.join(foreign)}, which no model here has")
+    model = dataclasses.replace(model_settings(arguments), make_vocab_size_divisible_by=1)
+    tokenizer = arguments.get("tokenizer_model")
+    return SavedRun(
+        folder,
+        RunConfig(model=model),
+        vocab_size=count_embedding_rows(folder),
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        has_checksums=False,
+    )
 
 
 def complete_weights(checkpoints: Path, config: RunConfig) -> None:
