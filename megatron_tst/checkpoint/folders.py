@@ -62,7 +62,7 @@ class CheckpointFolders:
         """
         try:
             text = self.tracker.read_text(encoding="utf-8", errors="replace").strip()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise UserError(f"{self.tracker}: cannot be read: {error.strerror}") from error

@@ -10,7 +10,7 @@ import torch
 
 from megatron_tst.checkpoint.checksums import find_damage_alone, is_written_here, write_checksums
 from megatron_tst.checkpoint.content import FORMAT_VERSION
-from megatron_tst.checkpoint.find import count_embedding_rows
+from megatron_tst.checkpoint.find import count_embedding_rows, refuse_other_folder
 from megatron_tst.checkpoint.folders import TRACKER, CheckpointFolders
 from megatron_tst.checkpoint.run_state import (
     CONFIG,
@@ -78,13 +78,7 @@ def find_saved_run(
     Raises:
         UserError: if there is none, a file is damaged, or its settings cannot be read.
     """
-    folders = CheckpointFolders(checkpoints)
-    wanted, steps = folders.latest() if iteration is None else iteration, folders.steps()
-    if wanted is None:
-        raise UserError(f"--load {checkpoints}: is not a folder of checkpoints: {TRACKER} is missing or names no step")
-    if wanted not in steps:
-        raise UserError(f"--iteration {wanted}: {checkpoints} holds {steps or 'no checkpoints'}")
-    folder = folders.of(wanted)
+    folder = _find_folder(CheckpointFolders(checkpoints), iteration)
     if not is_written_here(folder):
         return _stock(folder)
     if check is not None:
@@ -97,6 +91,23 @@ def find_saved_run(
     if vocab_size is None or tokenizer is None:
         raise UserError(f"{folder / RUN_STATE} is missing")
     return SavedRun(folder, config, vocab_size, Path(tokenizer))
+
+
+def _find_folder(folders: CheckpointFolders, iteration: int | None) -> Path:
+    steps, latest = folders.steps(), folders.latest()
+    if not steps:
+        refuse_other_folder(folders.path, "--iteration")
+        raise UserError(f"--load {folders.path}: holds no checkpoints")
+    if iteration is not None and iteration not in steps:
+        raise UserError(f"--iteration {iteration}: {folders.path} holds {steps}")
+    wanted = latest if iteration is None else iteration
+    if wanted not in steps:
+        named = "is missing or names no step" if latest is None else f"names step {latest}"
+        raise UserError(
+            f"--load {folders.path}: {TRACKER} {named}, and the checkpoints there are of the steps {steps}: choose one "
+            "with --iteration"
+        )
+    return folders.of(wanted)
 
 
 def _stock(folder: Path) -> SavedRun:
