@@ -1,54 +1,110 @@
-"""A grid of runs over bag size, step ratio and bag weights, and what its ends show."""
+"""A grid of runs over phases, bag weights, lengths and any other setting, and a baseline for each of its models."""
 
-import os
-import queue
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from megatron_tst.config import EXIT_CODE, RunConfig, UserError, dump_config, load_config, parse_config
+from megatron_tst.config import (
+    RunConfig,
+    SuperpositionSettings,
+    UserError,
+    check_config,
+    dump_config,
+    load_config,
+    read_config,
+)
+from megatron_tst.superposition import Phase
 from megatron_tst.telemetry import RunDirectory
-from megatron_tst.telemetry.compare import Estimate
 from megatron_tst.telemetry.curves import is_decayed, read_curve
 
-# What is said of a run that waited when all was stopped.
-NOT_STARTED = "not started"
+# Bag size and share of the steps of each phase with bags; the rest of the steps is ordinary training.
+PhaseShares = tuple[tuple[int, float], ...]
+# Settings that have a flag of the grid's own.
+_OWN = {
+    "seed": "--seeds", "train_iters": "--steps", "tst_bag_size": "--bag-sizes", "tst_step_ratio": "--step-ratios",
+    "tst_steps": "--step-ratios", "tst_bag_weights": "--bag-weights", "tst_run_dir": "--output", "load": "--output",
+}  # fmt: skip
+_SECTION = {
+    setting.name: section.name
+    for section in dataclasses.fields(RunConfig)
+    if dataclasses.is_dataclass(section.type)
+    for setting in dataclasses.fields(section.type)
+}
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
+class Grid:
+    """What runs differ in: every combination is one setting, and every seed trains it once.
+
+    Attributes:
+        phases: of the superposed runs.
+        bag_weights: of the loss.
+        settings: values of other settings by their names, as they are typed.
+        lengths: optimizer steps; the flags' where empty.
+        seeds: of weights and data order.
+    """
+
+    phases: Sequence[PhaseShares]
+    bag_weights: Sequence[str] = ("uniform",)
+    settings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    lengths: Sequence[int] = ()
+    seeds: Sequence[int] = (1,)
+
+
+@dataclass(frozen=True)
 class SweepPoint:
-    """One setting of the grid; the baseline has bag size 1 and step ratio 0."""
+    """One setting of a grid.
 
-    bag_weights: str
-    step_ratio: float
-    bag_size: int
+    Attributes:
+        phases: those with bags, in order; none for a baseline.
+        bag_weights: of the loss.
+        settings: names and values of what else the grid varies.
+        num_steps: of the run; the flags' where None.
+    """
+
+    phases: PhaseShares = ()
+    bag_weights: str = "uniform"
+    settings: tuple[tuple[str, str], ...] = ()
+    num_steps: int | None = None
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of the grid.
+    """One run of a grid.
 
     Attributes:
         point: its setting.
         seed: of weights and data order.
         directory: of the run.
         config: all its settings.
-        argv: that make them.
     """
 
     point: SweepPoint
     seed: int
     directory: RunDirectory
     config: RunConfig
-    argv: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """Of its directory."""
         return self.directory.path.name
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """Arguments of pretrain_tst.py, which start the run or go on with it."""
+        return "--config", str(self._settings), "--tst-run-dir", str(self.directory.path)
+
+    @property
+    def _settings(self) -> Path:
+        return self.directory.path.with_name(f"{self.name}.yaml")
+
+    def write_settings(self) -> None:
+        """Write the file that the arguments name."""
+        self._settings.write_text(dump_config(self.config), encoding="utf-8")
 
     @property
     def is_complete(self) -> bool:
@@ -60,7 +116,7 @@ class SweepRun:
         directory = self.directory
         if not directory.config.is_file():
             return False
-        if directory.config.read_text(encoding="utf-8") != dump_config(self.config):
+        if load_config(directory.config) != dataclasses.replace(self.config, config=None):
             raise UserError(f"{directory.path}: holds a run with other settings; choose another --output")
         try:
             read_curve(directory.path)
@@ -69,56 +125,121 @@ class SweepRun:
         return True
 
 
-def plan_sweep(
-    bag_sizes: Sequence[int],
-    step_ratios: Sequence[float],
-    bag_weights: Sequence[str],
-    seeds: Sequence[int],
-    output: Path,
-    flags: Sequence[str],
-) -> list[SweepRun]:
-    """Return the runs of a grid, the baseline first, all seeds of a setting together.
-
-    Args:
-        bag_sizes: s, above 1.
-        step_ratios: r, above 0.
-        bag_weights: of the loss.
-        seeds: of each setting.
-        output: folder of the run directories.
-        flags: of pretrain_tst.py, the same for all runs.
+def grid_phases(bag_sizes: Sequence[int], step_ratios: Sequence[float]) -> list[PhaseShares]:
+    """Return the paper's two phases for each bag size s, above 1, and step ratio r, above 0.
 
     Raises:
-        UserError: if a value lies outside the grid, or makes no run with the flags.
+        UserError: if a value lies outside.
     """
-    for flag, values in (
-        ("bag-sizes", bag_sizes), ("step-ratios", step_ratios), ("bag-weights", bag_weights), ("seeds", seeds)
-    ):  # fmt: skip
-        if len(set(values)) < len(values):
-            raise UserError(f"--{flag} {' '.join(map(str, values))}: names a value twice")
     for size in bag_sizes:
         if size < 2:
             raise UserError(f"--bag-sizes {size}: must be above 1; the baseline, bag size 1, is always run")
     for ratio in step_ratios:
         if not 0 < ratio <= 1:
             raise UserError(f"--step-ratios {ratio}: must lie between 0 and 1")
-    points = [SweepPoint("uniform", 0.0, 1)]
-    points += [SweepPoint(w, r, s) for w in bag_weights for r in step_ratios for s in bag_sizes]
-    return [_plan_run(point, seed, output, flags) for point in points for seed in seeds]
+    return [((size, ratio),) for ratio in step_ratios for size in bag_sizes]
 
 
-def _plan_run(point: SweepPoint, seed: int, output: Path, flags: Sequence[str]) -> SweepRun:
-    weights = "" if point.bag_weights == "uniform" else f"-{point.bag_weights}"
-    kind = "baseline" if point.bag_size == 1 else f"s{point.bag_size}-r{point.step_ratio:g}{weights}"
-    folder = output / f"{kind}-seed{seed}"
+def read_phases(text: str) -> PhaseShares:
+    """Read the phases with bags from ``8:0.1,4:0.2``: bag sizes with their shares of the steps.
+
+    Raises:
+        UserError: if they are no such list, or leave out of the steps less than nothing.
+    """
+    try:
+        pairs = [(size, share) for size, share in (entry.split(":") for entry in text.split(","))]
+        phases = tuple((int(size), float(share)) for size, share in pairs)
+    except ValueError:
+        phases = ()
+    total = sum(share for _, share in phases)
+    if not phases or total > 1 + 1e-9 or any(size < 2 or not 0 < share <= 1 for size, share in phases):
+        raise UserError(
+            f"--phases {text}: must be bag sizes above 1 with their shares of the steps, such as 8:0.1,4:0.2; "
+            "the rest is ordinary training"
+        )
+    return phases
+
+
+def plan_sweep(grid: Grid, output: Path, flags: Sequence[str]) -> list[SweepRun]:
+    """Return the runs of a grid, one seed after the other, each seed's baselines first.
+
+    There is a baseline for each combination of what does not concern superposition.
+
+    Args:
+        grid: what to vary.
+        output: folder of the run directories.
+        flags: of pretrain_tst.py, the same for all runs.
+
+    Raises:
+        UserError: if a value lies outside the grid, or makes no run with the flags.
+    """
+    _check_grid(grid)
+    concerns_bags = {name: name in _fields(SuperpositionSettings) for name in grid.settings}
+    points = []
+    for steps in grid.lengths or (None,):
+        points += [SweepPoint(settings=chosen, num_steps=steps) for chosen in _combine(grid, concerns_bags, False)]
+        points += [
+            SweepPoint(phases, weights, chosen, steps)
+            for chosen in _combine(grid, concerns_bags, True)
+            for weights in grid.bag_weights
+            for phases in grid.phases
+        ]
+    base = read_config(flags)
+    settings = [(point, _plan_point(point, flags)) for point in points]
+    names = [_name(point, base, config) for point, config in settings]
+    if twins := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{twins[0]}: is named twice by the grid")
+    return [
+        _plan_run(point, config, output / f"{name}-seed{seed}", seed)
+        for seed in grid.seeds
+        for name, (point, config) in zip(names, settings, strict=True)
+    ]
+
+
+def _fields(kind: Any) -> set[str]:
+    return {setting.name for setting in dataclasses.fields(kind)}
+
+
+def _check_grid(grid: Grid) -> None:
+    listed = {"bag-weights": grid.bag_weights, "seeds": grid.seeds, "steps": grid.lengths, "phases": grid.phases}
+    listed |= {f"vary {name}": values for name, values in grid.settings.items()}
+    for flag, values in listed.items():
+        if len(set(values)) < len(values):
+            raise UserError(f"--{flag} {' '.join(map(str, values))}: names a value twice")
+    for steps in grid.lengths:
+        if steps < 1:
+            raise UserError(f"--steps {steps}: must be above 0")
+    for name in grid.settings:
+        if name in _OWN:
+            raise UserError(f"--vary {name}: is varied by {_OWN[name]}")
+        if name not in _SECTION:
+            raise UserError(f"--vary {name}: is no setting of pretrain_tst.py")
+
+
+def _combine(grid: Grid, concerns_bags: Mapping[str, bool], with_bags: bool) -> list[tuple[tuple[str, str], ...]]:
+    """Return every combination of the other settings, or for the baselines of those that do not concern bags."""
+    names = [name for name in grid.settings if with_bags or not concerns_bags[name]]
+    return [
+        tuple(zip(names, values, strict=True)) for values in itertools.product(*(grid.settings[name] for name in names))
+    ]
+
+
+def _plan_point(point: SweepPoint, flags: Sequence[str]) -> RunConfig:
+    """Return the settings that the runs of a point share."""
+    own = {"tst_bag_weights": point.bag_weights, **dict(point.settings)}
+    config = read_config([*flags, *(text for name, value in own.items() for text in _as_flags(name, value))])
+    if not point.phases:
+        config = _replace(config, "superposition", tst_reinitialize_at_switch=False)
+    return _with_phases(_with_steps(config, point.num_steps), point)
+
+
+def _plan_run(point: SweepPoint, config: RunConfig, folder: Path, seed: int) -> SweepRun:
+    directory = RunDirectory(folder)
+    config = _replace(config, "training", seed=seed)
+    config = _replace(config, "logging", tst_run_dir=str(folder))
     # Whether it starts or goes on, the command is the same.
-    own = {
-        "bag-size": point.bag_size, "step-ratio": point.step_ratio, "bag-weights": point.bag_weights, "run-dir": folder,
-    }  # fmt: skip
-    argv = [*flags, *(text for name, value in own.items() for text in (f"--tst-{name}", str(value)))]
-    argv += ["--seed", str(seed), "--load", str(RunDirectory(folder).checkpoints)]
-    config = parse_config(argv)
-    if point.bag_size > 1 and all(phase.bag_size == 1 for phase in config.schedule.phases):
-        raise UserError(f"--step-ratios {point.step_ratio:g}: is less than one of {config.schedule.num_steps} steps")
+    config = _replace(config, "checkpoint", load=str(directory.checkpoints))
+    check_config(config)
     if not is_decayed(config):
         raise UserError(
             f"--lr-decay-iters {config.optimizer.lr_decay_iters}: is more than the runs' {config.schedule.num_steps} "
@@ -126,142 +247,90 @@ def _plan_run(point: SweepPoint, seed: int, output: Path, flags: Sequence[str]) 
         )
     if not config.training.eval_iters:
         raise UserError("--eval-iters 0: a grid compares validation losses")
-    return SweepRun(point, seed, RunDirectory(folder), config, tuple(argv))
+    return SweepRun(point, seed, directory, config)
 
 
-class Runner:
-    """Runs pretrain_tst.py as processes, a number at a time, each with a GPU of its own where there are any."""
-
-    def __init__(self, program: Path, workers: int, gpus: Sequence[str]) -> None:
-        """Prepare.
-
-        Args:
-            program: pretrain_tst.py.
-            workers: runs at a time.
-            gpus: for CUDA_VISIBLE_DEVICES; empty for the CPU, whose cores the runs share.
-        """
-        self._program, self.workers = program, workers
-        self._slots: queue.Queue[dict[str, str]] = queue.Queue()
-        share = str(max((os.cpu_count() or 1) // workers, 1))
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share)}
-        for slot in range(workers):
-            self._slots.put({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else threads)
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._is_stopped = False
-
-    @property
-    def running(self) -> list[str]:
-        """Names of the runs under way."""
-        return list(self._processes)
-
-    def run_all(self, runs: Sequence[SweepRun]) -> Iterator[tuple[SweepRun, str | None]]:
-        """Yield each run at its end, with what went wrong, or None.
-
-        After a user's mistake no other run is started. On an interruption, runs under way are told to save and stop,
-        and waited for.
-        """
-        with ThreadPoolExecutor(self.workers) as pool:
-            futures = {pool.submit(self._run, run): run for run in runs}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:
-                self._is_stopped = True
-                for process in list(self._processes.values()):
-                    process.terminate()
-
-    def _run(self, run: SweepRun) -> str | None:
-        slot = self._slots.get()
-        try:
-            if self._is_stopped:
-                return NOT_STARTED
-            log = run.directory.path.with_name(f"{run.name}.out")
-            with log.open("wb") as file:
-                command = (sys.executable, str(self._program), *run.argv)
-                environment = {**os.environ, **slot}
-                # In a session of its own: what is typed at the terminal reaches this process alone.
-                process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-                self._processes[run.name] = process
-                if self._is_stopped:
-                    process.terminate()
-                code = process.wait()
-            self._is_stopped |= code == EXIT_CODE
-            last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-            return None if code == 0 else f"exit code {code}: {last} ({log})"
-        finally:
-            self._processes.pop(run.name, None)
-            self._slots.put(slot)
+def _replace(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
-@dataclass(frozen=True)
-class SweepResult:
-    """How a run of a grid ended.
-
-    Attributes:
-        name: of the run directory.
-        point: its setting.
-        seed: of the run.
-        rest: all else that runs of a grid have in common.
-        superposition: what its superposed runs have in common too.
-        final_loss: next-token validation loss, nats per token.
-        data_tokens: read.
-        gpu_hours: of training.
-    """
-
-    name: str
-    point: SweepPoint
-    seed: int
-    rest: str
-    superposition: str
-    final_loss: float
-    data_tokens: int
-    gpu_hours: float
+def _as_flags(name: str, value: str) -> list[str]:
+    """Return the flags that give a setting a value; a switch has a flag for either value and takes none."""
+    flag = name.replace("_", "-")
+    kind = next(f.type for f in dataclasses.fields(RunConfig) if f.name == _SECTION[name])
+    if get_type_hints(kind)[name] is not bool:
+        return [f"--{flag}", value]
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"--vary {name} {value}: must be true or false")
+    return [f"--{flag}" if value.lower() == "true" else f"--no-{flag}"]
 
 
-def read_result(path: Path) -> SweepResult:
-    """Read a finished run's directory.
+def _with_steps(config: RunConfig, num_steps: int | None) -> RunConfig:
+    """Return the settings for another number of steps: warm-up, decay and intervals keep their share of the run."""
+    before = config.training.train_iters
+    if num_steps is None or before is None or num_steps == before:
+        return config
 
-    Raises:
-        UserError: if it holds no finished run, or one with more than a superposed and an ordinary phase.
-    """
-    curve, config = read_curve(path), load_config(RunDirectory(path).config)
-    phases = config.schedule.phases
-    superposed = [phase for phase in phases if phase.bag_size > 1]
-    if len(superposed) > 1 or len(phases) - len(superposed) > 1:
-        raise UserError(f"{path}: has {len(phases)} phases; a grid has a superposed and an ordinary one")
-    ratio = round(sum(phase.num_steps for phase in superposed) / config.schedule.num_steps, 3)
-    weights = config.superposition.loss_weights if superposed else "uniform"
-    point = SweepPoint(weights, ratio, superposed[0].bag_size if superposed else 1)
-    optimizer = config.optimizer
-    decay = optimizer.lr_warmup_iters, optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters
-    return SweepResult(
-        name=path.name,
-        point=point,
-        seed=curve.seed,
-        rest=repr((curve.setting, curve.num_steps, decay)),
-        superposition=repr(([phase.reads_bags for phase in superposed], config.superposition.tst_objective)),
-        final_loss=curve.final_loss,
-        data_tokens=int(curve.total("data_tokens")),
-        gpu_hours=curve.total("gpu_hours"),
+    def scaled(steps: int | None) -> int | None:
+        """Return the same share of the new length, at least a step where there was one."""
+        return steps and max(round(steps * num_steps / before), 1)
+
+    for section, names in (
+        ("training", ("train_iters", "eval_interval")),
+        ("optimizer", ("lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters")),
+        ("logging", ("log_interval",)),
+    ):
+        values = {name: scaled(getattr(getattr(config, section), name)) for name in names}
+        config = _replace(config, section, **values)
+    return config
+
+
+def _with_phases(config: RunConfig, point: SweepPoint) -> RunConfig:
+    """Return the settings with a point's phases: as bag size and step ratio where one has bags, else as a list."""
+    total, phases = config.training.train_iters, []
+    if total is None:
+        raise UserError("--train-iters None: must be given")
+    done, share_done = 0, 0.0
+    for size, share in point.phases:
+        share_done += share
+        steps = round(share_done * total) - done
+        if steps < 1:
+            raise UserError(f"{_phases_flag(point)}: {share:g} is less than one of {total} steps")
+        phases.append(Phase(size, steps, config.superposition.tst_superpose != "output"))
+        done += steps
+    if len(phases) < 2:
+        size, share = point.phases[0] if phases else (1, 0.0)
+        config = _replace(config, "superposition", tst_bag_size=size, tst_step_ratio=share, tst_steps=None)
+        return dataclasses.replace(config, phases=())
+    config = _replace(config, "superposition", tst_bag_size=1, tst_step_ratio=0.0, tst_steps=None)
+    rest = (Phase(1, total - done),) if total > done else ()
+    return dataclasses.replace(config, phases=(*phases, *rest))
+
+
+def _phases_flag(point: SweepPoint) -> str:
+    if len(point.phases) == 1:
+        return f"--step-ratios {point.phases[0][1]:g}"
+    return f"--phases {','.join(f'{size}:{share:g}' for size, share in point.phases)}"
+
+
+def _name(point: SweepPoint, base: RunConfig, config: RunConfig) -> str:
+    """Return a name that tells a setting from the others, and is the same in every grid with the same flags."""
+    parts = ["-".join(f"s{size}-r{share:g}" for size, share in point.phases) or "baseline"]
+    if point.bag_weights != "uniform":
+        parts.append(point.bag_weights)
+    for name, _ in point.settings:
+        value, usual = (getattr(getattr(some, _SECTION[name]), name) for some in (config, base))
+        if value != usual:
+            parts.append(_label(name.removeprefix("tst_"), value))
+    if config.training.train_iters != base.training.train_iters:
+        parts.append(f"{config.training.train_iters}steps")
+    return "-".join(parts)
+
+
+def _label(name: str, value: Any) -> str:
+    if value is True:
+        return name
+    told = (
+        f"{value:g}" if isinstance(value, float) else " ".join(map(str, value)) if isinstance(value, tuple) else value
     )
-
-
-def losses_by_point(results: Sequence[SweepResult]) -> Mapping[SweepPoint, Estimate]:
-    """Return the final loss of each setting over its seeds, the baseline's first.
-
-    Raises:
-        UserError: if the runs are not of one grid, or one of them is there twice.
-    """
-    found: dict[SweepPoint, dict[int, SweepResult]] = {}
-    superposed = [result for result in results if result.point.bag_size > 1]
-    for result in sorted(results, key=lambda result: (result.point.bag_size > 1, result.point, result.seed)):
-        if result.rest != results[0].rest:
-            raise UserError(f"{result.name}: differs from {results[0].name} in more than a grid does")
-        if result.point.bag_size > 1 and result.superposition != superposed[0].superposition:
-            raise UserError(
-                f"{result.name}: superposes otherwise than {superposed[0].name}: another objective or input"
-            )
-        twin = found.setdefault(result.point, {}).setdefault(result.seed, result)
-        if twin is not result:
-            raise UserError(f"{result.name}: has the setting and seed of {twin.name}")
-    return {point: Estimate.of([run.final_loss for run in runs.values()]) for point, runs in found.items()}
+    return re.sub(r"[^\w.+-]", "_", f"{name}_{told}")

@@ -44,6 +44,10 @@ class Estimate:
         error = "" if self.error is None else f" ± {self.error:.{digits}f}"
         return f"{self.value:.{digits}f}{error}"
 
+    def signed(self, digits: int) -> str:
+        """Write a difference, a plus in front of what is above zero: ``+0.0102 ± 0.0042``."""
+        return ("+" if self.value > 0 else "") + self.write(digits)
+
 
 @dataclass(frozen=True)
 class Group:

@@ -23,7 +23,7 @@ class RunCurve:
         name: of the run directory.
         seed: of the run.
         setting: what runs share that differ in superposition, seed and length alone: flags with their values.
-        superposition: bag sizes, with their share of the steps, and the objective.
+        superposition: bag sizes, with their share of the steps, the objective and the negative control.
         length: all that is counted in steps.
         losses: next-token validation loss of each evaluation, nats per token.
         axes: where each evaluation lies on each of :data:`AXES`.
@@ -162,8 +162,9 @@ def _superposition(config: RunConfig) -> str:
     total = config.schedule.num_steps
     shares = [(phase.bag_size, phase.reads_bags, round(phase.num_steps / total, 2)) for phase in config.schedule.phases]
     settings = config.superposition
+    method = settings.loss_weights, settings.tst_objective, settings.tst_reinitialize_at_switch
     is_superposed = any(bag_size > 1 for bag_size, _, _ in shares)
-    return repr((shares, (settings.loss_weights, settings.tst_objective) if is_superposed else None))
+    return repr((shares, method if is_superposed else None))
 
 
 def _length(config: RunConfig) -> str:

@@ -149,6 +149,15 @@ class Run:
         self.saver.save(state, lambda: list_all(self.stepper.trainables, step, self.config.model, samples))
 
     @property
+    def reinitialized_at(self) -> tuple[int, ...]:
+        """Steps done when embedding and output layer are drawn anew.
+
+        The checkpoint of a switch is written before, so a run that goes on from it draws them too.
+        """
+        is_asked = self.config.superposition.tst_reinitialize_at_switch
+        return self.schedule.recovery_starts if is_asked else ()
+
+    @property
     def validation(self) -> Schedule | None:
         """The evaluation as a schedule of its own: ordinary batches, or None where nothing is held out."""
         if self.data.valid is None:

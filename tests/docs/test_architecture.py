@@ -17,7 +17,7 @@ ROOMS = {
     "data": {"config", "superposition", "platform"},
     "telemetry": {"config", "superposition", "platform"},
     "checkpoint": {"config", "superposition", "platform"},
-    "planning": {"config", "telemetry"},
+    "planning": {"config", "superposition", "telemetry"},
     "training": {"config", "superposition", "platform", "model", "data", "telemetry", "checkpoint"},
 }
 LIBRARIES = {

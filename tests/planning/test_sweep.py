@@ -1,34 +1,119 @@
-"""A grid's runs, and what is read of them."""
+"""A grid's runs: which there are, with which settings, and when they are done."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_tst.config import UserError, dump_config, load_config
-from megatron_tst.planning.sweep import NOT_STARTED, Runner, SweepPoint, losses_by_point, plan_sweep, read_result
+from megatron_tst.config import UserError, dump_config, parse_config
+from megatron_tst.planning.sweep import Grid, grid_phases, plan_sweep, read_phases
 from tests.telemetry.finished import write_run
 from tests.training.runs import arguments
 
 FLAGS = arguments("corpus", "tokenizer.json", Path("unused"))
+WSD = "--lr-decay-style WSD --lr-decay-iters 8 --lr-wsd-decay-iters 4 --lr-wsd-decay-style linear".split()
 
 
-def planned(tmp_path, sizes=(2, 4), ratios=(0.25, 0.5), weights=("uniform",), seeds=(1, 2), flags=FLAGS):
-    return plan_sweep(sizes, ratios, weights, seeds, tmp_path, flags)
+def planned(tmp_path, sizes=(2, 4), ratios=(0.25, 0.5), weights=("uniform",), seeds=(1, 2), flags=FLAGS, **varied):
+    varied = {"phases": grid_phases(sizes, ratios), **varied}
+    return plan_sweep(Grid(bag_weights=weights, seeds=seeds, **varied), tmp_path, flags)
+
+
+def phases_of(run) -> list[tuple[int, int]]:
+    return [(phase.bag_size, phase.num_steps) for phase in run.config.schedule.phases]
 
 
 def test_a_grid_is_the_baseline_and_every_combination(tmp_path: Path):
     runs = planned(tmp_path, weights=("uniform", "power_law"))
     assert len(runs) == 2 + 2 * 2 * 2 * 2
-    assert [run.name for run in runs[:4]] == ["baseline-seed1", "baseline-seed2", "s2-r0.25-seed1", "s2-r0.25-seed2"]
+    # Seed by seed: what has ended when a grid is stopped has its baseline.
+    assert [run.name for run in runs[:3]] == ["baseline-seed1", "s2-r0.25-seed1", "s4-r0.25-seed1"]
+    assert [run.name for run in runs[9:11]] == ["baseline-seed2", "s2-r0.25-seed2"]
     assert runs[-1].name == "s4-r0.5-power_law-seed2"
     assert len({run.name for run in runs}) == len(runs)
-    config = runs[-1].config
-    assert [(phase.bag_size, phase.num_steps) for phase in config.schedule.phases] == [(4, 4), (1, 4)]
-    assert (config.superposition.tst_bag_weights, config.training.seed) == ("power_law", 2)
-    assert [(phase.bag_size, phase.num_steps) for phase in runs[0].config.schedule.phases] == [(1, 8)]
+    assert phases_of(runs[-1]) == [(4, 4), (1, 4)]
+    assert (runs[-1].config.superposition.tst_bag_weights, runs[-1].config.training.seed) == ("power_law", 2)
+    assert phases_of(runs[0]) == [(1, 8)]
+
+
+def test_a_run_is_the_one_that_its_flags_describe(tmp_path: Path):
+    """What earlier versions started by flags is found again, and what is started now reads back the same."""
+    baseline, run = planned(tmp_path, sizes=(4,), ratios=(0.25,), seeds=(2,))
+    for one, own in ((baseline, "1 0.0 uniform"), (run, "4 0.25 uniform")):
+        size, ratio, weights = own.split()
+        argv = [*FLAGS, "--tst-bag-size", size, "--tst-step-ratio", ratio, "--tst-bag-weights", weights, "--seed", "2"]
+        folder = one.directory.path
+        expected = parse_config([*argv, "--tst-run-dir", str(folder), "--load", str(folder / "checkpoints")])
+        assert one.config == expected
+        one.write_settings()
+        assert dataclasses.replace(parse_config(one.argv), config=None) == expected
+    assert [run.name for run in (baseline, run)] == ["baseline-seed2", "s4-r0.25-seed2"]
+
+
+def test_settings_of_superposition_share_a_baseline_and_all_others_have_their_own(tmp_path: Path):
+    settings = {
+        "tst_superpose": ["both", "output"],
+        "lr": ["1e-2", "2e-2"],
+        "tst_reinitialize_at_switch": ["false", "True"],
+    }
+    runs = planned(tmp_path, sizes=(4,), ratios=(0.5,), seeds=(1,), settings=settings)
+    assert sorted(run.name for run in runs) == sorted([
+        # 1e-2 is the flags' rate, and names leave out what the flags say anyway.
+        "baseline-seed1", "baseline-lr_0.02-seed1",
+        "s4-r0.5-seed1", "s4-r0.5-reinitialize_at_switch-seed1",
+        "s4-r0.5-lr_0.02-seed1", "s4-r0.5-lr_0.02-reinitialize_at_switch-seed1",
+        "s4-r0.5-superpose_output-seed1", "s4-r0.5-superpose_output-reinitialize_at_switch-seed1",
+        "s4-r0.5-superpose_output-lr_0.02-seed1", "s4-r0.5-superpose_output-lr_0.02-reinitialize_at_switch-seed1",
+    ])  # fmt: skip
+    named = {run.name: run.config for run in runs}
+    changed = named["s4-r0.5-superpose_output-lr_0.02-reinitialize_at_switch-seed1"]
+    assert (changed.optimizer.lr, changed.superposition.tst_superpose) == (0.02, "output")
+    assert changed.superposition.tst_reinitialize_at_switch
+    assert not changed.schedule.phases[0].reads_bags
+    assert named["baseline-lr_0.02-seed1"].optimizer.lr == 0.02
+    flagged = planned(tmp_path, seeds=(1,), flags=[*FLAGS, "--tst-reinitialize-at-switch"])
+    assert [run.config.superposition.tst_reinitialize_at_switch for run in flagged[:2]] == [False, True]
+
+
+def test_lists_of_phases(tmp_path: Path):
+    phases = [read_phases("4:0.25,2:0.25"), read_phases("4:0.5,2:0.5"), read_phases("4:0.5")]
+    _, mixed, whole, pair = planned(tmp_path, seeds=(1,), phases=phases)
+    assert [mixed.name, whole.name] == ["s4-r0.25-s2-r0.25-seed1", "s4-r0.5-s2-r0.5-seed1"]
+    assert (phases_of(mixed), phases_of(whole)) == ([(4, 2), (2, 2), (1, 4)], [(4, 4), (2, 4)])
+    assert pair.name == "s4-r0.5-seed1"
+    assert (pair.config.phases, pair.config.superposition.tst_bag_size) == ((), 4)
+    mixed.write_settings()
+    assert parse_config(mixed.argv).schedule == mixed.config.schedule
+    _, one_side, _, _ = planned(tmp_path, seeds=(1,), phases=phases, flags=[*FLAGS, "--tst-superpose", "output"])
+    assert [phase.reads_bags for phase in one_side.config.phases] == [False, False, True]
+    # Ends are rounded, not lengths: 2.67 and 5.33 of 8 steps.
+    _, thirds = planned(tmp_path, seeds=(1,), phases=[read_phases("4:0.3333,2:0.3333")])
+    assert phases_of(thirds) == [(4, 3), (2, 2), (1, 3)]
+
+
+def test_phases_in_the_file_make_room_for_the_grids(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text("phases: [{bag_size: 8, steps: 3}, {bag_size: 1, steps: 5}]\n")
+    flags = [*FLAGS, "--config", str(tmp_path / "base.yaml")]
+    baseline, run = planned(tmp_path, sizes=(4,), ratios=(0.5,), seeds=(1,), flags=flags)
+    assert (phases_of(baseline), phases_of(run)) == ([(1, 8)], [(4, 4), (1, 4)])
+
+
+def test_lengths_keep_the_shares_of_warm_up_decay_and_intervals(tmp_path: Path):
+    phases = [read_phases("4:0.25,2:0.25")]
+    runs = planned(tmp_path, seeds=(1,), phases=phases, lengths=(8, 80, 4), flags=[*FLAGS, *WSD])
+    assert [run.name for run in runs] == [
+        "baseline-seed1", "s4-r0.25-s2-r0.25-seed1",
+        "baseline-80steps-seed1", "s4-r0.25-s2-r0.25-80steps-seed1",
+        "baseline-4steps-seed1", "s4-r0.25-s2-r0.25-4steps-seed1",
+    ]  # fmt: skip
+    counts = [
+        (o.lr_warmup_iters, o.lr_decay_iters, o.lr_wsd_decay_iters, run.config.training.eval_interval)
+        for run in runs[1::2]
+        for o in (run.config.optimizer,)
+    ]
+    assert counts == [(2, 8, 4, 4), (20, 80, 40, 40), (1, 4, 2, 2)]
+    assert phases_of(runs[3]) == [(4, 20), (2, 20), (1, 40)]
+    assert runs[1].config.logging.log_interval == 1
 
 
 def test_all_settings_are_checked_before_anything_runs(tmp_path: Path):
@@ -37,13 +122,26 @@ def test_all_settings_are_checked_before_anything_runs(tmp_path: Path):
         ({"ratios": (1.5,)}, "--step-ratios 1.5: must lie"),
         ({"weights": ("odd",)}, "--tst-bag-weights"),
         ({"seeds": (1, 1)}, "--seeds 1 1: names a value twice"),
-        ({"ratios": (0.01,)}, "--step-ratios 0.01: is less than one of 8 steps"),
+        ({"ratios": (0.01,)}, "--step-ratios 0.01: 0.01 is less than one of 8 steps"),
+        ({"phases": [((4, 0.5), (2, 0.01))]}, "--phases 4:0.5,2:0.01: 0.01 is less than one of 8 steps"),
+        ({"lengths": (0,)}, "--steps 0: must be above 0"),
+        ({"settings": {"seed": ["3"]}}, "--vary seed: is varied by --seeds"),
+        ({"settings": {"train_iters": ["3"]}}, "--vary train_iters: is varied by --steps"),
+        ({"settings": {"rate": ["3"]}}, "--vary rate: is no setting of pretrain_tst.py"),
+        ({"settings": {"lr": ["-1"]}}, "--min-lr 0.0: must lie between 0 and --lr|--lr"),
+        ({"settings": {"lr": ["1e-2", "0.01"]}}, "baseline: is named twice"),
+        ({"settings": {"bf16": ["yes"]}}, "--vary bf16 yes: must be true or false"),
+        ({"settings": {"tst_objective": ["mce_alt"]}, "weights": ("power_law",)}, "mce_alt: has no bag weights"),
         ({"flags": [*FLAGS, "--eval-iters", "0"]}, "--eval-iters 0: a grid compares"),
         ({"flags": [*FLAGS, "--lr-decay-iters", "9"]}, "--lr-decay-iters 9: is more than the runs' 8 steps"),
         ({"flags": [*FLAGS, "--global-batch-size", "3"]}, "--global-batch-size 3"),
+        ({"flags": FLAGS[:2]}, "--train-iters None: must be given"),
     ):
         with pytest.raises(UserError, match=message):
             planned(tmp_path, **wrong)
+    for text in ("4", "4:x", "1:0.5", "4:0", "4:0.6,2:0.5", ""):
+        with pytest.raises(UserError, match=f"--phases {text}: must be bag sizes"):
+            read_phases(text)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -53,124 +151,16 @@ def test_what_has_ended_is_not_run_again_and_other_settings_are_refused(tmp_path
     write_run(run.directory.path, [3.0, 2.5])
     with pytest.raises(UserError, match="holds a run with other settings"):
         _ = run.is_complete
-    run.directory.config.write_text(dump_config(run.config))
+    text = dump_config(run.config)
+    run.directory.config.write_text(text)
     assert run.is_complete
+    # Written by a version that had fewer settings.
+    older = [line for line in text.splitlines(keepends=True) if "tst_reinitialize_at_switch" not in line]
+    run.directory.config.write_text("".join(older))
+    assert len(older) < len(text.splitlines()) and run.is_complete
     # Killed in its last evaluation: all steps are logged.
     lines = run.directory.metrics.read_text().splitlines(keepends=True)
     steps = [line for line in lines if "valid_loss" not in line]
     assert len(steps) < len(lines)
     run.directory.metrics.write_text("".join(steps))
     assert not run.is_complete
-
-
-PROGRAM = """
-import os, sys, pathlib, signal
-name = sys.argv[len(sys.argv) - sys.argv[::-1].index("--tst-run-dir")]
-pathlib.Path(name + ".env").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
-if "s4" in name:
-    signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(name + ".stopped").write_text(""), os._exit(75)))
-    pathlib.Path(name + ".begun").write_text("")
-    signal.pause()
-print("the last word of", name)
-sys.exit(2 if "mistake" in name else 3 if "s2" in name else 0)
-"""
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Path:
-    path = tmp_path / "program.py"
-    path.write_text(PROGRAM)
-    return path
-
-
-def test_runs_end_well_or_with_their_last_line(tmp_path: Path, program):
-    runs = planned(tmp_path, sizes=(2,), ratios=(0.25, 0.5), seeds=(1,))
-    ends = {run.name: failure for run, failure in Runner(program, 2, []).run_all(runs)}
-    assert ends["baseline-seed1"] is None
-    for name in ("s2-r0.25-seed1", "s2-r0.5-seed1"):
-        assert ends[name] == f"exit code 3: the last word of {tmp_path / name} ({tmp_path / name}.out)"
-
-
-def test_a_users_mistake_is_met_once(tmp_path: Path, program):
-    runs = planned(tmp_path / "mistake", sizes=(2, 4), ratios=(0.25, 0.5), seeds=(1,))
-    (tmp_path / "mistake").mkdir()
-    first, *others = [failure for _, failure in Runner(program, 1, []).run_all(runs)]
-    assert first.startswith("exit code 2: the last word")
-    assert others == [NOT_STARTED] * 4
-
-
-def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, program):
-    runs = planned(tmp_path, sizes=(2,), ratios=(0.25, 0.5), seeds=(1, 2))
-    list(Runner(program, 2, ["4", "GPU-7"]).run_all(runs))
-    seen = {path.read_text() for path in tmp_path.glob("*.env")}
-    assert seen == {"4", "GPU-7"}
-    list(Runner(program, 1, []).run_all(runs[:1]))
-    assert (tmp_path / "baseline-seed1.env").read_text() in ("none", "")
-
-
-def test_an_interruption_stops_what_runs_and_starts_nothing(tmp_path: Path, program):
-    """The generator is closed after the baseline has ended, while s4 waits for its signal and s8 for its turn."""
-    runs = planned(tmp_path, sizes=(4, 8), ratios=(0.5,), seeds=(1,))
-    begun = tmp_path / "s4-r0.5-seed1.begun"
-    ends = Runner(program, 1, []).run_all(runs)
-    assert next(ends)[0].name == "baseline-seed1"
-    for _ in range(1000):
-        if begun.exists():
-            break
-        subprocess.run([sys.executable, "-c", ""], check=True)
-    ends.close()
-    assert (tmp_path / "s4-r0.5-seed1.stopped").exists()
-    assert not (tmp_path / "s8-r0.5-seed1.env").exists()
-
-
-def test_a_finished_run_is_a_point(tmp_path: Path):
-    for seed, last in ((1, 2.4), (2, 2.6)):
-        write_run(tmp_path / f"s4-{seed}", [5.0, 3.0, 3.0, last], bag_size=4, superposed=1, seed=seed)
-        write_run(tmp_path / f"base-{seed}", [4.0, 3.0, 2.9, 2.8], seed=seed)
-    results = [read_result(path) for path in sorted(tmp_path.iterdir(), reverse=True)]
-    assert results[0].point == SweepPoint("uniform", 0.25, 4)
-    assert (results[0].seed, results[0].final_loss, results[0].data_tokens) == (2, 2.6, 64 * (10 * 4 + 30))
-    losses = losses_by_point(results)
-    assert [(point.bag_size, loss.value) for point, loss in losses.items()] == [
-        (1, pytest.approx(2.8)), (4, pytest.approx(2.5))
-    ]  # fmt: skip
-    assert losses[SweepPoint("uniform", 0.25, 4)].error == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ({"valid": [5.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 2.0], "superposed": 2, "seed": 2}, "more than a grid does"),
-        ({"valid": [5.0, 3.0, 3.0, 2.0], "superposed": 1, "seed": 1}, "has the setting and seed of one"),
-    ],
-)
-def test_runs_of_another_grid_or_twice_are_refused(tmp_path: Path, other, message):
-    write_run(tmp_path / "one", [5.0, 3.0, 3.0, 2.4], bag_size=4, superposed=1)
-    write_run(tmp_path / "other", bag_size=4, **other)
-    with pytest.raises(UserError, match=message):
-        losses_by_point([read_result(tmp_path / name) for name in ("one", "other")])
-
-
-def test_runs_of_another_objective_are_no_seeds_of_a_point(tmp_path: Path):
-    for seed in (1, 2):
-        write_run(tmp_path / f"base{seed}", [4.0, 3.0, 2.9, 2.8], seed=seed)
-        write_run(tmp_path / f"tst{seed}", [5.0, 3.0, 3.0, 2.4], bag_size=4, superposed=1, seed=seed)
-    assert len(losses_by_point([read_result(path) for path in tmp_path.iterdir()])) == 2
-    for changed, refused in (("base2", False), ("tst2", True)):
-        config = load_config(tmp_path / changed / "config.yaml")
-        other = dataclasses.replace(config.superposition, tst_objective="mce_alt")
-        (tmp_path / changed / "config.yaml").write_text(dump_config(dataclasses.replace(config, superposition=other)))
-        results = [read_result(path) for path in sorted(tmp_path.iterdir())]
-        if refused:
-            with pytest.raises(UserError, match="tst2: superposes otherwise than tst1"):
-                losses_by_point(results)
-        else:
-            assert len(losses_by_point(results)) == 2
-
-
-def test_a_run_of_many_phases_is_no_point(tmp_path: Path):
-    folder = write_run(tmp_path / "run", [3.0, 2.5])
-    phases = "phases: [{bag_size: 4, steps: 5}, {bag_size: 2, steps: 5}, {bag_size: 1, steps: 10}]\n"
-    (folder / "config.yaml").write_text(phases)
-    with pytest.raises(UserError, match="has 3 phases"):
-        read_result(folder)
