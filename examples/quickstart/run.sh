@@ -5,7 +5,7 @@
 #   bash examples/quickstart/run.sh --seed 2          another seed
 #   bash examples/quickstart/run.sh --seeds 3         seeds 1 to 3, one after the other, compared together
 #   bash examples/quickstart/run.sh --equal-loss      then two shorter TST runs: how many steps reach the baseline's loss?
-#   STEPS=40 PACKAGES=rich bash examples/quickstart/run.sh    a short trial of the script itself; DATA=, RUNS=: folders
+#   STEPS=50 PACKAGES=rich bash examples/quickstart/run.sh    a short trial of the script itself; DATA=, RUNS=: folders
 #   PYTHON=python3.12 VENV=.venv-3.12 bash examples/quickstart/run.sh    another interpreter
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -61,11 +61,11 @@ for seed in "${seeds[@]}"; do
   compared+=("$runs/quickstart-seed$seed"/{baseline,tst})
   if [ "$equal_loss" = yes ]; then
     echo "== training two shorter TST runs of seed $seed, each with its own decay, side by side"
-    train tst-75 "$seed" $((steps * 3 / 4)) &
+    train tst-60 "$seed" $((steps * 3 / 5)) &
     other=$!
-    train tst-50 "$seed" $((steps / 2))
+    train tst-40 "$seed" $((steps * 2 / 5))
     wait "$other"
-    compared+=("$runs/quickstart-seed$seed"/{tst-50,tst-75})
+    compared+=("$runs/quickstart-seed$seed"/{tst-40,tst-60})
   fi
 done
 folder=$runs/quickstart-seed${seeds[0]}

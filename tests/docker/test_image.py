@@ -93,7 +93,9 @@ def test_tests_and_quickstart_run_as_they_are_and_install_nothing(builder: Build
         "PIP_NO_INDEX=1 bash tests/run.sh tests/docs/test_documents.py tests/platform/test_cpu.py tests/superposition"
     )
     assert re.search(r"\d+ passed", builder.run(cpu, ["sh", "-c", script]))
-    assert "tst ends" in builder.run(cpu, ["sh", "-c", "PIP_NO_INDEX=1 STEPS=40 bash examples/quickstart/run.sh"])
+    assert "tst ends" in builder.run(
+        cpu, ["sh", "-c", "PIP_NO_INDEX=1 STEPS=50 PACKAGES=rich bash examples/quickstart/run.sh"]
+    )
     recorded = json.loads(builder.run(cpu, ["cat", "runs/quickstart-seed1/tst/versions.json"]))
     assert recorded["image"] == "v1-test"
 
