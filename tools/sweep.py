@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -39,6 +40,10 @@ from megatron_tst.platform.device import visible_gpus
 from megatron_tst.telemetry.compare import Estimate
 from megatron_tst.telemetry.outputs import check_picture
 
+CAPTION = (
+    "Final loss: next-token validation loss in nats per token, with its standard error over seeds. Less baseline: the "
+    "mean of each seed's final loss less that of the baseline with this seed."
+)
 PROGRAM = Path(__file__).parents[1] / "pretrain_tst.py"
 
 
@@ -159,11 +164,12 @@ def show(results: Sequence[SweepResult], folder: Path) -> None:
     write_csv(folder / "sweep_means.csv", mean_rows(settings))
     console = Console()
     console.print(means_table(settings))
+    console.print(CAPTION, highlight=False, soft_wrap=True)
     baselines = [setting.final_loss for setting in settings if not setting.phases]
     baseline = baselines[0] if len(baselines) == 1 else None
     if curves := final_loss_curves(settings):
         picture = folder / curves.file
-        draw_final_losses(curves.panels, baseline, curves.axis, picture)
+        draw_final_losses(curves.panels, baseline and (curves.baseline_at, baseline), curves.axis, picture)
     else:
         picture = folder / "settings.png"
         draw_settings([(s.label, s.losses, s.less_baseline) for s in settings], baseline, picture)
@@ -222,7 +228,12 @@ def means_table(settings: Sequence[SweepSetting]) -> Table:
     columns = [name.replace("_", " ") for name in setting_columns(settings[0])]
     shown = [n for n, name in enumerate(columns) if name != "bag weights" or BAG_WEIGHTS in settings[0].varied]
     names = {"step ratio": "r", "bag size": "s"}
-    table = Table(*(names.get(columns[n], columns[n]) for n in shown), "seeds", "final loss", "less baseline")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for n in shown:
+        table.add_column(names.get(columns[n], columns[n]), overflow="fold")
+    for name in ("seeds", "final loss", "less baseline"):
+        # A header may take two lines; a number stays on one.
+        table.add_column(name, justify="right", no_wrap=name != "seeds")
     best = min(settings, key=lambda setting: setting.final_loss.value)
     for setting in settings:
         values = list(setting_columns(setting).values())
@@ -231,7 +242,6 @@ def means_table(settings: Sequence[SweepSetting]) -> Table:
         told = "" if gap is None else gap.signed(4) + (f" ({pairs} pairs)" if pairs < len(setting.runs) else "")
         row = [*("" if values[n] is None else str(values[n]) for n in shown), str(len(setting.runs))]
         table.add_row(*row, setting.final_loss.write(4), told, style="bold" if setting is best else None)
-    table.caption = "nats per token, mean over seeds ± standard error; less baseline: of each seed, then the mean"
     return table
 
 

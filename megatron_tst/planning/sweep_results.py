@@ -123,9 +123,12 @@ class SweepSetting:
         if self.phases:
             sizes, shares = (", ".join(f"{value:g}" for value in values) for values in zip(*self.phases, strict=True))
             told = [f"s = {sizes}; r = {shares}"]
-        return ", ".join(
-            [*told, *(f"{heading(flag)} {value}" for flag, value in self.varied.items() if value is not None)]
-        )
+        for flag, value in self.varied.items():
+            if isinstance(value, bool):
+                told += [heading(flag)] if value else []
+            elif value is not None:
+                told.append(f"{heading(flag)} {value}")
+        return ", ".join(told)
 
 
 def heading(flag: str) -> str:
@@ -136,7 +139,7 @@ def heading(flag: str) -> str:
 def differences(runs: Mapping[int, SweepResult], others: Mapping[int, SweepResult]) -> dict[int, float]:
     """Return final losses less those of other runs, for each seed that both have, in nats per token.
 
-    Runs of one seed begin with the same weights and read in the same order, so much of their scatter is common.
+    Runs of one seed begin with the same weights and read in the same order: what a seed does to both cancels.
     """
     return {seed: run.curve.final_loss - others[seed].curve.final_loss for seed, run in runs.items() if seed in others}
 
@@ -198,11 +201,13 @@ class FinalLossCurves:
     Attributes:
         panels: by title, then by the line's label: final losses by bag size or step ratio.
         axis: what they are drawn over.
+        baseline_at: the value on that axis that means no bags.
         file: name of the picture.
     """
 
     panels: Mapping[str, Mapping[str, Mapping[float, Estimate]]]
     axis: str
+    baseline_at: float
     file: str
 
 
@@ -229,4 +234,4 @@ def final_loss_curves(settings: Sequence[SweepSetting]) -> FinalLossCurves | Non
         title, label = (fixed, weights) if by_weights else (weights, fixed)
         panels.setdefault(title, {}).setdefault(label, {})[size if over_size else ratio] = setting.final_loss
     axis = "bag size s (data tokens per position)" if over_size else "step ratio r (share of the steps with bags)"
-    return FinalLossCurves(panels, axis, "u_curves.png" if over_size else "ratio_curves.png")
+    return FinalLossCurves(panels, axis, float(over_size), "u_curves.png" if over_size else "ratio_curves.png")

@@ -3,6 +3,7 @@
 Letters are as large as a page's text where a picture is shown 800 pixels wide, as in a README.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import matplotlib.figure
 import numpy
 
 from megatron_tst.telemetry.compare import Estimate, Group, Method
+from megatron_tst.telemetry.curves import RunCurve
 from megatron_tst.telemetry.progress import short
 
 # Okabe and Ito's palette, told apart by colour-blind readers.
@@ -55,7 +57,7 @@ def draw_comparison(methods: Sequence[Method], path: Path, axes: Sequence[str]) 
                     _draw_curves(plot, group, axis, _style(number, length))
             _mark_across(plot, methods[0].groups[-1].final_loss, f"end of {methods[0].groups[-1].name}")
             _limit(plot, groups)
-            _from_nothing(plot, axis, max(group.total(axis) for group in groups))
+            _from_nothing(plot, axis, max(run.total(axis) for group in groups for run in group.runs))
         if with_ends:
             _draw_ends(plots[-1], methods)
         for plot in plots:
@@ -72,7 +74,7 @@ def _panels(count: int, num_labels: int) -> tuple[matplotlib.figure.Figure, list
     rows = math.ceil(count / columns)
     spare = columns * rows - count
     # Without a panel to spare, the legend stands above.
-    height = 3.6 * rows + (0.6 if rows == 1 else 0.0) + (0.0 if spare else 0.25 * math.ceil((num_labels + 1) / 2))
+    height = (3.3 * rows if rows > 1 else 4.2) + (0.0 if spare else 0.25 * math.ceil((num_labels + 1) / 2))
     figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
     plots = list(figure.subplots(rows, columns, squeeze=False).flat)
     return figure, plots[:count], plots[count] if spare else None
@@ -84,7 +86,7 @@ def _place_legend(figure: matplotlib.figure.Figure, labelled: Any, spare: Any | 
     style = {"frameon": False, "handlelength": 2.5}
     if spare is not None:
         spare.set_axis_off()
-        spare.legend(handles, [fill(label, 30) for label in labels], loc="center", **style)
+        spare.legend(handles, [fill(label, 36) for label in labels], loc="center", **style)
     else:
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2), **style)
 
@@ -129,20 +131,27 @@ def _mark_across(plot: Any, loss: Estimate, label: str, is_vertical: bool = Fals
 
 
 def _limit(plot: Any, groups: Sequence[Group]) -> None:
-    """Leave out the first evaluations, several nats above the rest: they would flatten all differences."""
+    """Leave out what lies nats above the rest and would flatten all differences: phases with bags, the first steps."""
     runs = [run for group in groups for run in group.runs]
     finals = [run.final_loss for run in runs]
-    losses = sorted(loss for run in runs for loss in run.losses if math.isfinite(loss))
+    losses = sorted(loss for run in runs for loss in _ordinary_losses(run))
     lowest, highest = min(finals), max(*finals, losses[int(0.9 * (len(losses) - 1))])
     margin = 0.05 * (highest - lowest) or 0.01
     plot.set_ylim(lowest - margin, highest + margin)
+
+
+def _ordinary_losses(run: RunCurve) -> list[float]:
+    """Return the losses of the evaluations within phases of bag size 1, or at the run's end."""
+    phases = [bisect.bisect_left(run.switches, step) for step in run.axes["steps"]]
+    found = [loss for loss, phase in zip(run.losses, phases, strict=True) if run.bag_sizes[phase] == 1]
+    return [loss for loss in (*found, run.final_loss) if math.isfinite(loss)]
 
 
 def _from_nothing(plot: Any, axis: str, most: float) -> None:
     """Let an axis begin at no cost and end a little behind the last run."""
     plot.set_xlim(0, 1.03 * most)
     plot.set_xlabel(AXES[axis])
-    plot.locator_params(axis="x", nbins=5)
+    plot.locator_params(axis="x", nbins=3 if axis == "flops" else 5)
     if axis == "data_tokens":
         plot.xaxis.set_major_formatter(lambda number, _: short(number))
     elif axis == "flops":
@@ -168,18 +177,22 @@ def _draw_estimates(plot: Any, places: Sequence[float], losses: Sequence[Estimat
 
 
 def draw_final_losses(
-    panels: Mapping[str, Mapping[str, Mapping[float, Estimate]]], baseline: Estimate | None, axis: str, path: Path
+    panels: Mapping[str, Mapping[str, Mapping[float, Estimate]]],
+    baseline: tuple[float, Estimate] | None,
+    axis: str,
+    path: Path,
 ) -> None:
     """Draw final loss over a setting, such as bag size, with the standard error over seeds and the baseline across.
 
     Args:
         panels: by title, then by the line's label: final losses by the setting's value.
-        baseline: final loss without bags.
+        baseline: the value at which the setting means no bags, and the final loss there.
         axis: what the setting is.
         path: PNG or SVG to write.
     """
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     values = sorted({value for lines in panels.values() for line in lines.values() for value in line})
+    ticks = values if baseline is None else [baseline[0], *values]
     # Side by side, so that bars of one value are told apart.
     apart = 0.06 * min((b - a for a, b in itertools.pairwise(values)), default=1.0)
     with matplotlib.rc_context(_STYLE):
@@ -192,10 +205,12 @@ def draw_final_losses(
                 shifted = [place + shift for place in places]
                 _draw_estimates(plot, shifted, [line[place] for place in places], label=label, **_style(number))
             if baseline:
-                _mark_across(plot, baseline, "baseline")
+                place, loss = baseline
+                _mark_across(plot, loss, "baseline")
+                _draw_estimates(plot, [place], [loss], color="black", marker="o")
             plot.set_title(title)
             plot.set_xlabel(axis)
-            plot.set_xticks(values, [f"{value:g}" for value in values])
+            plot.set_xticks(ticks, [f"{value:g}" for value in ticks])
             plot.grid(alpha=0.3)
             if plot.get_subplotspec().is_first_col():
                 plot.set_ylabel(f"{FINAL_LOSS}, ± standard error")
@@ -216,9 +231,12 @@ def draw_settings(
         baseline: final loss without bags.
         path: PNG or SVG to write.
     """
-    places = list(range(len(rows)))
+    labels = [fill(label, 24) for label, _, _ in rows]
+    # A row has the room that its label needs.
+    heights = [0.28 + 0.22 * (label.count("\n") + 1) for label in labels]
+    places = [sum(heights[:number]) + height / 2 for number, height in enumerate(heights)]
     with matplotlib.rc_context(_STYLE):
-        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, 1.4 + 0.6 * len(rows)), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, 1.4 + sum(heights)), layout="constrained")
         plot = figure.subplots()
         for place, (_, losses, _) in zip(places, rows, strict=True):
             mean = Estimate.of(losses)
@@ -228,15 +246,15 @@ def draw_settings(
             )
         if baseline:
             _mark_across(plot, baseline, "baseline", is_vertical=True)
-        plot.set_yticks(places, [fill(label, 24) for label, _, _ in rows])
-        plot.set_ylim(len(rows) - 0.5, -0.5)
+        plot.set_yticks(places, labels)
+        plot.set_ylim(sum(heights), 0)
         plot.set_xlabel(f"{FINAL_LOSS.replace(chr(10), ' ')}\ndots: seeds; diamond: mean ± standard error")
         _write_beside(plot, places, [gap for _, _, gap in rows])
         plot.grid(alpha=0.3)
         figure.savefig(path)
 
 
-def _write_beside(plot: Any, places: Sequence[int], gaps: Sequence[Estimate | None]) -> None:
+def _write_beside(plot: Any, places: Sequence[float], gaps: Sequence[Estimate | None]) -> None:
     """Write each row's difference from the baseline at its right end."""
     beside = plot.twinx()
     beside.set_ylim(plot.get_ylim())

@@ -69,10 +69,10 @@ def test_settings_that_differ_are_kept_apart_and_named(tmp_path: Path):
     settings = gather([read_result(folder) for folder in folders])
     assert [setting.label for setting in settings] == [
         "baseline",
-        "s = 4; r = 0.25, bag weights uniform, objective mce, reinitialize at switch False",
-        "s = 4; r = 0.25, bag weights uniform, objective mce, reinitialize at switch True",
-        "s = 4; r = 0.25, bag weights uniform, objective mce_alt, reinitialize at switch False",
-        "s = 4; r = 0.25, bag weights power_law, objective mce, reinitialize at switch False",
+        "s = 4; r = 0.25, bag weights uniform, objective mce",
+        "s = 4; r = 0.25, bag weights uniform, objective mce, reinitialize at switch",
+        "s = 4; r = 0.25, bag weights uniform, objective mce_alt",
+        "s = 4; r = 0.25, bag weights power_law, objective mce",
     ]
     assert [setting.less_baseline.value for setting in settings[1:]] == pytest.approx([-0.3, -0.2, -0.2, -0.2])
     assert final_loss_curves(settings) is None

@@ -173,6 +173,7 @@ def test_runs_of_one_method_differ_in_seed_and_length(tmp_path: Path):
     (base,) = found[0].groups
     assert base.final_loss == Estimate(2.5, pytest.approx(0.1))
     assert base.final_loss.write(3) == "2.500 ± 0.100"
+    assert [Estimate(value, 0.1).signed(1) for value in (0.2, -0.2)] == ["+0.2 ± 0.1", "-0.2 ± 0.1"]
     assert find_methods([read_curve(tmp_path / "s2")])[0].groups[0].final_loss.error is None
 
 
