@@ -8,64 +8,80 @@ seeds.csv beside this file has the final losses of the same settings with five s
 
 import csv
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_tst.config import EXIT_CODE, UserError
 from megatron_tst.telemetry.compare import Estimate, Group, Method, SpeedUp, difference, find_methods, speed_ups
-from megatron_tst.telemetry.curves import read_curves
+from megatron_tst.telemetry.curves import AXES, RunCurve, read_curves
 
 MEASURED = Path(__file__).with_name("seeds.csv")
-# Final loss of each seed, by method and number of steps.
-Losses = dict[tuple[str, int], dict[int, float]]
 
 
-def read_measured() -> Losses:
-    """Return the final losses of seeds.csv."""
-    losses: Losses = defaultdict(dict)
+def read_measured() -> list[Method]:
+    """Return the runs of seeds.csv, the baseline's first."""
     with MEASURED.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            losses[row["method"], int(row["steps"])][int(row["seed"])] = float(row["final_loss"])
-    return losses
+        return find_methods(_curve(**row) for row in csv.DictReader(file))
+
+
+def _curve(method: str, steps: str, seed: str, final_loss: str) -> RunCurve:
+    """Describe a run by its end; a step of either method costs the same FLOPs."""
+    return RunCurve(
+        name=f"{method}-{steps}-seed{seed}",
+        seed=int(seed),
+        setting={},
+        superposition=method,
+        length=steps,
+        losses=[float(final_loss)],
+        axes={axis: [float(steps)] for axis in AXES},
+        switches=[],
+        bag_sizes=[],
+        recovery=None,
+    )
 
 
 def sentences(baseline: Method, tst: Method) -> Iterator[str]:
     """Yield what the runs show, and what five other seeds showed."""
-    long, longest = baseline.groups[-1], tst.groups[-1]
-    gain = difference(longest, long)
+    longest, before = tst.groups[-1], baseline.groups[-1]
+    gain = difference(longest, before)
     side = "below" if gain.value < 0 else "above"
-    told = Estimate(abs(gain.value), gain.error).write(4)
     yield (
-        f"TST ended {told} nats per token {side} the baseline ({longest.final_loss.value:.4f} against "
-        f"{long.final_loss.value:.4f}), after as many steps and FLOPs."
+        f"TST ended {Estimate(abs(gain.value), gain.error).write(4)} nats per token {side} the baseline "
+        f"({longest.final_loss.value:.4f} against {before.final_loss.value:.4f}), after as many steps and FLOPs."
     )
-    yield _steps_needed(baseline, tst)
-    yield _trust(long, len(longest.runs))
+    needed = _steps_needed(baseline, tst)
+    if needed:
+        yield f"TST reached the baseline's loss in {needed}."
+    elif len(tst.groups) > 1:
+        yield "The shorter TST runs end on one side of the baseline's loss: how many steps reach it stays open."
+    else:
+        yield "In how many steps TST reaches the baseline's loss, runs of one length do not tell: --equal-loss does."
+    yield _trust(before)
 
 
-def _steps_needed(baseline: Method, tst: Method) -> str:
+def _steps_needed(baseline: Method, tst: Method) -> str | None:
+    """Tell in which share of its steps TST ends at the baseline's final loss, if two of its lengths enclose that."""
     for found in speed_ups(tst, baseline):
-        if isinstance(found, SpeedUp) and found.anchor in baseline.groups:
-            share = 100 / found.ratio.value
-            return f"TST reached the baseline's loss in {share:.0f} % of its steps: {found.ratio.write(2)} times fewer."
-    if len(tst.groups) > 1:
-        return "The shorter TST runs end on one side of the baseline's loss: how many steps reach it stays open."
-    return "In how many steps TST reaches the baseline's loss, runs of one length do not tell: --equal-loss does."
+        if isinstance(found, SpeedUp) and found.anchor is baseline.groups[-1]:
+            return f"{100 / found.ratio.value:.0f} % of its steps, {found.ratio.write(2)} times fewer"
+    return None
 
 
-def _trust(baseline: Group, num_seeds: int) -> str:
-    losses = read_measured()
-    steps = max(steps for _, steps in losses)
-    before, after = losses["baseline", steps], losses["tst", steps]
-    gains = [before[seed] - after[seed] for seed in sorted(before)]
-    few = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
+def _trust(trained: Group) -> str:
+    """Tell how much the gain varies from seed to seed."""
+    baseline, tst = read_measured()
+    before, after = baseline.groups[-1], tst.groups[-1]
+    losses = {run.seed: run.final_loss for run in before.runs}
+    gains = [losses[run.seed] - run.final_loss for run in after.runs]
+    few = "one seed" if len(trained.runs) == 1 else f"{len(trained.runs)} seeds"
     told = (
-        f"How far to trust {few}: in runs of {steps} steps with {len(gains)} seeds, {min(before)} to {max(before)}, "
-        f"the gain was {Estimate.of(gains).write(4)} nats, from {min(gains):.4f} to {max(gains):.4f}."
+        f"How far to trust {few}: with {len(gains)} seeds, {min(losses)} to {max(losses)}, the gain after "
+        f"{before.num_steps} steps was {Estimate.of(gains).write(4)} nats, from {min(gains):.4f} to {max(gains):.4f}"
     )
-    if baseline.num_steps != steps:
-        told += f" Runs of {baseline.num_steps} steps are not those."
+    needed = _steps_needed(baseline, tst)
+    told += f", and TST needed {needed}." if needed else "."
+    if trained.num_steps != before.num_steps:
+        told += f" Runs of {trained.num_steps} steps are not those."
     return told
 
 
