@@ -32,6 +32,8 @@ def whole_folder(target: Path, source: Path, needed_bytes: int, force: bool) -> 
             cannot be written.
     """
     target = target.resolve()
+    if not target.name:
+        raise UserError(f"--save {target}: is no folder that can be replaced")
     aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     with locked(target, f"--save {target}"):
         _check_replaceable(target, source, force)

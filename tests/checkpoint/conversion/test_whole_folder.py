@@ -1,6 +1,7 @@
 """A folder appears whole or not at all."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,8 @@ def test_only_an_earlier_conversion_is_replaced_and_only_by_force(tmp_path):
     (tmp_path / "home" / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match=f"holds no {MARK}, so --force does not replace it.*delete this one yourself"):
         fill(tmp_path / "home", "new", force=True)
+    with pytest.raises(UserError, match="--save /: is no folder that can be replaced"):
+        fill(Path("/"), "new", force=True)
     with pytest.raises(UserError, match="exists and is not a folder"):
         fill(tmp_path / "home" / "thesis.tex", "new", force=True)
     assert files(tmp_path / "home") == {"thesis.tex": "years"}
