@@ -67,6 +67,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--workers", type=int, help="runs at a time (default: one per GPU, without one 1)")
+    parser.add_argument("--plan", action="store_true", help="train nothing; tell the runs and which of them have ended")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="RUN", help="train nothing; draw these run directories")
     return parser.parse_known_args()
 
@@ -82,6 +83,12 @@ def main(arguments: argparse.Namespace, flags: list[str]) -> int:
             show([read_result(path) for path in arguments.draw], results)
         return 0
     runs = plan_sweep(read_grid(arguments), arguments.output, flags)
+    if arguments.plan:
+        missing = {run.name for run in runs if not run.is_complete}
+        for run in runs:
+            print(f"{run.name}: {'to train' if run.name in missing else 'ended'}")
+        print(f"{len(runs)} runs, {len(missing)} of them to train")
+        return 0
     gpus = visible_gpus()
     workers = max(len(gpus), 1) if arguments.workers is None else arguments.workers
     if workers < 1:
