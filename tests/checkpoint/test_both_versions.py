@@ -34,7 +34,18 @@ def test_the_installed_version_trains_as_the_recorded_one(tmp_path):
     assert differs(other_seed) > 1e-3
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(2, TWO_RANKS), (1, ONE_RANK)], ids=["tp2", "one rank"])
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(2, ONE_RANK, id="dp2"),
+        pytest.param(2, TWO_RANKS, id="tp2"),
+        pytest.param(4, TWO_RANKS, id="tp2-dp2", marks=pytest.mark.long),
+        pytest.param(1, ONE_RANK, id="one rank", marks=pytest.mark.long),
+        pytest.param(
+            2, f"{ONE_RANK} --overlap-grad-reduce --overlap-param-gather", id="overlap", marks=pytest.mark.long
+        ),
+    ],
+)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_installed_version_resumes_what_each_has_saved(tmp_path, version, ranks, flags):
     argv = [*arguments(tmp_path, "run", flags), "--load", str(RECORDED / version)]
