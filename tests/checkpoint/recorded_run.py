@@ -4,7 +4,7 @@
 
     python -m tests.checkpoint.recorded_run
 
-and holds ``metrics.json`` and the checkpoint after step 4, of two tensor-parallel times two data-parallel ranks that share
+and holds ``metrics.json`` and the checkpoint after step 4, of two tensor-parallel times two data-parallel ranks, which share
 the optimizer's state.
 """
 
