@@ -4,7 +4,7 @@
 
     python -m tests.checkpoint.recorded_run
 
-and holds ``metrics.json`` and the checkpoint after step 4, of two tensor-parallel times two data-parallel ranks, which share
+and holds ``metrics.json`` and the checkpoint after step 4. Its ranks are 2 tensor-parallel x 2 data-parallel, and share
 the optimizer's state.
 """
 
