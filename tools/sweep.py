@@ -30,7 +30,7 @@ from megatron_tst.planning.sweep import (
     read_result,
 )
 from megatron_tst.platform.device import visible_gpus
-from megatron_tst.telemetry.outputs import check_picture
+from megatron_tst.telemetry.outputs import check_picture, writing_output
 
 PICTURE = "u_curves.png"
 PROGRAM = Path(__file__).parents[1] / "pretrain_tst.py"
@@ -124,7 +124,8 @@ def show(results: Sequence[SweepResult], output: Path) -> None:
     from megatron_tst.telemetry.plots import draw_u_curves
 
     losses = losses_by_point(results)
-    with (output / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+    table_file, picture = output / "sweep.csv", output / PICTURE
+    with writing_output(table_file, "--output"), table_file.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("bag_weights", "step_ratio", "bag_size", "seed", "data_tokens", "gpu_hours", "final_loss"))
         for result in results:
@@ -140,8 +141,10 @@ def show(results: Sequence[SweepResult], output: Path) -> None:
         table.add_row(*setting, loss.write(4), gap, style="bold" if point == best else None)
     console = Console()
     console.print(table)
-    draw_u_curves({(p.bag_weights, p.step_ratio, p.bag_size): loss for p, loss in losses.items()}, output / PICTURE)
-    console.print(f"results: {output / 'sweep.csv'}  picture: {output / PICTURE}", highlight=False, soft_wrap=True)
+    curves = {(p.bag_weights, p.step_ratio, p.bag_size): loss for p, loss in losses.items()}
+    with writing_output(picture, "--output"):
+        draw_u_curves(curves, picture)
+    console.print(f"results: {table_file}  picture: {picture}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
