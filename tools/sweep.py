@@ -38,7 +38,7 @@ from megatron_tst.planning.sweep_results import (
 )
 from megatron_tst.platform.device import visible_gpus
 from megatron_tst.telemetry.compare import Estimate
-from megatron_tst.telemetry.outputs import check_picture
+from megatron_tst.telemetry.outputs import check_picture, writing_output
 
 CAPTION = (
     "Final loss: next-token validation loss in nats per token, with its standard error over seeds. Less baseline: the "
@@ -167,19 +167,21 @@ def show(results: Sequence[SweepResult], folder: Path) -> None:
     from megatron_tst.telemetry.plots import draw_final_losses, draw_settings
 
     settings = gather(results)
-    write_csv(folder / "sweep.csv", run_rows(settings))
-    write_csv(folder / "sweep_means.csv", mean_rows(settings))
+    with writing_output(folder, "--results"):
+        write_csv(folder / "sweep.csv", run_rows(settings))
+        write_csv(folder / "sweep_means.csv", mean_rows(settings))
     console = Console()
     console.print(means_table(settings))
     console.print(CAPTION, highlight=False, soft_wrap=True)
     baselines = [setting.final_loss for setting in settings if not setting.phases]
     baseline = baselines[0] if len(baselines) == 1 else None
-    if curves := final_loss_curves(settings):
-        picture = folder / curves.file
-        draw_final_losses(curves.panels, baseline and (curves.baseline_at, baseline), curves.axis, picture)
-    else:
-        picture = folder / "settings.png"
-        draw_settings([(s.label, s.losses, s.less_baseline) for s in settings], baseline, picture)
+    curves = final_loss_curves(settings)
+    picture = folder / (curves.file if curves else "settings.png")
+    with writing_output(picture, "--results"):
+        if curves:
+            draw_final_losses(curves.panels, baseline and (curves.baseline_at, baseline), curves.axis, picture)
+        else:
+            draw_settings([(s.label, s.losses, s.less_baseline) for s in settings], baseline, picture)
     told = f"results: {folder / 'sweep.csv'}, {folder / 'sweep_means.csv'}  picture: {picture}"
     console.print(told, highlight=False, soft_wrap=True)
 
