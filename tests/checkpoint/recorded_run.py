@@ -4,8 +4,8 @@
 
     python -m tests.checkpoint.recorded_run
 
-and holds ``metrics.json`` and the checkpoint after step 4. Its ranks are 2 tensor-parallel x 2 data-parallel, and share
-the optimizer's state.
+and holds ``metrics.json`` and the checkpoint after step 4, of two tensor-parallel times two data-parallel ranks that
+share the optimizer's state.
 """
 
 import importlib.metadata

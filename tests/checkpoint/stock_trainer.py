@@ -34,9 +34,9 @@ MODEL = (
 )
 TRAINER = (
     "--vocab-size 263 --tokenizer-type NullTokenizer --mock-data --num-workers 0 --transformer-impl local "
-    "--attention-backend unfused --distributed-backend gloo --no-gradient-accumulation-fusion --no-persist-layer-norm "
-    "--no-rope-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion --micro-batch-size 2 --global-batch-size 4 "
-    "--train-iters 3 --lr 1e-2 --eval-iters 0 --eval-interval 100 --log-interval 1 --ckpt-format torch_dist"
+    "--distributed-backend gloo --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion "
+    "--no-masked-softmax-fusion --no-bias-swiglu-fusion --micro-batch-size 2 --global-batch-size 4 --train-iters 3 "
+    "--lr 1e-2 --eval-iters 0 --eval-interval 100 --log-interval 1 --ckpt-format torch_dist"
 )
 
 # What the trainer asks a card, beside what the model does: (name in torch.cuda, answer).
