@@ -12,6 +12,9 @@ from typing import NoReturn
 from megatron_tst.config import EXIT_RESUMABLE, RunConfig, StoppedInSetUp, UserError, parse_config
 from megatron_tst.determinism import compute_deterministically
 
+# Ranks meet most ends together, and one says so for all.
+IS_MAIN_RANK = os.environ.get("RANK", "0") == "0"
+
 
 def main(config: RunConfig) -> int:
     """Build the run and train it; return the exit code."""
@@ -54,7 +57,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         leave(130)
     except StoppedInSetUp as stop:
-        leave(stop.exit_code, str(stop))
+        leave(stop.exit_code, str(stop) if IS_MAIN_RANK else None)
     except UserError as error:
-        is_spoken_for = os.environ.get("RANK", "0") != "0" and not error.own_rank
-        leave(error.exit_code, None if is_spoken_for else f"error: {error}")
+        leave(error.exit_code, f"error: {error}" if IS_MAIN_RANK or error.own_rank else None)

@@ -62,7 +62,7 @@ def write_checkpoint(folder: Path, settings: dict[str, Any]) -> None:
 
 def export(source: Path, target: Path, max_shard_bytes: int) -> None:
     """Export the checkpoint as tools/convert_ckpt.py does with --no-verify-checkpoint."""
-    saved = find_saved_run(source, None, verify=False)
+    saved = find_saved_run(source, None, check=None)
     Export(saved).write(target, saved.tokenizer, EndOfDocument(0, "<|endoftext|>"), max_shard_bytes, force=True)
 
 

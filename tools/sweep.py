@@ -83,10 +83,10 @@ def main(arguments: argparse.Namespace, flags: list[str]) -> int:
             show([read_result(path) for path in arguments.draw], results)
         return 0
     runs = plan_sweep(read_grid(arguments), arguments.output, flags)
-    missing = [run for run in runs if not run.is_complete]
     if arguments.plan:
+        missing = {run.name for run in runs if not run.is_complete}
         for run in runs:
-            print(f"{run.name}: {'to train' if run in missing else 'ended'}")
+            print(f"{run.name}: {'to train' if run.name in missing else 'ended'}")
         print(f"{len(runs)} runs, {len(missing)} of them to train")
         return 0
     gpus = visible_gpus()
@@ -95,7 +95,7 @@ def main(arguments: argparse.Namespace, flags: list[str]) -> int:
         raise UserError(f"--workers {workers}: must be at least 1")
     make_folders(arguments.output, results)
     with locked(arguments.output / "sweep", f"--output {arguments.output}"):
-        return train_and_show(runs, missing, Runner(PROGRAM, workers, gpus), results)
+        return train_and_show(runs, Runner(PROGRAM, workers, gpus), results)
 
 
 def read_grid(arguments: argparse.Namespace) -> Grid:
@@ -112,8 +112,9 @@ def read_grid(arguments: argparse.Namespace) -> Grid:
     return Grid(phases, arguments.bag_weights, settings, arguments.steps, arguments.seeds)
 
 
-def train_and_show(runs: Sequence[SweepRun], missing: Sequence[SweepRun], runner: Runner, results: Path) -> int:
+def train_and_show(runs: Sequence[SweepRun], runner: Runner, results: Path) -> int:
     """Train the missing runs, then show all that ended, also when interrupted; return the exit code."""
+    missing = [run for run in runs if not run.is_complete]
     print(f"{len(runs)} runs, {len(missing)} of them to train, {runner.workers} at a time", flush=True)
     try:
         is_done = train(missing, runner)

@@ -1,7 +1,9 @@
 """Checksums of a checkpoint's files, in the format that ``sha256sum --check`` reads."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE
 from megatron_tst.config import UserError
 from megatron_tst.platform import Ranks, every_rank
 from megatron_tst.platform.safe_checkpoint import METADATA
@@ -21,6 +23,11 @@ def write_checksums(folder: Path, known: dict[str, str]) -> None:
     paths = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
     lines = [f"{known.get(path.name) or sha256(path)}  {path.name}\n" for path in paths]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def is_written_here(folder: Path) -> bool:
+    """Whether megatron-tst wrote a checkpoint, which then has checksums; those of Megatron-LM's own have none."""
+    return any((folder / name).exists() for name in (CHECKSUMS, RUN_STATE, CONFIG))
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
@@ -49,19 +56,22 @@ def find_damage(folder: Path, ranks: Ranks) -> str | None:
     return next((found for found in every_rank(damage) if found), None)
 
 
-def find_damage_alone(folder: Path, share: slice = slice(None)) -> str | None:
+def find_damage_alone(
+    folder: Path, share: slice = slice(None), on_progress: Callable[[int], object] = lambda _: None
+) -> str | None:
     """Compare a checkpoint's files with their checksums in this process alone.
 
     Args:
         folder: of one checkpoint.
         share: which of the files, in the order of their names.
+        on_progress: called with the bytes of each part that is read.
 
     Returns:
         What is wrong with the first file that differs, or None.
     """
     try:
         known = read_checksums(folder)
-        return _unlisted(folder, known) or _damage(folder, sorted(known.items())[share])
+        return _unlisted(folder, known) or _damage(folder, sorted(known.items())[share], on_progress)
     except UserError as error:
         return str(error)
 
@@ -74,11 +84,11 @@ def _unlisted(folder: Path, known: dict[str, str]) -> str | None:
     )
 
 
-def _damage(folder: Path, share: list[tuple[str, str]]) -> str | None:
+def _damage(folder: Path, share: list[tuple[str, str]], on_progress: Callable[[int], object]) -> str | None:
     for name, digest in share:
         path = folder / name
         try:
-            if sha256(path) != digest:
+            if sha256(path, on_progress) != digest:
                 return f"{path} is damaged: its bytes do not match {CHECKSUMS}"
         except OSError as error:
             return f"{path} cannot be read: {error.strerror or error}"

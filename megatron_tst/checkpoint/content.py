@@ -113,6 +113,9 @@ def list_all(trainables: Trainables, step: int, model: ModelSettings, samples: i
         "checkpoint_version": FORMAT_VERSION,
         "args": Namespace(
             **asdict(model),
+            # Under the names by which Megatron-LM reads them with --use-checkpoint-args.
+            layernorm_epsilon=model.norm_epsilon,
+            add_bias_linear=not model.disable_bias_linear,
             tensor_model_parallel_size=ranks.tp_size,
             pipeline_model_parallel_size=ranks.pp_size,
             consumed_train_samples=samples,

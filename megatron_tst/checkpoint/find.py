@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_tst.checkpoint.checksums import CHECKSUMS, find_damage
+from megatron_tst.checkpoint.checksums import find_damage, is_written_here
 from megatron_tst.checkpoint.folders import TRACKER, CheckpointFolders
 from megatron_tst.checkpoint.run_state import (
     CONFIG,
@@ -16,6 +16,7 @@ from megatron_tst.checkpoint.run_state import (
     read_saved_arguments,
     read_saved_config,
 )
+from megatron_tst.checkpoint.stock_arguments import find_foreign, model_settings
 from megatron_tst.config import CheckpointSettings, RunConfig, UserError
 from megatron_tst.platform import Ranks, main_rank_alone
 from megatron_tst.platform.safe_checkpoint import METADATA, read_metadata
@@ -32,11 +33,13 @@ class FoundCheckpoint:
         folder: of it.
         state: where its run stood; None for weights that are not of a run of ours.
         config: the settings of its run, or of the model alone; None where they are not known.
+        foreign: arguments of Megatron-LM's by which its model computes what none here does.
     """
 
     folder: Path
     state: RunState | None
     config: RunConfig | None
+    foreign: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int | None:
@@ -52,10 +55,19 @@ class FoundCheckpoint:
         Raises:
             UserError: if it has no such table.
         """
-        table = read_metadata(self.folder).state_dict_metadata.get(_TOKEN_TABLE)
-        if not isinstance(table, TensorStorageMetadata):
-            raise UserError(f"{self.folder}: holds no {_TOKEN_TABLE}")
-        return int(table.size[0])
+        return count_embedding_rows(self.folder)
+
+
+def count_embedding_rows(folder: Path) -> int:
+    """Return the rows of a checkpoint's table of token embeddings, padding included.
+
+    Raises:
+        UserError: if it has no such table.
+    """
+    table = read_metadata(folder).state_dict_metadata.get(_TOKEN_TABLE)
+    if not isinstance(table, TensorStorageMetadata):
+        raise UserError(f"{folder}: holds no {_TOKEN_TABLE}")
+    return int(table.size[0])
 
 
 def find_checkpoint(settings: CheckpointSettings, ranks: Ranks) -> FoundCheckpoint | None:
@@ -77,6 +89,8 @@ def find_checkpoint(settings: CheckpointSettings, ranks: Ranks) -> FoundCheckpoi
     candidates = main_rank_alone(lambda: _candidates(folders, settings.ckpt_step))
     for folder, is_checkable in candidates:
         damage = find_damage(folder, ranks) if is_checkable and not settings.no_verify_checkpoint else None
+        if ranks.is_main and not is_checkable:
+            logger.info("%s: has no checksums, for megatron-tst did not write it: it is loaded unchecked", folder)
         if damage is None:
             return main_rank_alone(lambda folder=folder: _open(folder, settings.finetune))  # type: ignore[misc]
         if ranks.is_main:
@@ -100,7 +114,7 @@ def _candidates(folders: CheckpointFolders, wanted: int | None) -> list[tuple[Pa
             raise UserError(f"--ckpt-step {wanted}: {folders.path} holds {steps or 'no checkpoints'}")
         return [_candidate(folders.of(wanted))]
     if not steps:
-        _refuse_other_folder(folders.path)
+        refuse_other_folder(folders.path, "--ckpt-step")
     chosen = [step for step in reversed(steps) if latest is None or step <= latest]
     named = "no step" if latest is None else f"step {latest}"
     if not chosen and folders.tracker.exists():
@@ -116,11 +130,15 @@ def _candidates(folders: CheckpointFolders, wanted: int | None) -> list[tuple[Pa
 
 def _candidate(folder: Path) -> tuple[Path, bool]:
     """Return a checkpoint and whether it has checksums, which it must have unless others made it."""
-    return folder, (folder / CHECKSUMS).exists() or (folder / RUN_STATE).exists() or not (folder / METADATA).exists()
+    return folder, is_written_here(folder) or not (folder / METADATA).exists()
 
 
-def _refuse_other_folder(path: Path) -> None:
-    """Say what a folder is that holds no checkpoints and is not meant to: the run would start from scratch.
+def refuse_other_folder(path: Path, step_flag: str) -> None:
+    """Say what a folder is that holds no checkpoints and is not meant to.
+
+    Args:
+        path: the folder.
+        step_flag: names the step of a checkpoint, for messages.
 
     Raises:
         UserError: if it is known what it is.
@@ -128,7 +146,7 @@ def _refuse_other_folder(path: Path) -> None:
     inner = CheckpointFolders(path / "checkpoints")
     for is_so, reason in (
         (path.exists() and not path.is_dir(), "is not a folder"),
-        ((path / METADATA).exists(), "is a single checkpoint: name its parent folder, and the step with --ckpt-step"),
+        ((path / METADATA).exists(), f"is a single checkpoint: name its parent folder, and the step with {step_flag}"),
         (bool(inner.steps()), f"is a run directory: name {inner.path}"),
         ((path / "config.json").exists(), "is a Hugging Face folder: convert it with tools/convert_ckpt.py first"),
     ):
@@ -141,5 +159,9 @@ def _open(folder: Path, weights_only: bool) -> FoundCheckpoint:
         return FoundCheckpoint(folder, read_run_state(folder), read_saved_config(folder))
     if not weights_only:
         raise UserError(f"--load {folder}: has no {RUN_STATE}: only its weights can be used, add --finetune")
-    config = read_saved_config(folder) if (folder / CONFIG).exists() else read_saved_arguments(folder)
-    return FoundCheckpoint(folder, None, config)
+    if (folder / CONFIG).exists():
+        return FoundCheckpoint(folder, None, read_saved_config(folder))
+    arguments = read_saved_arguments(folder)
+    if arguments is None:
+        return FoundCheckpoint(folder, None, None)
+    return FoundCheckpoint(folder, None, RunConfig(model=model_settings(arguments)), tuple(find_foreign(arguments)))

@@ -1,14 +1,17 @@
 """Loading: every rank reads its shards of a checkpoint that was found."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tst.checkpoint.content import (
     Trainables,
@@ -22,8 +25,12 @@ from megatron_tst.checkpoint.content import (
 )
 from megatron_tst.checkpoint.find import FoundCheckpoint
 from megatron_tst.config import UserError
-from megatron_tst.platform import Ranks
+from megatron_tst.platform import Ranks, every_rank
+from megatron_tst.platform.common_state import read_common_state
 from megatron_tst.platform.safe_checkpoint import read_metadata, safe_loading
+from megatron_tst.platform.versions import reads_alone
+
+_Result = TypeVar("_Result")
 
 
 def load_checkpoint(
@@ -40,11 +47,11 @@ def load_checkpoint(
         with_generators: whether to load generators; left as they are where the parallel layout is another.
 
     Raises:
-        UserError: if the checkpoint holds another model, or cannot be read.
+        UserError: on every rank, if the checkpoint holds another model, or one rank cannot read its share.
     """
     model = list_model(trainables)
     wanted: dict[str, Any] = dict(model)
-    absent = _take_absent_states(model, found.folder)
+    absent = _take_absent_states(model, _together(lambda: _read_contents(found.folder), found.folder))
     if with_optimizer:
         # Under a name of its own: the checkpoint's plain values, of perhaps another layout, come back as "optimizer".
         wanted["optimizer_shards"] = list_optimizer(trainables, model, is_loading=True)
@@ -74,16 +81,66 @@ def _sharing(ranks: Ranks) -> FullyParallelLoadStrategyWrapper:
     Tensors travel one at a time, by broadcast: the other ways hold all of them twice, or gather tensors of unequal
     sizes, which gloo does not.
     """
-    strategy = TorchDistLoadShardedStrategy()
+    strategy = _LoadTogether()
     return FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp, exchange_algo="broadcast")
 
 
-def _take_absent_states(model: dict[str, Any], folder: Path) -> dict[str, list[str]]:
+class _LoadTogether(TorchDistLoadShardedStrategy):
+    """Reads a rank's share, and fails on every rank if one cannot read its own.
+
+    From 0.17 on megatron-core does not ask the other ranks, which wait for what the failed one was to hand on.
+    """
+
+    def load(self, shards: Any, folder: Path, *arguments: Any) -> Any:
+        """Read shards. Collective: every rank of the world calls it."""
+        return _together(lambda: super(_LoadTogether, self).load(shards, folder, *arguments), folder)
+
+
+def _together(read: Callable[[], _Result], folder: Path) -> _Result:
+    """Return what this rank reads of a checkpoint.
+
+    Collective: every rank of the world calls it.
+
+    Raises:
+        UserError: on every rank, if one cannot read.
+    """
+    result, failure = None, None
+    try:
+        result = read()
+    except (Exception, CheckpointException) as error:  # whatever it is, the other ranks must not wait
+        failure = error
+    failures = {rank: reason for found in every_rank(_failures(failure)) for rank, reason in found.items()}
+    if failures:
+        rank, reason = min(failures.items())
+        whose = f"rank {rank}: " if dist.get_world_size() > 1 else ""
+        raise UserError(f"--load {folder}: cannot be loaded: {whose}{reason}") from failure
+    return cast(_Result, result)
+
+
+def _failures(error: BaseException | None) -> dict[int, str]:
+    """Return the ranks that failed, as far as this one knows, and why."""
+    if error is None:
+        return {}
+    if isinstance(error, CheckpointException) and not reads_alone():
+        return {rank: _reason(failure) for rank, (failure, _) in error.failures.items()}
+    return {dist.get_rank(): _reason(error)}
+
+
+def _read_contents(folder: Path) -> Metadata:
+    """Read what every rank reads for itself before it meets the others; returns the table of contents."""
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise CheckpointingException("it is not a distributed checkpoint")
+    metadata = read_metadata(folder)
+    read_common_state(folder, metadata)
+    return metadata
+
+
+def _take_absent_states(model: dict[str, Any], metadata: Metadata) -> dict[str, list[str]]:
     """Take from the list of what to load the modules' states that are no tensors and that the checkpoint lacks.
 
     Transformer Engine's attention asks for one, which holds nothing without FP8; checkpoints of other layers have none.
     """
-    known = read_metadata(folder).state_dict_metadata
+    known = metadata.state_dict_metadata
     absent = {}
     for part, entries in model.items():
         absent[part] = [

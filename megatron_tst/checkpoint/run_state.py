@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tst.config import ModelSettings, RunConfig, UserError, load_config, write_json
+from megatron_tst.config import RunConfig, UserError, load_config, write_json
 from megatron_tst.platform.common_state import read_common_state
 from megatron_tst.platform.safe_checkpoint import read_metadata
 from megatron_tst.superposition import Phase, Schedule
@@ -82,19 +82,13 @@ def read_saved_config(folder: Path) -> RunConfig:
     return load_config(folder / CONFIG)
 
 
-def read_saved_arguments(folder: Path) -> RunConfig | None:
-    """Read the model's settings from the arguments that Megatron-LM keeps beside the shards.
+def read_saved_arguments(folder: Path) -> dict[str, Any] | None:
+    """Read the arguments that Megatron-LM keeps beside the shards, ``args``.
 
     Returns:
-        Settings of the model alone; None where there are none, or none that can be read without executing anything.
+        Them by name; None where there are none, or none that can be read without executing anything.
     """
     try:
-        arguments = vars(read_common_state(folder, read_metadata(folder))["args"])
+        return dict(vars(read_common_state(folder, read_metadata(folder))["args"]))
     except Exception:  # whatever is wrong with the file, loading the weights names it
         return None
-    known = {
-        field.name: arguments[field.name] for field in dataclasses.fields(ModelSettings) if field.name in arguments
-    }
-    if "add_bias_linear" in arguments:
-        known["disable_bias_linear"] = not arguments["add_bias_linear"]
-    return RunConfig(model=ModelSettings(**known))

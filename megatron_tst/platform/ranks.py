@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -15,6 +16,7 @@ from megatron_tst.config import StoppedInSetUp, UserError
 from megatron_tst.platform.device import enter_device
 
 _Result = TypeVar("_Result")
+_is_in_main_rank_alone = ContextVar("is_in_main_rank_alone", default=False)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,11 @@ def main_rank_alone(function: Callable[[], _Result]) -> _Result:
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            answer[1] = function()
+            entered = _is_in_main_rank_alone.set(True)
+            try:
+                answer[1] = function()
+            finally:
+                _is_in_main_rank_alone.reset(entered)
         except (UserError, StoppedInSetUp) as error:
             answer[0] = error
     dist.broadcast_object_list(answer)
@@ -172,6 +178,11 @@ def main_rank_alone(function: Callable[[], _Result]) -> _Result:
     if failure is not None:
         raise failure
     return cast(_Result, result)
+
+
+def is_alone() -> bool:
+    """Return whether an error raised here and now leaves no other rank in a collective that this one never joins."""
+    return not dist.is_initialized() or dist.get_world_size() == 1 or _is_in_main_rank_alone.get()
 
 
 def any_rank(*facts: bool) -> list[bool]:

@@ -8,7 +8,7 @@ program again. Threads have neither fault; writing and hashing leave the interpr
 import contextlib
 import hashlib
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,13 @@ class ShardWriting:
         return {name: digest for _, name, digest in written}
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal."""
+def sha256(path: Path, on_progress: Callable[[int], object] = lambda _: None) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal; each part's number of bytes is told as it is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
+            on_progress(len(block))
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from megatron_tst.config import StoppedInSetUp
+from megatron_tst.platform.ranks import any_rank, is_alone
 
 # SIGTERM comes from schedulers and shells, SIGUSR1 from SLURM's --signal=USR1@600.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -17,9 +18,10 @@ ONE_REQUEST_S = 10.0
 class StopSignals:
     """Whether something asks this process to stop.
 
-    Once :meth:`listen` is called, SIGTERM and SIGUSR1 end the set-up by :class:`StoppedInSetUp`, wherever it is. From
-    :meth:`hold` on the signal is noted for the training loop to ask for. Whatever follows the first signal within
-    ``ONE_REQUEST_S`` seconds belongs to it; a later one ends the process at once.
+    Once :meth:`listen` is called, SIGTERM and SIGUSR1 end the set-up by :class:`StoppedInSetUp`: at once in what a rank
+    does alone, else at the next :meth:`check`. From :meth:`hold` on the signal is noted for the training loop to ask
+    for. Whatever follows the first signal within ``ONE_REQUEST_S`` seconds belongs to it; a later one ends the process
+    at once.
 
     Attributes:
         received: name of the first signal, or None.
@@ -46,6 +48,17 @@ class StopSignals:
         """Note signals from now on instead of raising an error."""
         self._is_set_up = True
 
+    def check(self) -> None:
+        """End the set-up if any rank is asked to stop.
+
+        Collective: every rank of the world calls it.
+
+        Raises:
+            StoppedInSetUp: on every rank.
+        """
+        if any(any_rank(self.request is not None)):
+            raise _stopped(self.request or "a signal to another rank")
+
     @property
     def request(self) -> str | None:
         """What asks this process to stop: a signal, torchrun's end, or None."""
@@ -56,10 +69,14 @@ class StopSignals:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received is None:
             self.received, self._received_s = signal.Signals(number).name, self._clock()
-            if not self._is_set_up:
-                raise StoppedInSetUp(f"stopped by {self.received} before the first step; start the same command again")
+            if not self._is_set_up and is_alone():
+                raise _stopped(self.received)
         elif self._clock() - self._received_s > ONE_REQUEST_S:
             os._exit(128 + number)
+
+
+def _stopped(reason: str) -> StoppedInSetUp:
+    return StoppedInSetUp(f"stopped by {reason} before the first step; start the same command again")
 
 
 def ignore_stop_signals(_: int = 0) -> None:

@@ -72,8 +72,8 @@ DIFFERENCES: dict[str, Difference] = {
     "loading": Difference(
         "0.17",
         "each rank plans its loading alone, without flattening the state, with a reader made from more arguments",
-        "the reader of safe_checkpoint.py",
-        lambda: _takes(torch_strategy._get_filesystem_reader, "async_strategy"),
+        "the reader of safe_checkpoint.py, reads_alone",
+        lambda: _takes(torch_strategy.TorchDistLoadShardedStrategy.load, "async_strategy"),
     ),
     "Transformer Engine": Difference(
         "0.17",
@@ -152,6 +152,11 @@ def save_settings() -> dict[str, Any]:
 def without_cuda_graphs() -> dict[str, Any]:
     """Return the arguments of ``TransformerConfig`` that leave every module out of CUDA graphs."""
     return {"cuda_graph_modules" if DIFFERENCES["CUDA graphs"].is_here() else "cuda_graph_scope": []}
+
+
+def reads_alone() -> bool:
+    """Whether each rank reads a checkpoint without asking the others whether they can."""
+    return DIFFERENCES["loading"].is_here()
 
 
 def common_state_reader() -> tuple[Any, str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from megatron_tst.telemetry.compare import (
+    TOLERANCE,
     Estimate,
     Group,
     Method,
@@ -105,8 +106,13 @@ def _tell(speed_up: SpeedUp | SpeedUpBound, method: Method, baseline: Method) ->
         if seeds > 1 and speed_up.ratio.error is None:
             told = f"the mean of {told}, uncertainty unknown"
         return f"{speed_up.ratio.write(2)} x at the {anchor.final_loss.value:.4f} nats of {anchor.name} ({told})."
-    side = "at least" if speed_up.is_lower else "less than"
     shorter, longer = (method, baseline) if speed_up.is_lower else (baseline, method)
+    if abs(speed_up.ratio - 1) < TOLERANCE:
+        return (
+            f"not known from runs of one length: {_ends(speed_up.group, speed_up.baseline)}. Shorter runs of "
+            f"{shorter.name} or longer ones of {longer.name} would tell."
+        )
+    side = "at least" if speed_up.is_lower else "less than"
     return (
         f"{side} {speed_up.ratio:.2f} x: {_ends(speed_up.group, speed_up.baseline)}. Shorter runs of "
         f"{shorter.name} or longer ones of {longer.name} would tell."

@@ -192,16 +192,24 @@ def build_run(config: RunConfig, signals: StopSignals | None = None) -> Run:
         start_log_screen()
     main_rank_alone(directory.occupy)
     try:
-        return _build_in(directory, config, device, ranks, libraries)
+        return _build_in(directory, config, device, ranks, libraries, signals or StopSignals())
     except BaseException:
         directory.leave()
         raise
 
 
-def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks: Ranks, libraries: Libraries) -> Run:
+def _build_in(
+    directory: RunDirectory,
+    config: RunConfig,
+    device: Device,
+    ranks: Ranks,
+    libraries: Libraries,
+    signals: StopSignals,
+) -> Run:
     training, model = config.training, config.model
     assert model.seq_length and config.data.tokenizer_model
     start = find_start(config, ranks)
+    signals.check()
     folders = main_rank_alone(lambda: choose_place(directory, config, start))
     batch_size = global_batch_size(training, config.parallel, ranks.dp_size)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
@@ -210,6 +218,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     cache = Path(config.data.data_cache_path or directory.index_cache)
     plan = SamplePlan(tokenizer, model.seq_length, batch_size, training.seed, cache)
     data = build_run_data(config.data, start.schedule, training.eval_iters, plan, start.cuts)
+    signals.check()
     saver = _open_directory(directory, folders, config, start.step, ranks)
     stepper = _build_stepper(config, start, vocab_size, batch_size, ranks, libraries)
     token_bytes = tokenizer.token_bytes()
@@ -243,6 +252,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
             with_generators=is_same_run and not settings.no_load_rng,
         )
         logger.info("loaded %s: %d of %d steps are done", start.found.folder, start.step, start.schedule.num_steps)
+    signals.check()
     return run
 
 
@@ -255,7 +265,6 @@ def _open_directory(
     def create() -> None:
         """Write on the main rank alone."""
         directory.create(config_yaml, first_step)
-        folders.check_writable()
         directory.link_checkpoints(folders.path)
 
     main_rank_alone(create)

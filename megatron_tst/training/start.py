@@ -132,14 +132,14 @@ def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: in
 def _check_model(found: FoundCheckpoint, config: RunConfig, is_main: bool) -> None:
     """Refuse a model that computes something else with the weights than the one that they were trained as."""
     changes = [] if found.config is None else find_changes(found.config, config)
-    changes = [change for change in changes if change.alters_model]
-    if changes and not config.checkpoint.override_run_config:
+    different = [str(change) for change in changes if change.alters_model]
+    different += [f"the checkpoint was made with {argument}, which no model here has" for argument in found.foreign]
+    if different and not config.checkpoint.override_run_config:
         raise UserError(
-            f"{'; '.join(map(str, changes))}; to take its weights nevertheless, as another function, add "
-            "--override-run-config"
+            f"{'; '.join(different)}; to take its weights nevertheless, as another function, add --override-run-config"
         )
-    for change in changes if is_main else ():
-        logger.info("changed: %s", change)
+    for difference in different if is_main else ():
+        logger.info("changed: %s", difference)
 
 
 def _check_changes(changes: list[Change], config: RunConfig, is_main: bool) -> None:

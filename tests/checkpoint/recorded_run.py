@@ -4,7 +4,8 @@
 
     python -m tests.checkpoint.recorded_run
 
-and holds the checkpoint after step 4, of tensor-parallel ranks with the distributed optimizer, and ``metrics.json``.
+and holds ``metrics.json`` and the checkpoint after step 4. Its ranks are 2 tensor-parallel x 2 data-parallel, and share
+the optimizer's state.
 """
 
 import importlib.metadata
@@ -48,7 +49,7 @@ def record(version: str) -> None:
     """Train, and keep the checkpoint and the metrics."""
     with tempfile.TemporaryDirectory() as temporary:
         argv = arguments(Path(temporary), "run", f"{TWO_RANKS} --save-interval {SAVED_STEP}")
-        outcome = run_distributed(train_layout, 2, argv)[0]
+        outcome = run_distributed(train_layout, 4, argv)[0]
         saved, kept = (
             CheckpointFolders(folder) for folder in (Path(temporary) / "run/checkpoints", RECORDED / version)
         )

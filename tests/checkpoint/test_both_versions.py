@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.checkpoint.numbers import LAYOUTS, NUMBERS, compute
 from tests.checkpoint.recorded_run import ONE_RANK, RECORDED, SAVED_STEP, TWO_RANKS, arguments
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout
@@ -33,7 +34,18 @@ def test_the_installed_version_trains_as_the_recorded_one(tmp_path):
     assert differs(other_seed) > 1e-3
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(2, TWO_RANKS), (1, ONE_RANK)], ids=["tp2", "one rank"])
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(2, ONE_RANK, id="dp2"),
+        pytest.param(2, TWO_RANKS, id="tp2"),
+        pytest.param(4, TWO_RANKS, id="tp2-dp2", marks=pytest.mark.long),
+        pytest.param(1, ONE_RANK, id="one rank", marks=pytest.mark.long),
+        pytest.param(
+            2, f"{ONE_RANK} --overlap-grad-reduce --overlap-param-gather", id="overlap", marks=pytest.mark.long
+        ),
+    ],
+)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_installed_version_resumes_what_each_has_saved(tmp_path, version, ranks, flags):
     argv = [*arguments(tmp_path, "run", flags), "--load", str(RECORDED / version)]
@@ -43,3 +55,19 @@ def test_the_installed_version_resumes_what_each_has_saved(tmp_path, version, ra
 def test_a_run_without_the_saved_moments_is_told_apart(tmp_path):
     argv = [*arguments(tmp_path, "run", ONE_RANK), "--load", str(RECORDED / VERSIONS[0]), "--no-load-optim"]
     assert differs(run_distributed(train_layout, 1, argv)[0], SAVED_STEP) > 1e-4
+
+
+def largest_difference(found: dict, written: dict) -> float:
+    pairs = [pair for name in written for pair in zip(found[name], written[name], strict=True)]
+    return max(abs(float.fromhex(ours) / float.fromhex(theirs) - 1) for ours, theirs in pairs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_computes_what_was_written_down(layout):
+    """Both versions gave these numbers, bitwise under one torch; another torch or processor may round otherwise."""
+    found, written = compute(layout), json.loads(NUMBERS.read_text())
+    limit = 1e-2 if "bf16" in layout else 1e-6
+    assert largest_difference(found, written[layout]) < limit
+    other = "one rank" if "dropout" in layout else "one rank, dropout"
+    assert largest_difference(found, written[other]) > limit

@@ -14,6 +14,7 @@ from megatron_tst.checkpoint.load import _sharing
 from megatron_tst.platform import ParallelSizes, join_ranks, leave_ranks
 from megatron_tst.platform.safe_checkpoint import safe_loading
 from megatron_tst.platform.shard_writer import ShardWriting, planning_for_threads
+from megatron_tst.platform.versions import save_settings
 from tests.checkpoint.saved import change_contents
 from tests.distributed.launch import run_distributed
 
@@ -73,7 +74,7 @@ def load_bomb(folder: Path, place: str, is_guarded: bool) -> str:
         folder.mkdir()
     dist.barrier()
     with planning_for_threads():
-        request = dist_checkpointing.save(content(ranks.rank), str(folder), async_sharded_save=True)
+        request = dist_checkpointing.save(content(ranks.rank), str(folder), async_sharded_save=True, **save_settings())
     ShardWriting(request, keep_training=False).finish()
     if ranks.is_main and place:
         put_bomb(folder, place, Bomb(folder / "executed"))

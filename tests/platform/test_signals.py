@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from megatron_tst.config import EXIT_RESUMABLE, StoppedInSetUp
+from megatron_tst.platform import ParallelSizes, join_ranks, main_rank_alone
 from megatron_tst.platform import signals as signals_module
 from megatron_tst.platform.signals import ONE_REQUEST_S, STOP_SIGNALS, StopSignals, ignore_stop_signals
+from tests.distributed.launch import run_distributed
 from tests.training.runs import ROOT
 
 
@@ -101,6 +104,41 @@ def test_the_end_of_torchrun_is_a_request_and_that_of_another_parent_is_not(monk
     adoptive = os.getppid() + 1
     monkeypatch.setattr(signals_module.os, "getppid", lambda: adoptive)
     assert signals.request == ("the end of torchrun" if launcher == "torchrun" else None)
+
+
+def signal_the_last_rank(number: int) -> str | None:
+    """Signal it between collectives, where it must not leave the other one."""
+    join_ranks(ParallelSizes())
+    signals = StopSignals()
+    signals.listen()
+    try:
+        if dist.get_rank() == 1:
+            send(number)
+        main_rank_alone(lambda: None)
+        signals.check()
+    except StoppedInSetUp as stopped:
+        return str(stopped)
+    return None
+
+
+def signal_the_main_rank_alone(number: int) -> tuple[str | None, bool]:
+    """Signal it in what it does alone, which may take minutes, while the other one waits."""
+    join_ranks(ParallelSizes())
+    StopSignals().listen()
+    goes_on = []
+    try:
+        main_rank_alone(lambda: (send(number), goes_on.append(True)))
+    except StoppedInSetUp as stopped:
+        return str(stopped), bool(goes_on)
+    return None, bool(goes_on)
+
+
+@pytest.mark.distributed
+def test_ranks_stop_together_in_the_set_up():
+    line = "stopped by {} before the first step; start the same command again"
+    said = run_distributed(signal_the_last_rank, 2, signal.SIGUSR1)
+    assert said == [line.format("a signal to another rank"), line.format("SIGUSR1")]
+    assert run_distributed(signal_the_main_rank_alone, 2, signal.SIGTERM) == [(line.format("SIGTERM"), False)] * 2
 
 
 def test_a_deaf_process_hears_nothing():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.locks import held_by_another
 from tests.training.runs import ROOT, arguments, start
 
 GRID = "--bag-sizes 2 --step-ratios 0.5 --seeds 1 2"
@@ -97,6 +98,15 @@ def test_a_run_that_is_not_evaluated_is_named_and_the_others_are_run(tmp_path: P
     assert done.returncode == 1
     assert done.stderr.count("did not end: ") == 4
     assert "has no logged step or no evaluation yet" in done.stderr
+
+
+def test_a_second_grid_in_the_same_folder_is_refused(tmp_path: Path, corpus, tokenizer):
+    (tmp_path / "out").mkdir()
+    with held_by_another(tmp_path / "out" / "sweep.lock"):
+        done = sweep(tmp_path, corpus, tokenizer, "--train-iters", "12")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--output {tmp_path / 'out'}: another process is writing it (sweep.lock is locked)" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.lock"]
 
 
 def test_a_mistake_is_one_line(tmp_path: Path, corpus, tokenizer):

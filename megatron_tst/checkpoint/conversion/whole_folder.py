@@ -9,6 +9,7 @@ from pathlib import Path
 import megatron_tst
 from megatron_tst.checkpoint.folders import writing
 from megatron_tst.config import UserError
+from megatron_tst.config.locks import locked
 
 MARK = "megatron_tst_conversion.json"
 
@@ -27,26 +28,29 @@ def whole_folder(target: Path, source: Path, needed_bytes: int, force: bool) -> 
             one is whole.
 
     Raises:
-        UserError: if ``target`` may not be replaced, there is too little space, or a file cannot be written.
+        UserError: if ``target`` may not be replaced or another process writes it, there is too little space, or a file
+            cannot be written.
     """
     target = target.resolve()
-    _check_replaceable(target, source, force)
+    if not target.name:
+        raise UserError(f"--save {target}: is no folder that can be replaced")
     aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
-    try:
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _check_space(target, needed_bytes)
-            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-            aside.mkdir()
-            yield aside
-            _write_mark(aside)
-            if target.exists():
+    with locked(target, f"--save {target}"):
+        _check_replaceable(target, source, force)
+        try:
+            with writing(target):
+                _check_space(target, needed_bytes)
+                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+                aside.mkdir()
+                yield aside
+                _write_mark(aside)
+                if target.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    target.rename(old)
+                aside.rename(target)
                 shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)
-            aside.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_mark(folder: Path) -> None:

@@ -38,7 +38,7 @@ class Saved:
 
 def export(checkpoints: Path, target: Path, tokenizer: Tokenizer, max_shard_bytes: int = 10**9, **settings) -> Path:
     end = EndOfDocument(tokenizer.eod, END_OF_DOCUMENT)
-    saved = find_saved_run(checkpoints, None, verify=False)
+    saved = find_saved_run(checkpoints, None, check=None)
     Export(saved, **settings).write(target, tokenizer.path, end, max_shard_bytes)
     return target
 

@@ -1,11 +1,13 @@
 """A folder appears whole or not at all."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from megatron_tst.checkpoint.conversion.whole_folder import MARK, whole_folder
 from megatron_tst.config import UserError
+from tests.locks import held_by_another
 
 
 def files(folder):
@@ -48,6 +50,21 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path):
     assert files(tmp_path) == {"b/config.json": "new"}
 
 
+def test_two_conversions_to_one_folder_are_refused(tmp_path):
+    """The second does not take the files of the first for those of one that was killed."""
+    half = tmp_path / ".b.partial" / "model.safetensors"
+    half.parent.mkdir()
+    half.write_text("half")
+    with (
+        held_by_another(tmp_path / "b.lock"),
+        pytest.raises(UserError, match=f"--save {tmp_path / 'b'}: another process is writing it"),
+    ):
+        fill(tmp_path / "b", "new")
+    assert half.read_text() == "half" and not (tmp_path / "b").exists()
+    fill(tmp_path / "b", "new")
+    assert files(tmp_path) == {"b/config.json": "new"}
+
+
 def test_only_an_earlier_conversion_is_replaced_and_only_by_force(tmp_path):
     fill(tmp_path / "b", "old")
     with pytest.raises(UserError, match="is not empty; --force replaces it"):
@@ -58,6 +75,8 @@ def test_only_an_earlier_conversion_is_replaced_and_only_by_force(tmp_path):
     (tmp_path / "home" / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match=f"holds no {MARK}, so --force does not replace it.*delete this one yourself"):
         fill(tmp_path / "home", "new", force=True)
+    with pytest.raises(UserError, match="--save /: is no folder that can be replaced"):
+        fill(Path("/"), "new", force=True)
     with pytest.raises(UserError, match="exists and is not a folder"):
         fill(tmp_path / "home" / "thesis.tex", "new", force=True)
     assert files(tmp_path / "home") == {"thesis.tex": "years"}
