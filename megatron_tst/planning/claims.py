@@ -11,7 +11,7 @@ from megatron_tst.telemetry.compare import Estimate
 
 # A mean difference speaks where it is as many standard errors from zero. From three seeds on, that leaves a chance of
 # one in twenty at most for a difference in the claimed direction where there is none (Student's t, one-sided).
-LIMIT = 3.0
+LIMIT, FEWEST_SEEDS = 3.0, 3
 HELD, NOT_HELD, NOISE, NOT_RUN = "held", "not held", "within noise", "not run"
 
 # Runs by setting, as their directories are named without the seed, and by seed.
@@ -65,8 +65,8 @@ class Below:
 
     def judge(self, runs: Runs) -> Finding:
         """Return what the runs that have ended say of it."""
-        gap = _gap(runs, self.lower, self.higher)
-        return Finding(_sign(gap), _tell(gap, self.lower, self.higher))
+        gaps = _gaps(runs, self.lower, self.higher)
+        return Finding(_sign(gaps), _tell(gaps, self.lower, self.higher))
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,14 @@ class Same:
 
     def judge(self, runs: Runs) -> Finding:
         """Return what the runs that have ended say of it, and how large a difference they would have shown."""
-        gap = _gap(runs, self.one, self.other)
-        evidence = _tell(gap, self.one, self.other)
-        if gap is None or gap.error is None:
-            return Finding(_sign(gap), evidence)
-        is_same = abs(gap.value) <= LIMIT * gap.error
-        shown = f"; a difference above {LIMIT * gap.error:.4f} would have shown" if is_same else ""
-        return Finding(HELD if is_same else NOT_HELD, evidence + shown)
+        gaps = _gaps(runs, self.one, self.other)
+        evidence = _tell(gaps, self.one, self.other)
+        if len(gaps) < FEWEST_SEEDS:
+            return Finding(_sign(gaps), evidence)
+        if _sign(gaps) != NOISE:
+            return Finding(NOT_HELD, evidence)
+        shown = LIMIT * (Estimate.of(gaps).error or 0.0)
+        return Finding(HELD, f"{evidence}; a difference above {shown:.4f} would have shown")
 
 
 @dataclass(frozen=True)
@@ -114,29 +115,29 @@ class Optimum:
         if missing:
             return Finding(NOT_RUN, f"no run of {', '.join(missing)} has ended")
         best = min(self.inner, key=lambda name: fmean(run.curve.final_loss for run in runs[name].values()))
-        gaps = {other: _gap(runs, best, other) for other in self.outer}
-        verdicts = {_sign(gap) for gap in gaps.values()}
-        evidence = "; ".join(_tell(gap, best, other) for other, gap in gaps.items())
+        found = {other: _gaps(runs, best, other) for other in self.outer}
+        verdicts = {_sign(gaps) for gaps in found.values()}
+        evidence = "; ".join(_tell(gaps, best, other) for other, gaps in found.items())
         return Finding(next(word for word in (NOT_RUN, NOT_HELD, NOISE, HELD) if word in verdicts), evidence)
 
 
-def _gap(runs: Runs, one: str, other: str) -> Estimate | None:
-    """Return the mean difference of two settings, seed by seed; None where no seed has both."""
-    found = list(differences(runs.get(one, {}), runs.get(other, {})).values())
-    return Estimate.of(found) if found else None
+def _gaps(runs: Runs, one: str, other: str) -> list[float]:
+    """Return the differences of two settings, of each seed that has both."""
+    return list(differences(runs.get(one, {}), runs.get(other, {})).values())
 
 
-def _sign(gap: Estimate | None) -> str:
-    """Say whether a difference is below zero, beyond noise; one seed alone knows no noise."""
-    if gap is None:
+def _sign(gaps: Sequence[float]) -> str:
+    """Say whether a difference is below zero, beyond noise, which few seeds do not know."""
+    if not gaps:
         return NOT_RUN
-    if gap.error is None or abs(gap.value) <= LIMIT * gap.error:
+    mean = Estimate.of(gaps)
+    if len(gaps) < FEWEST_SEEDS or abs(mean.value) <= LIMIT * (mean.error or 0.0):
         return NOISE
-    return HELD if gap.value < 0 else NOT_HELD
+    return HELD if mean.value < 0 else NOT_HELD
 
 
-def _tell(gap: Estimate | None, one: str, other: str) -> str:
-    if gap is None:
+def _tell(gaps: Sequence[float], one: str, other: str) -> str:
+    if not gaps:
         return f"no seed of both {one} and {other} has ended"
-    alone = " (one seed, noise unknown)" if gap.error is None else ""
-    return f"{one} less {other}: {gap.signed(4)}{alone}"
+    few = f" ({len(gaps)} of at least {FEWEST_SEEDS} seeds)" if len(gaps) < FEWEST_SEEDS else ""
+    return f"{one} less {other}: {Estimate.of(gaps).signed(4)}{few}"

@@ -64,7 +64,9 @@ def test_a_finding_is_trained_judged_and_gone_on_with(tmp_path: Path, corpus, to
         f"{name}-4steps-seed1" for name in names
     )
     for lower, higher in ((names[0], names[1]), (names[2], names[1])):
-        assert re.search(rf"\*\*within noise\*\* \({lower} less {higher}: [+-]0\.\d{{4}} \(one seed, noise", report)
+        assert re.search(
+            rf"\*\*within noise\*\* \({lower} less {higher}: [+-]0\.\d{{4}} \(1 of at least 3 seeds", report
+        )
     assert "![final losses](settings.png)" in report and (results / "settings.png").exists()
     assert report.splitlines()[2] in done.stdout
     again = fidelity(corpus, tokenizer, tmp_path, "--plan")

@@ -18,6 +18,7 @@ def runs(tmp_path: Path):
         for name, ends in losses.items():
             for seed, end in enumerate(ends, start=1):
                 write_run(tmp_path / f"{name}-seed{seed}", [4.0, end], seed=seed)
+        # Of this call and of earlier ones.
         return by_setting([read_result(path) for path in sorted(tmp_path.iterdir())])
 
     return make
@@ -38,6 +39,8 @@ def test_runs_are_sorted_by_setting(tmp_path: Path):
         ([2.10, 3.11, 1.62], NOT_HELD),
         # -0.30, 0.01, -0.04: 1.1 standard errors.
         ([1.70, 3.01, 1.46], NOISE),
+        # Two alike are 21 standard errors from zero, and too few to say so.
+        ([1.90, 2.89], NOISE),
         ([1.90], NOISE),
         ([], NOT_RUN),
     ],
@@ -47,7 +50,7 @@ def test_below_is_judged_by_pairs(runs, lower, verdict):
     assert found.verdict == verdict
     expected = {HELD: "a less b: -0.1100 ± 0.0058", NOT_RUN: "no seed of both a and b has ended"}
     assert found.evidence == expected.get(verdict, found.evidence)
-    assert ("one seed, noise unknown" in found.evidence) == (len(lower) == 1)
+    assert ("of at least 3 seeds" in found.evidence) == (len(lower) in (1, 2))
 
 
 def test_the_limit_is_three_standard_errors(runs):
@@ -68,6 +71,7 @@ def test_the_same_is_said_with_what_would_have_shown(runs):
     assert (found.verdict, found.evidence) == (HELD, f"a less b: +0.0033 ± {error:.4f}; {shown}")
     assert Same("", "c", "b").judge(made).verdict == NOT_HELD
     assert Same("", "gone", "b").judge(made).verdict == NOT_RUN
+    assert Same("", "two", "b").judge(runs(two=[2.0, 3.0])).verdict == NOISE
 
 
 def test_an_optimum_lies_below_all_around_it(runs):
