@@ -21,8 +21,8 @@ def main(config: RunConfig) -> int:
     if config.training.deterministic_mode:
         compute_deterministically()
     # Imported only now: megatron-core brings Transformer Engine, which reads its switches when it is imported.
-    from megatron_tst.platform import leave_ranks
-    from megatron_tst.platform.signals import StopSignals, ignore_stop_signals
+    from megatron_tst.distributed import leave_ranks
+    from megatron_tst.distributed.signals import StopSignals, ignore_stop_signals
     from megatron_tst.training import build_run, check_cluster, train
 
     signals = StopSignals()

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from megatron_tst.checkpoint.conversion.saved_runs import complete_weights, find_saved_run
-from megatron_tst.checkpoint.conversion.settings import architecture_of, shape_of
-from megatron_tst.checkpoint.conversion.tables import pieces
-from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
-from megatron_tst.checkpoint.conversion.torch_dist import Slice, write_stacked
 from megatron_tst.config import PRESETS, DataSettings, ModelSettings, RunConfig, write_json
+from megatron_tst.conversion.saved_runs import complete_weights, find_saved_run
+from megatron_tst.conversion.settings import architecture_of, shape_of
+from megatron_tst.conversion.tables import pieces
+from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
+from megatron_tst.conversion.torch_dist import Slice, write_stacked
 
 TARGETS = {"export": "hf", "copy": "copy"}
 VOCAB = 32000

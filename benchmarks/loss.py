@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 from megatron_tst.config import write_json
+from megatron_tst.distributed import ParallelSizes, enter_device, join_ranks
+from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import loss as loss_module
 from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model.te_loss import adapt_kernel
-from megatron_tst.platform import ParallelSizes, enter_device, find_libraries, join_ranks
 from megatron_tst.superposition import bag_weights
 
 # isort: split

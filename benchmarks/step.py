@@ -22,8 +22,9 @@ import torch
 from megatron_tst.config import parse_config, write_json
 from megatron_tst.data.batches import Batch, TextReader
 from megatron_tst.data.tokenizer import train_bpe
+from megatron_tst.distributed import leave_ranks
+from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import build_model
-from megatron_tst.platform import find_libraries, leave_ranks
 from megatron_tst.superposition import Phase, Schedule
 from megatron_tst.training import Run, build_run
 from megatron_tst.training.monitor import Monitor

@@ -15,11 +15,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tst.analysis.compare import find_methods
+from megatron_tst.analysis.curves import AXES, read_curves
+from megatron_tst.analysis.verdict import CAPTION, COLUMNS, report, sentences, table_rows
 from megatron_tst.config import EXIT_CODE, UserError
-from megatron_tst.telemetry.compare import find_methods
-from megatron_tst.telemetry.curves import AXES, read_curves
 from megatron_tst.telemetry.outputs import check_output, check_picture, writing_output
-from megatron_tst.telemetry.verdict import CAPTION, COLUMNS, report, sentences, table_rows
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_picture(arguments.output, "--output")
     if arguments.report:
         check_output(arguments.report, "--report")
-    from megatron_tst.telemetry.plots import draw_comparison
+    from megatron_tst.analysis.plots import draw_comparison
 
     methods = find_methods(read_curves(arguments.runs))
     console = Console()

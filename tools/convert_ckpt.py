@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_tst.checkpoint.checksums import CHECKSUMS
-from megatron_tst.checkpoint.conversion.saved_runs import SavedRun, check_files, find_saved_run
-from megatron_tst.checkpoint.conversion.settings import inexpressible
-from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
-from megatron_tst.checkpoint.conversion.to_megatron import Import
 from megatron_tst.config import UserError
+from megatron_tst.conversion.saved_runs import SavedRun, check_files, find_saved_run
+from megatron_tst.conversion.settings import inexpressible
+from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
+from megatron_tst.conversion.to_megatron import Import
 from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -195,17 +195,11 @@ def _progress(title: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
 def _verify(
     saved: SavedRun, hugging_face: Path, tokens: list[int], work: Export | Import, tolerance: float | None
 ) -> None:
-    from megatron_tst.checkpoint.conversion.verify import compare_logits, load_weights, tolerance_for
     from megatron_tst.config import ParallelSettings, TrainingSettings
+    from megatron_tst.conversion.verify import compare_logits, load_weights, tolerance_for
+    from megatron_tst.distributed import ParallelSizes, enter_device, join_ranks, leave_ranks, seed_everything
+    from megatron_tst.megatron_patches import find_libraries
     from megatron_tst.model import LossChoice, build_gpt, transformer_config
-    from megatron_tst.platform import (
-        ParallelSizes,
-        enter_device,
-        find_libraries,
-        join_ranks,
-        leave_ranks,
-        seed_everything,
-    )
 
     model, libraries = saved.config.model, find_libraries()
     join_ranks(ParallelSizes())

@@ -15,12 +15,12 @@ from rich.console import Console
 
 from megatron_tst.config import EXIT_CODE, UserError, read_config, write_json
 from megatron_tst.planning import report
-from megatron_tst.planning.hardware import GPUS, find_gpu
 from megatron_tst.planning.layouts import USABLE_MEMORY, Layout, distinct, judge_layout, recomputations, search_layouts
 from megatron_tst.planning.plan import complete, find_speed, make_plan
 from megatron_tst.planning.published import advise
 from megatron_tst.planning.scale import Assumptions, scale_run
 from megatron_tst.planning.step_time import calibrate
+from megatron_tst.shape.hardware import GPUS, find_gpu
 from megatron_tst.telemetry.outputs import check_output, writing_output
 
 

@@ -23,11 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_tst.config import EXIT_CODE, UserError
-from megatron_tst.config.locks import locked
-from megatron_tst.planning.runner import NOT_STARTED, Runner
-from megatron_tst.planning.sweep import Grid, SweepRun, grid_phases, plan_sweep, read_phases
-from megatron_tst.planning.sweep_results import (
+from megatron_tst.analysis.compare import Estimate
+from megatron_tst.analysis.runner import NOT_STARTED, Runner
+from megatron_tst.analysis.sweep import Grid, SweepRun, grid_phases, plan_sweep, read_phases
+from megatron_tst.analysis.sweep_results import (
     BAG_WEIGHTS,
     SweepResult,
     SweepSetting,
@@ -36,8 +35,9 @@ from megatron_tst.planning.sweep_results import (
     heading,
     read_result,
 )
-from megatron_tst.platform.device import visible_gpus
-from megatron_tst.telemetry.compare import Estimate
+from megatron_tst.config import EXIT_CODE, UserError
+from megatron_tst.config.locks import locked
+from megatron_tst.distributed.device import visible_gpus
 from megatron_tst.telemetry.outputs import check_picture, writing_output
 
 CAPTION = (
@@ -164,7 +164,7 @@ def train(runs: Sequence[SweepRun], runner: Runner) -> bool:
 
 def show(results: Sequence[SweepResult], folder: Path) -> None:
     """Write the tables and the picture, and print the means."""
-    from megatron_tst.telemetry.plots import draw_final_losses, draw_settings
+    from megatron_tst.analysis.plots import draw_final_losses, draw_settings
 
     settings = gather(results)
     with writing_output(folder, "--results"):

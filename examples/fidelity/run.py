@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tst.analysis.claims import Below, Claim, Optimum, Same, by_setting
+from megatron_tst.analysis.sweep_results import read_result
 from megatron_tst.config import EXIT_CODE, UserError, read_config
-from megatron_tst.planning.claims import Below, Claim, Optimum, Same, by_setting
-from megatron_tst.planning.sweep_results import read_result
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("--config", "examples/quickstart/config.yaml", "--data-cache-path", "data/quickstart/index_cache")

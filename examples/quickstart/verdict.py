@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tst.analysis.compare import Estimate, Group, Method, SpeedUp, difference, find_methods, speed_ups
+from megatron_tst.analysis.curves import AXES, RunCurve, read_curves
 from megatron_tst.config import EXIT_CODE, UserError
-from megatron_tst.telemetry.compare import Estimate, Group, Method, SpeedUp, difference, find_methods, speed_ups
-from megatron_tst.telemetry.curves import AXES, RunCurve, read_curves
 
 MEASURED = Path(__file__).with_name("seeds.csv")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE
 from megatron_tst.config import UserError
-from megatron_tst.platform import Ranks, every_rank
-from megatron_tst.platform.safe_checkpoint import METADATA
-from megatron_tst.platform.shard_writer import sha256
+from megatron_tst.distributed import Ranks, every_rank
+from megatron_tst.megatron_patches.safe_checkpoint import METADATA
+from megatron_tst.megatron_patches.shard_writer import sha256
 
 CHECKSUMS = "SHA256SUMS"
 _ENDINGS = (".distcp", ".pt", ".json", ".yaml")

@@ -18,8 +18,8 @@ from megatron_tst.checkpoint.run_state import (
 )
 from megatron_tst.checkpoint.stock_arguments import find_foreign, model_settings
 from megatron_tst.config import CheckpointSettings, RunConfig, UserError
-from megatron_tst.platform import Ranks, main_rank_alone
-from megatron_tst.platform.safe_checkpoint import METADATA, read_metadata
+from megatron_tst.distributed import Ranks, main_rank_alone
+from megatron_tst.megatron_patches.safe_checkpoint import METADATA, read_metadata
 
 logger = logging.getLogger(__name__)
 _TOKEN_TABLE = "embedding.word_embeddings.weight"

@@ -3,8 +3,8 @@
 import time
 
 from megatron_tst.config import DivergedError
-from megatron_tst.platform import any_rank
-from megatron_tst.platform.signals import StopSignals
+from megatron_tst.distributed import any_rank
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.training.evaluation import evaluate
 from megatron_tst.training.monitor import Monitor, is_due
 from megatron_tst.training.reinitialize import reinitialize

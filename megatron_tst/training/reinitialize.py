@@ -12,7 +12,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_tst.checkpoint.content import Trainables
-from megatron_tst.platform.fresh_state import forget_history
+from megatron_tst.megatron_patches.fresh_state import forget_history
 
 logger = logging.getLogger(__name__)
 

@@ -16,22 +16,22 @@ from megatron_tst.data.batches import Batch, BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
 from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_tst.model import build_model, loss_choice
-from megatron_tst.platform import (
+from megatron_tst.distributed import (
     Device,
-    Libraries,
     ParallelSizes,
     Ranks,
     enter_device,
-    find_libraries,
     join_ranks,
     main_rank_alone,
     seed_everything,
 )
-from megatron_tst.platform.signals import StopSignals
-from megatron_tst.platform.versions import check_transformer_engine
+from megatron_tst.distributed.signals import StopSignals
+from megatron_tst.megatron_patches import Libraries, find_libraries
+from megatron_tst.megatron_patches.versions import check_transformer_engine
+from megatron_tst.model import build_model, loss_choice
+from megatron_tst.shape import step_flops
 from megatron_tst.superposition import Phase, Schedule, bag_weights
-from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_flops, versions
+from megatron_tst.telemetry import RunDirectory, short, start_log_screen, versions
 from megatron_tst.telemetry.sinks import check_sinks
 from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler

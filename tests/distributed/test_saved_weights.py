@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_tst.checkpoint import content
-from megatron_tst.checkpoint.conversion.saved_runs import find_saved_run
-from megatron_tst.checkpoint.conversion.to_megatron import Import
-from megatron_tst.checkpoint.conversion.torch_dist import StackedWeights
+from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.to_megatron import Import
+from megatron_tst.conversion.torch_dist import StackedWeights
 from megatron_tst.training.monitor import Monitor
 from megatron_tst.training.run import Run
 from megatron_tst.training.step import Stepper

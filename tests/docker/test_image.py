@@ -89,7 +89,7 @@ def test_the_image_holds_the_checkout_and_no_more(builder: Builder, cpu: str):
 
 
 def test_tests_and_quickstart_run_as_they_are_and_install_nothing(builder: Builder, cpu: str):
-    tests = "tests/docs/test_documents.py tests/platform/test_cpu.py tests/superposition"
+    tests = "tests/docs/test_documents.py tests/megatron_patches/test_cpu.py tests/superposition"
     script = f"PIP_NO_INDEX=1 bash tests/run.sh {tests}"
     assert re.search(r"\d+ passed", builder.run(cpu, ["sh", "-c", script]))
     assert "tst ends" in builder.run(

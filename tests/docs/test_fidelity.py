@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.planning.sweep import plan_sweep
+from megatron_tst.analysis.sweep import plan_sweep
 from tests.training.runs import ROOT, arguments, start
 
 FOLDER = ROOT / "examples/fidelity"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.data import samples
-from megatron_tst.platform import signals
+from megatron_tst.distributed import signals
 from megatron_tst.training import loop
 from megatron_tst.training.step import Stepper
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tst.platform import seed_everything
+from megatron_tst.distributed import seed_everything
 from megatron_tst.training import loop
 from megatron_tst.training.reinitialize import EMBEDDING, OUTPUT, reinitialize
 from megatron_tst.training.run import Run

@@ -16,7 +16,7 @@ import pytest
 from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import EXIT_RESUMABLE, StoppedInSetUp, parse_config
 from megatron_tst.data import samples
-from megatron_tst.platform.signals import STOP_SIGNALS, StopSignals
+from megatron_tst.distributed.signals import STOP_SIGNALS, StopSignals
 from megatron_tst.telemetry import read_metrics, run_directory
 from megatron_tst.training import build_run, loop, train
 from megatron_tst.training.step import Stepper

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tst.checkpoint.conversion.safetensors_files import SafetensorsFolder
-from megatron_tst.checkpoint.conversion.saved_runs import find_saved_run
-from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
-from megatron_tst.checkpoint.conversion.to_megatron import Import
 from megatron_tst.config import UserError
+from megatron_tst.conversion.safetensors_files import SafetensorsFolder
+from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
+from megatron_tst.conversion.to_megatron import Import
 from tests.training.runs import arguments, build_here, parameters, train_here
 
 # Published models have such vocabularies; the tests' tokenizer knows 300 tokens.
