@@ -23,7 +23,7 @@ ROOMS = {
     "checkpoint": _RANKS,
     "training": {*_RANKS, "model", "data", "telemetry", "checkpoint", "preflight"},
     "conversion": {*_RANKS, "checkpoint"},
-    "analysis": {"config", "shape", "telemetry"},
+    "analysis": {*_BASE, "shape", "telemetry"},
     "planning": {"config", "shape", "telemetry"},
 }
 LIBRARIES = {
