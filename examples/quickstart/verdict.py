@@ -63,7 +63,7 @@ def _steps_needed(baseline: Method, tst: Method) -> str | None:
     """Tell in which share of its steps TST ends at the baseline's final loss, if two of its lengths enclose that."""
     for found in speed_ups(tst, baseline):
         if isinstance(found, SpeedUp) and found.anchor is baseline.groups[-1]:
-            return f"{100 / found.ratio.value:.0f} % of its steps, {found.ratio.write(2)} times fewer"
+            return f"{100 / found.ratio.value:.0f} % of its steps, a speed-up of {found.ratio.write(2)}"
     return None
 
 
