@@ -12,14 +12,17 @@ from typing import NoReturn
 from megatron_tst.config import EXIT_RESUMABLE, RunConfig, StoppedInSetUp, UserError, parse_config
 from megatron_tst.determinism import compute_deterministically
 
+# Ranks meet most ends together, and one says so for all.
+IS_MAIN_RANK = os.environ.get("RANK", "0") == "0"
+
 
 def main(config: RunConfig) -> int:
     """Build the run and train it; return the exit code."""
     if config.training.deterministic_mode:
         compute_deterministically()
     # Imported only now: megatron-core brings Transformer Engine, which reads its switches when it is imported.
-    from megatron_tst.platform import leave_ranks
-    from megatron_tst.platform.signals import StopSignals, ignore_stop_signals
+    from megatron_tst.distributed import leave_ranks
+    from megatron_tst.distributed.signals import StopSignals, ignore_stop_signals
     from megatron_tst.training import build_run, check_cluster, train
 
     signals = StopSignals()
@@ -54,7 +57,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         leave(130)
     except StoppedInSetUp as stop:
-        leave(stop.exit_code, str(stop))
+        leave(stop.exit_code, str(stop) if IS_MAIN_RANK else None)
     except UserError as error:
-        is_spoken_for = os.environ.get("RANK", "0") != "0" and not error.own_rank
-        leave(error.exit_code, None if is_spoken_for else f"error: {error}")
+        leave(error.exit_code, f"error: {error}" if IS_MAIN_RANK or error.own_rank else None)

@@ -28,9 +28,7 @@ from megatron_tst.checkpoint.load import load_checkpoint
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import CheckpointSettings, ModelSettings, OptimizerSettings, RunConfig, dump_config, write_json
-from megatron_tst.model import build_model
-from megatron_tst.platform import (
-    Libraries,
+from megatron_tst.distributed import (
     ParallelSizes,
     enter_device,
     every_rank,
@@ -38,6 +36,8 @@ from megatron_tst.platform import (
     main_rank_alone,
     seed_everything,
 )
+from megatron_tst.megatron_patches import Libraries
+from megatron_tst.model import build_model
 from megatron_tst.superposition import Phase, Schedule
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
 

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from megatron_tst.checkpoint.conversion.saved_runs import complete_weights, find_saved_run
-from megatron_tst.checkpoint.conversion.settings import architecture_of, shape_of
-from megatron_tst.checkpoint.conversion.tables import pieces
-from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
-from megatron_tst.checkpoint.conversion.torch_dist import Slice, write_stacked
 from megatron_tst.config import PRESETS, DataSettings, ModelSettings, RunConfig, write_json
+from megatron_tst.conversion.saved_runs import complete_weights, find_saved_run
+from megatron_tst.conversion.settings import architecture_of, shape_of
+from megatron_tst.conversion.tables import pieces
+from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
+from megatron_tst.conversion.torch_dist import Slice, write_stacked
 
 TARGETS = {"export": "hf", "copy": "copy"}
 VOCAB = 32000
@@ -62,7 +62,7 @@ def write_checkpoint(folder: Path, settings: dict[str, Any]) -> None:
 
 def export(source: Path, target: Path, max_shard_bytes: int) -> None:
     """Export the checkpoint as tools/convert_ckpt.py does with --no-verify-checkpoint."""
-    saved = find_saved_run(source, None, verify=False)
+    saved = find_saved_run(source, None, check=None)
     Export(saved).write(target, saved.tokenizer, EndOfDocument(0, "<|endoftext|>"), max_shard_bytes, force=True)
 
 

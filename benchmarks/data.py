@@ -254,7 +254,7 @@ def small_run(folder: Path) -> tuple[Any, Any]:
     import torch.distributed as dist
 
     from megatron_tst.data.tokenizer import load_tokenizer, train_bpe
-    from megatron_tst.platform import ParallelSizes, join_ranks, leave_ranks
+    from megatron_tst.distributed import ParallelSizes, join_ranks, leave_ranks
 
     torch.set_num_threads(1)
     if dist.is_initialized():

@@ -2,13 +2,14 @@
 """Time and peak memory of the multi-hot cross-entropy against an ordinary one-target cross-entropy.
 
     OMP_NUM_THREADS=1 python benchmarks/loss.py [--rows 1024] [--vocab 16384] [--dtype float32] [--json loss.json]
+    python benchmarks/loss.py --te-wheel FOLDER    the kernel's Python files from an unpacked wheel, on a CUDA device
 
 Forward and backward on the same logits, one rank. Variants: ``te`` (Transformer Engine's kernel, where it is installed
-and there is a CUDA device), ``native`` (torch operations), ``loop`` (one megatron-core cross-entropy per target, as the
-paper does it), ``torch, 1 target``. Each is a ratio to an ordinary one-target cross-entropy: Transformer Engine's own
-for ``te``, megatron-core's, which overwrites its float32 logits, for the others. Times are the process's own on a CPU
-and the wall clock's on a CUDA device, medians of ratios of neighbouring runs; memory is the peak above the logits, of
-each variant in its own process.
+or given as a wheel, and there is a CUDA device), ``native`` (torch operations), ``loop`` (one megatron-core
+cross-entropy per target, as the paper does it), ``torch, 1 target``. Each is a ratio to an ordinary one-target
+cross-entropy: Transformer Engine's own for ``te``, megatron-core's for the others, which overwrites its float32 logits.
+Times are the process's own on a CPU and the wall clock's on a CUDA device, medians of ratios of neighbouring runs;
+memory is the peak above the logits, on a CPU of each variant in its own process.
 """
 
 import argparse
@@ -22,8 +23,11 @@ from pathlib import Path
 import torch
 
 from megatron_tst.config import write_json
+from megatron_tst.distributed import ParallelSizes, enter_device, join_ranks
+from megatron_tst.megatron_patches import find_libraries
+from megatron_tst.model import loss as loss_module
 from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
-from megatron_tst.platform import ParallelSizes, enter_device, find_libraries, join_ranks
+from megatron_tst.model.te_loss import adapt_kernel
 from megatron_tst.superposition import bag_weights
 
 # isort: split
@@ -34,7 +38,16 @@ ONE_TARGET = "megatron-core, 1 target"
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def variants(group: torch.distributed.ProcessGroup) -> dict[str, Loss]:
+def use_wheel(folder: Path) -> None:
+    """Take Transformer Engine's kernel from the Python files of an unpacked wheel, without its compiled library."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.model.kernels import load_wheel
+
+    kernel = adapt_kernel(load_wheel(folder))
+    loss_module.load_kernel = lambda: kernel
+
+
+def variants(group: torch.distributed.ProcessGroup, has_te: bool) -> dict[str, Loss]:
     """Return the losses to measure, each from logits ``[L, B, V]`` and targets ``[B, L, S]`` to row losses."""
 
     def multi_hot(implementation: str) -> Loss:
@@ -57,7 +70,7 @@ def variants(group: torch.distributed.ProcessGroup) -> dict[str, Loss]:
         return vocab_parallel_cross_entropy(logits, targets[..., 0].transpose(0, 1))
 
     found = {ONE_TARGET: megatron_core, "native": multi_hot("native"), "loop": loop, "torch, 1 target": torch_alone}
-    if torch.cuda.is_available() and find_libraries().transformer_engine is not None:
+    if has_te:
         found["te"] = multi_hot("te")
     return found
 
@@ -138,11 +151,15 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--te-wheel", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device, ranks = enter_device(), join_ranks(ParallelSizes())
-    losses = variants(ranks.groups.tp)
+    if arguments.te_wheel:
+        use_wheel(arguments.te_wheel)
+    has_te = arguments.te_wheel is not None or find_libraries().transformer_engine is not None
+    losses = variants(ranks.groups.tp, has_te and torch.cuda.is_available())
     case = Case(arguments.rows, arguments.vocab, getattr(torch, arguments.dtype), device.torch_device)
     if arguments.memory_of:
         name, bag_size = arguments.memory_of
@@ -152,6 +169,8 @@ def main() -> None:
         return
 
     def memory_of(name: str, bag_size: int) -> int:
+        if torch.cuda.is_available():
+            return measure_memory(case, losses[name], bag_size)
         command = [sys.executable, *sys.argv, "--memory-of", name, str(bag_size)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

@@ -2,6 +2,7 @@
 """Step time: our loop against a bare megatron-core loop, and superposed steps against ordinary ones.
 
     OMP_NUM_THREADS=1 python benchmarks/step.py [--steps 30] [--json step.json]
+    python benchmarks/step.py --tst-preset 270m --seq-length 1024 --bf16    another model: flags of pretrain_tst.py
 
 Everything runs in one process, the compared steps in turn; each row is the median of the ratios of neighbouring steps.
 Steps read random text, train (forward, backward, optimizer), and, in our loop, log a line of metrics.
@@ -21,8 +22,9 @@ import torch
 from megatron_tst.config import parse_config, write_json
 from megatron_tst.data.batches import Batch, TextReader
 from megatron_tst.data.tokenizer import train_bpe
+from megatron_tst.distributed import leave_ranks
+from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import build_model
-from megatron_tst.platform import find_libraries, leave_ranks
 from megatron_tst.superposition import Phase, Schedule
 from megatron_tst.training import Run, build_run
 from megatron_tst.training.monitor import Monitor
@@ -31,20 +33,19 @@ from megatron_tst.training.monitor import Monitor
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-SEQUENCE, BATCH = 128, 8
 MODEL = (
     "--num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --swiglu --normalization RMSNorm "
     "--position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 "
-    "--hidden-dropout 0 --make-vocab-size-divisible-by 1"
+    "--hidden-dropout 0 --make-vocab-size-divisible-by 1 --seq-length 128"
 )
 TRAINING = (
-    f"--seq-length {SEQUENCE} --micro-batch-size {BATCH} --lr 1e-3 --eval-iters 0 --log-interval 1 --num-workers 0 "
+    "--micro-batch-size 8 --lr 1e-3 --eval-iters 0 --log-interval 1 --num-workers 0 "
     "--split 1,0,0 --tst-bag-size 16 --tst-step-ratio 0.5"
 )
 
 
-def write_text(folder: Path, num_tokens: int) -> tuple[str, str]:
-    """Write random text and a tokenizer of its vocabulary; return corpus prefix and tokenizer."""
+def write_text(folder: Path, num_tokens: int) -> None:
+    """Write random text, corpus.bin and corpus.idx, and a tokenizer of its vocabulary, tokenizer.json."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     source = Path(argparse.__file__).read_text(encoding="utf-8")
@@ -54,7 +55,6 @@ def write_text(folder: Path, num_tokens: int) -> tuple[str, str]:
     for _ in range(num_tokens // 1000):
         builder.add_document(generator.integers(1, tokenizer.vocab_size, 1000), [1000])
     builder.finalize(str(folder / "corpus.idx"))
-    return str(folder / "corpus"), str(tokenizer.path)
 
 
 def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
@@ -62,7 +62,7 @@ def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
     schedule = Schedule((Phase(bag_size, steps),))
     phase = next(i for i, p in enumerate(run.schedule.phases) if p.bag_size >= bag_size)
     text = type(run.data.train)([run.data.train.phases[phase]])
-    reader = run.read(_Cut(text, SEQUENCE * bag_size), schedule, num_workers=0)
+    reader = run.read(_Cut(text, run.config.model.seq_length * bag_size), schedule, num_workers=0)
     monitor = Monitor(run)
     monitor.progress.__enter__()
     numbers = iter(range(1, steps + 1))
@@ -87,16 +87,18 @@ class _Cut(torch.utils.data.Dataset):
 
 def bare_step(run: Run, steps: int) -> Callable[[], None]:
     """Return one step of a loop that megatron-core's own classes make, on ordinary batches."""
+    sequence, batch_size = run.config.model.seq_length, run.config.training.micro_batch_size
     chunks = build_model(run.config, run.vocab_size, run.ranks, find_libraries())
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.utils import get_model_config
 
     get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0), chunks)
+    precision = {"bf16": True, "params_dtype": torch.bfloat16} if run.config.training.bf16 else {}
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, **precision), chunks)
     schedule, forward_backward = Schedule((Phase(1, steps),)), get_forward_backward_func()
     reader = TextReader(
-        _Cut(run.data.train, SEQUENCE), schedule, run.ranks,
-        micro_batch_size=BATCH, global_batch_size=BATCH, vocab_size=run.vocab_size,
+        _Cut(run.data.train, sequence), schedule, run.ranks,
+        micro_batch_size=batch_size, global_batch_size=batch_size, vocab_size=run.vocab_size,
     )  # fmt: skip
     shape = run.batch_shape(Phase(1, 1))
 
@@ -110,7 +112,7 @@ def bare_step(run: Run, steps: int) -> Callable[[], None]:
         optimizer.zero_grad()
         forward_backward(
             forward_step_func=forward, data_iterator=iter([reader.read(shape)]), model=chunks[0],
-            num_microbatches=1, seq_length=SEQUENCE, micro_batch_size=BATCH,
+            num_microbatches=1, seq_length=sequence, micro_batch_size=batch_size,
         )  # fmt: skip
         optimizer.step()
 
@@ -139,13 +141,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()
     torch.set_num_threads(1)
     steps = arguments.steps
+    flags = [*TRAINING.split(), *flags] if "--tst-preset" in flags else [*MODEL.split(), *TRAINING.split(), *flags]
     with tempfile.TemporaryDirectory() as name:
-        corpus, tokenizer = write_text(Path(name), 34 * steps * BATCH * SEQUENCE)
-        files = f"--data-path {corpus} --tokenizer-model {tokenizer} --tst-run-dir {name}/run --train-iters {2 * steps}"
-        run = build_run(parse_config(f"{MODEL} {TRAINING} {files}".split()))
+        files = f"--data-path {name}/corpus --tokenizer-model {name}/tokenizer.json --tst-run-dir {name}/run"
+        config = parse_config([*flags, *files.split(), "--train-iters", str(2 * steps)])
+        write_text(Path(name), 34 * steps * config.training.micro_batch_size * config.model.seq_length)
+        run = build_run(config)
         rows = {
             "our loop / bare megatron-core loop": (lambda: our_step(run, 1, steps), lambda: bare_step(run, steps)),
             "superposed s = 4 / ordinary": (lambda: our_step(run, 4, steps), lambda: our_step(run, 1, steps)),

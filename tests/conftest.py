@@ -8,7 +8,7 @@ import torch
 from megatron_tst.data.documents import Skipped, list_inputs, read_documents
 from megatron_tst.data.preprocess import write_indexed
 from megatron_tst.data.tokenizer import Tokenizer, train_bpe
-from megatron_tst.platform import ParallelSizes, Ranks, join_ranks, leave_ranks, seed_everything
+from megatron_tst.distributed import ParallelSizes, Ranks, join_ranks, leave_ranks, seed_everything
 from tests.corpora import FILES
 from tests.training.runs import real_text
 

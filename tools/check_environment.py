@@ -15,7 +15,7 @@ import sys
 
 import megatron_tst
 from megatron_tst.config import EXIT_CODE, UserError, write_json
-from megatron_tst.platform.versions import check_transformer_engine
+from megatron_tst.megatron_patches.versions import check_transformer_engine
 from megatron_tst.telemetry import versions
 
 COMPILED = ("transformer_engine.pytorch", "amp_C", "fused_weight_gradient_mlp_cuda")

@@ -15,11 +15,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tst.analysis.compare import find_methods
+from megatron_tst.analysis.curves import AXES, read_curves
+from megatron_tst.analysis.verdict import CAPTION, COLUMNS, report, sentences, table_rows
 from megatron_tst.config import EXIT_CODE, UserError
-from megatron_tst.telemetry.compare import find_methods
-from megatron_tst.telemetry.curves import AXES, read_curves
-from megatron_tst.telemetry.outputs import check_output, check_picture
-from megatron_tst.telemetry.verdict import CAPTION, COLUMNS, report, sentences, table_rows
+from megatron_tst.telemetry.outputs import check_output, check_picture, writing_output
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_picture(arguments.output, "--output")
     if arguments.report:
         check_output(arguments.report, "--report")
-    from megatron_tst.telemetry.plots import draw_comparison
+    from megatron_tst.analysis.plots import draw_comparison
 
     methods = find_methods(read_curves(arguments.runs))
     console = Console()
@@ -53,11 +53,13 @@ def main(arguments: argparse.Namespace) -> None:
     console.print(table)
     console.print(CAPTION, highlight=False, soft_wrap=True)
     console.print("\n".join(sentences(methods)), highlight=False, soft_wrap=True)
-    draw_comparison(methods, arguments.output, arguments.axes)
+    with writing_output(arguments.output, "--output"):
+        draw_comparison(methods, arguments.output, arguments.axes)
     console.print(f"picture: {arguments.output}", highlight=False, soft_wrap=True)
     if arguments.report:
         picture = os.path.relpath(arguments.output, arguments.report.parent)
-        arguments.report.write_text(report(methods, picture), encoding="utf-8")
+        with writing_output(arguments.report, "--report"):
+            arguments.report.write_text(report(methods, picture), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ what pretrain_tst.py --load weights/ --finetune starts from.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_tst.checkpoint.conversion.saved_runs import SavedRun, find_saved_run
-from megatron_tst.checkpoint.conversion.settings import inexpressible
-from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
-from megatron_tst.checkpoint.conversion.to_megatron import Import
+from megatron_tst.checkpoint.checksums import CHECKSUMS
 from megatron_tst.config import UserError
+from megatron_tst.conversion.saved_runs import SavedRun, check_files, find_saved_run
+from megatron_tst.conversion.settings import inexpressible
+from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
+from megatron_tst.conversion.to_megatron import Import
 from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +95,8 @@ def main(arguments: argparse.Namespace) -> None:
     tokens = conversion.tokenizer.encode_batch([text])[0]
     if not tokens:
         raise UserError(f"--verify-text {arguments.verify_text}: holds no token to compare on")
-    _show_progress(conversion)
+    with _progress(conversion.title, conversion.work.num_bytes) as advance:
+        conversion.write(advance)
     print(f"wrote {arguments.save}", flush=True)
     for warning in (*conversion.warnings, *_not_finite(conversion.work.casting.not_finite)):
         print(f"convert_ckpt.py: warning: {warning}", file=sys.stderr)
@@ -108,7 +111,9 @@ def _not_finite(names: list[str]) -> list[str]:
 
 
 def _to_hugging_face(arguments: argparse.Namespace) -> Conversion:
-    saved = find_saved_run(arguments.load, arguments.iteration, verify=not arguments.no_verify_checkpoint)
+    saved = find_saved_run(
+        arguments.load, arguments.iteration, check=None if arguments.no_verify_checkpoint else _check_files
+    )
     tokenizer = _tokenizer(arguments.tokenizer or saved.tokenizer, saved.vocab_size)
     end = EndOfDocument(tokenizer.eod, tokenizer.decode([tokenizer.eod]))
     export = Export(saved, DTYPES.get(arguments.dtype))
@@ -166,7 +171,14 @@ def _bytes(size: str) -> int:
     return int(float(parts[1]) * UNITS[parts[2]])
 
 
-def _show_progress(conversion: Conversion) -> None:
+def _check_files(folder: Path) -> None:
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.name != CHECKSUMS)
+    with _progress(f"verifying {folder.name}", num_bytes) as advance:
+        check_files(folder, advance)
+
+
+@contextlib.contextmanager
+def _progress(title: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -176,24 +188,18 @@ def _show_progress(conversion: Conversion) -> None:
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(conversion.title, total=conversion.work.num_bytes)
-        conversion.write(lambda written: progress.advance(task, written))
+        task = progress.add_task(title, total=num_bytes)
+        yield lambda done: progress.advance(task, done)
 
 
 def _verify(
     saved: SavedRun, hugging_face: Path, tokens: list[int], work: Export | Import, tolerance: float | None
 ) -> None:
-    from megatron_tst.checkpoint.conversion.verify import compare_logits, load_weights, tolerance_for
     from megatron_tst.config import ParallelSettings, TrainingSettings
+    from megatron_tst.conversion.verify import compare_logits, load_weights, tolerance_for
+    from megatron_tst.distributed import ParallelSizes, enter_device, join_ranks, leave_ranks, seed_everything
+    from megatron_tst.megatron_patches import find_libraries
     from megatron_tst.model import LossChoice, build_gpt, transformer_config
-    from megatron_tst.platform import (
-        ParallelSizes,
-        enter_device,
-        find_libraries,
-        join_ranks,
-        leave_ranks,
-        seed_everything,
-    )
 
     model, libraries = saved.config.model, find_libraries()
     join_ranks(ParallelSizes())

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from megatron_tst.config import EXIT_CODE, UserError, read_config, write_json
 from megatron_tst.planning import report
-from megatron_tst.planning.hardware import GPUS, find_gpu
 from megatron_tst.planning.layouts import USABLE_MEMORY, Layout, distinct, judge_layout, recomputations, search_layouts
 from megatron_tst.planning.plan import complete, find_speed, make_plan
 from megatron_tst.planning.published import advise
 from megatron_tst.planning.scale import Assumptions, scale_run
 from megatron_tst.planning.step_time import calibrate
-from megatron_tst.telemetry.outputs import check_output
+from megatron_tst.shape.hardware import GPUS, find_gpu
+from megatron_tst.telemetry.outputs import check_output, writing_output
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -92,7 +92,8 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
             "assumptions": dataclasses.asdict(assumptions),
             "scaled": [{**vars(run), "layout": run.layout and _as_json(run.layout)} for run in scaled],
         }
-        arguments.json.write_text(write_json(content, indent=2) + "\n", encoding="utf-8")
+        with writing_output(arguments.json, "--json"):
+            arguments.json.write_text(write_json(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _as_json(layout: Layout) -> dict[str, Any]:

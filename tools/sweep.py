@@ -1,38 +1,49 @@
 #!/usr/bin/env python3
-r"""Train a grid over bag size s, step ratio r and bag weights on one machine, and draw final loss over s.
+r"""Train a grid of runs on one machine: bag size s, step ratio r, bag weights, lengths and any other setting.
 
-    python tools/sweep.py --output runs/sweep --bag-sizes 2 4 8 --step-ratios 0.2 0.3 --seeds 1 2 --workers 2 \
+    python tools/sweep.py --output runs/sweep --bag-sizes 2 4 8 --step-ratios 0.2 0.3 --seeds 1 2 3 --workers 2 \
         --config examples/quickstart/config.yaml [flags of pretrain_tst.py]
+    ... --bag-sizes 4 --step-ratios 0.3 --vary tst-objective mce mce_alt --vary lr 2e-3 4e-3 --steps 2250 4500
+    ... --phases 8:0.1,4:0.1,2:0.1 4:0.3                lists of phases instead of bag sizes and step ratios
     python tools/sweep.py --output runs/sweep --draw runs/270m-s*           runs that are there, from a cluster say
 
-The baseline is always run. The same command goes on where it was stopped. Results: sweep.csv and u_curves.png.
+Every combination is trained, and a baseline for each that does not concern superposition. The same command goes on
+where it was stopped. Results: sweep.csv, a line per run; sweep_means.csv, a line per setting; a picture.
 """
 
 import argparse
 import csv
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_tst.config import EXIT_CODE, UserError
-from megatron_tst.config.locks import locked
-from megatron_tst.planning.sweep import (
-    NOT_STARTED,
-    Runner,
+from megatron_tst.analysis.compare import Estimate
+from megatron_tst.analysis.runner import NOT_STARTED, Runner
+from megatron_tst.analysis.sweep import Grid, SweepRun, grid_phases, plan_sweep, read_phases
+from megatron_tst.analysis.sweep_results import (
+    BAG_WEIGHTS,
     SweepResult,
-    SweepRun,
-    losses_by_point,
-    plan_sweep,
+    SweepSetting,
+    final_loss_curves,
+    gather,
+    heading,
     read_result,
 )
-from megatron_tst.platform.device import visible_gpus
-from megatron_tst.telemetry.outputs import check_picture
+from megatron_tst.config import EXIT_CODE, UserError
+from megatron_tst.config.locks import locked
+from megatron_tst.distributed.device import visible_gpus
+from megatron_tst.telemetry.outputs import check_picture, writing_output
 
-PICTURE = "u_curves.png"
+CAPTION = (
+    "Final loss: next-token validation loss in nats per token, with its standard error over seeds. Less baseline: the "
+    "mean of each seed's final loss less that of the baseline with this seed."
+)
 PROGRAM = Path(__file__).parents[1] / "pretrain_tst.py"
 
 
@@ -41,51 +52,83 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run directories and the results")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run directories")
+    parser.add_argument("--results", type=Path, help="folder of the tables and the picture (default: --output)")
     parser.add_argument("--bag-sizes", type=int, nargs="+", default=[2, 4, 6, 8], metavar="S")
     parser.add_argument("--step-ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4], metavar="R")
+    parser.add_argument("--phases", nargs="+", metavar="S:R,S:R", help="bag sizes with their shares of the steps")
     parser.add_argument("--bag-weights", nargs="+", default=["uniform"], metavar="NAME")
+    parser.add_argument(
+        "--vary", nargs="+", action="append", default=[], metavar="NAME VALUE",
+        help="a setting of pretrain_tst.py and its values; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[], metavar="N", help="lengths; warm-up and decay scale"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--workers", type=int, help="runs at a time (default: one per GPU, without one 1)")
+    parser.add_argument("--plan", action="store_true", help="train nothing; tell the runs and which of them have ended")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="RUN", help="train nothing; draw these run directories")
     return parser.parse_known_args()
 
 
 def main(arguments: argparse.Namespace, flags: list[str]) -> int:
     """Train what is not trained yet, then show all; return the exit code."""
+    results = arguments.results or arguments.output
     if arguments.draw:
         if flags:
             raise UserError(f"{flags[0]}: is not taken with --draw, which trains nothing")
-        make_folder(arguments.output)
+        make_folders(arguments.output, results)
         with locked(arguments.output / "sweep", f"--output {arguments.output}"):
-            show([read_result(path) for path in arguments.draw], arguments.output)
+            show([read_result(path) for path in arguments.draw], results)
         return 0
-    runs = plan_sweep(
-        arguments.bag_sizes, arguments.step_ratios, arguments.bag_weights, arguments.seeds, arguments.output, flags
-    )
-    missing = [run for run in runs if not run.is_complete]
+    runs = plan_sweep(read_grid(arguments), arguments.output, flags)
+    if arguments.plan:
+        missing = {run.name for run in runs if not run.is_complete}
+        for run in runs:
+            print(f"{run.name}: {'to train' if run.name in missing else 'ended'}")
+        print(f"{len(runs)} runs, {len(missing)} of them to train")
+        return 0
     gpus = visible_gpus()
     workers = max(len(gpus), 1) if arguments.workers is None else arguments.workers
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
-    make_folder(arguments.output)
+    make_folders(arguments.output, results)
     with locked(arguments.output / "sweep", f"--output {arguments.output}"):
-        return train_and_show(runs, missing, Runner(PROGRAM, workers, gpus), arguments.output)
+        return train_and_show(runs, Runner(PROGRAM, workers, gpus), results)
 
 
-def train_and_show(runs: Sequence[SweepRun], missing: Sequence[SweepRun], runner: Runner, output: Path) -> int:
-    """Train the missing runs, then show all that ended; return the exit code."""
+def read_grid(arguments: argparse.Namespace) -> Grid:
+    """Read what the runs differ in from this program's flags."""
+    phases = grid_phases(arguments.bag_sizes, arguments.step_ratios)
+    if arguments.phases:
+        phases = [read_phases(text) for text in arguments.phases]
+    settings: dict[str, list[str]] = {}
+    for name, *values in arguments.vary:
+        key = name.removeprefix("--").replace("-", "_")
+        if not values or key in settings:
+            raise UserError(f"--vary {name}: " + ("is given twice" if values else "names no value"))
+        settings[key] = values
+    return Grid(phases, arguments.bag_weights, settings, arguments.steps, arguments.seeds)
+
+
+def train_and_show(runs: Sequence[SweepRun], runner: Runner, results: Path) -> int:
+    """Train the missing runs, then show all that ended, also when interrupted; return the exit code."""
+    missing = [run for run in runs if not run.is_complete]
     print(f"{len(runs)} runs, {len(missing)} of them to train, {runner.workers} at a time", flush=True)
-    is_done = train(missing, runner)
-    ended = [read_result(run.directory.path) for run in runs if run.is_complete]
-    if ended:
-        show(ended, output)
+    try:
+        is_done = train(missing, runner)
+    finally:
+        ended = [read_result(run.directory.path) for run in runs if run.is_complete]
+        if ended:
+            show(ended, results)
     return 0 if is_done else 1
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of the results, once it is known that they can be drawn."""
-    check_picture(folder / PICTURE, "--output")
+def make_folders(output: Path, results: Path) -> None:
+    """Make the folders of the runs and the results, once it is known that they can be written and drawn."""
+    check_picture(output / "picture.png", "--output")
+    check_picture(results / "picture.png", "--results")
 
 
 def train(runs: Sequence[SweepRun], runner: Runner) -> bool:
@@ -109,7 +152,7 @@ def train(runs: Sequence[SweepRun], runner: Runner) -> bool:
             told = f"did not end: {failure}"
             if failure is None:
                 try:
-                    told = f"final loss {read_result(run.directory.path).final_loss:.4f}"
+                    told = f"final loss {read_result(run.directory.path).curve.final_loss:.4f}"
                     num_ended += 1
                 except UserError as error:
                     told = f"did not end: {error}"
@@ -119,32 +162,101 @@ def train(runs: Sequence[SweepRun], runner: Runner) -> bool:
     return num_ended == len(runs)
 
 
-def show(results: Sequence[SweepResult], output: Path) -> None:
-    """Write sweep.csv and u_curves.png, and print the table."""
-    from megatron_tst.telemetry.plots import draw_u_curves
+def show(results: Sequence[SweepResult], folder: Path) -> None:
+    """Write the tables and the picture, and print the means."""
+    from megatron_tst.analysis.plots import draw_final_losses, draw_settings
 
-    losses = losses_by_point(results)
-    with (output / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("bag_weights", "step_ratio", "bag_size", "seed", "data_tokens", "gpu_hours", "final_loss"))
-        for result in results:
-            point = result.point
-            setting = (point.bag_weights, point.step_ratio, point.bag_size, result.seed)
-            writer.writerow((*setting, result.data_tokens, f"{result.gpu_hours:.4g}", f"{result.final_loss:.4f}"))
-    table = Table("bag weights", "r", "s", "final loss, nats per token", "less baseline")
-    baseline = next((loss.value for point, loss in losses.items() if point.bag_size == 1), None)
-    best = min(losses, key=lambda point: losses[point].value)
-    for point, loss in losses.items():
-        gap = "" if baseline is None or point.bag_size == 1 else f"{loss.value - baseline:+.4f}"
-        setting = (point.bag_weights, f"{point.step_ratio:g}", str(point.bag_size))
-        table.add_row(*setting, loss.write(4), gap, style="bold" if point == best else None)
+    settings = gather(results)
+    with writing_output(folder, "--results"):
+        write_csv(folder / "sweep.csv", run_rows(settings))
+        write_csv(folder / "sweep_means.csv", mean_rows(settings))
     console = Console()
-    console.print(table)
-    draw_u_curves({(p.bag_weights, p.step_ratio, p.bag_size): loss for p, loss in losses.items()}, output / PICTURE)
-    console.print(f"results: {output / 'sweep.csv'}  picture: {output / PICTURE}", highlight=False, soft_wrap=True)
+    console.print(means_table(settings))
+    console.print(CAPTION, highlight=False, soft_wrap=True)
+    baselines = [setting.final_loss for setting in settings if not setting.phases]
+    baseline = baselines[0] if len(baselines) == 1 else None
+    curves = final_loss_curves(settings)
+    picture = folder / (curves.file if curves else "settings.png")
+    with writing_output(picture, "--results"):
+        if curves:
+            draw_final_losses(curves.panels, baseline and (curves.baseline_at, baseline), curves.axis, picture)
+        else:
+            draw_settings([(s.label, s.losses, s.less_baseline) for s in settings], baseline, picture)
+    told = f"results: {folder / 'sweep.csv'}, {folder / 'sweep_means.csv'}  picture: {picture}"
+    console.print(told, highlight=False, soft_wrap=True)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write rows, the names of the columns first."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def setting_columns(setting: SweepSetting) -> dict[str, object]:
+    """Return what tells a setting from others, by column; several phases are separated by spaces."""
+    phases = setting.phases or ((1, 0.0),)
+    return {
+        "bag_weights": setting.bag_weights,
+        "step_ratio": " ".join(str(share) for _, share in phases),
+        "bag_size": " ".join(str(size) for size, _ in phases),
+        **{heading(flag): value for flag, value in setting.varied.items() if flag != BAG_WEIGHTS},
+    }
+
+
+def run_rows(settings: Sequence[SweepSetting]) -> Iterator[Sequence[object]]:
+    """Yield a line per run."""
+    ends = ("seed", "data_tokens", "gpu_hours", "final_loss", "less_baseline", "run")
+    yield (*setting_columns(settings[0]), *ends)
+    for setting in settings:
+        gaps = setting.differences()
+        for seed, run in setting.runs.items():
+            gap = f"{gaps[seed]:.4f}" if seed in gaps else ""
+            costs = int(run.curve.total("data_tokens")), f"{run.curve.total('gpu_hours'):.4g}"
+            yield (*setting_columns(setting).values(), seed, *costs, f"{run.curve.final_loss:.4f}", gap, run.name)
+
+
+def mean_rows(settings: Sequence[SweepSetting]) -> Iterator[Sequence[object]]:
+    """Yield a line per setting: means and their standard errors, which one seed alone does not tell."""
+    ends = ("seeds", "final_loss", "final_loss_error", "pairs", "less_baseline", "less_baseline_error")
+    yield (*setting_columns(settings[0]), *ends)
+    for setting in settings:
+        loss, gap = (written(estimate) for estimate in (setting.final_loss, setting.less_baseline))
+        pairs = len(setting.differences())
+        yield (*setting_columns(setting).values(), len(setting.runs), *loss, pairs, *gap)
+
+
+def written(estimate: Estimate | None) -> tuple[str, str]:
+    """Return a mean and its standard error; nothing for what is not known."""
+    if estimate is None:
+        return "", ""
+    return f"{estimate.value:.4f}", "" if estimate.error is None else f"{estimate.error:.4f}"
+
+
+def means_table(settings: Sequence[SweepSetting]) -> Table:
+    """Return the means as a table, the lowest loss in bold."""
+    columns = [name.replace("_", " ") for name in setting_columns(settings[0])]
+    shown = [n for n, name in enumerate(columns) if name != "bag weights" or BAG_WEIGHTS in settings[0].varied]
+    names = {"step ratio": "r", "bag size": "s"}
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for n in shown:
+        table.add_column(names.get(columns[n], columns[n]), overflow="fold")
+    for name in ("seeds", "final loss", "less baseline"):
+        # A header may take two lines; a number stays on one.
+        table.add_column(name, justify="right", no_wrap=name != "seeds")
+    best = min(settings, key=lambda setting: setting.final_loss.value)
+    for setting in settings:
+        values = list(setting_columns(setting).values())
+        gap = setting.less_baseline
+        pairs = len(setting.differences())
+        told = "" if gap is None else gap.signed(4) + (f" ({pairs} pairs)" if pairs < len(setting.runs) else "")
+        row = [*("" if values[n] is None else str(values[n]) for n in shown), str(len(setting.runs))]
+        table.add_row(*row, setting.final_loss.write(4), told, style="bold" if setting is best else None)
+    return table
 
 
 if __name__ == "__main__":
+    # A sweep that is told to end tells its runs to save and stop, as one that is interrupted at the keyboard does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main(*parse_arguments()))
     except KeyboardInterrupt:

@@ -1,12 +1,13 @@
 """Checksums of a checkpoint's files, in the format that ``sha256sum --check`` reads."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE
 from megatron_tst.config import UserError
-from megatron_tst.platform import Ranks, every_rank
-from megatron_tst.platform.safe_checkpoint import METADATA
-from megatron_tst.platform.shard_writer import sha256
+from megatron_tst.distributed import Ranks, every_rank
+from megatron_tst.megatron_patches.safe_checkpoint import METADATA
+from megatron_tst.megatron_patches.shard_writer import sha256
 
 CHECKSUMS = "SHA256SUMS"
 _ENDINGS = (".distcp", ".pt", ".json", ".yaml")
@@ -55,19 +56,22 @@ def find_damage(folder: Path, ranks: Ranks) -> str | None:
     return next((found for found in every_rank(damage) if found), None)
 
 
-def find_damage_alone(folder: Path, share: slice = slice(None)) -> str | None:
+def find_damage_alone(
+    folder: Path, share: slice = slice(None), on_progress: Callable[[int], object] = lambda _: None
+) -> str | None:
     """Compare a checkpoint's files with their checksums in this process alone.
 
     Args:
         folder: of one checkpoint.
         share: which of the files, in the order of their names.
+        on_progress: called with the bytes of each part that is read.
 
     Returns:
         What is wrong with the first file that differs, or None.
     """
     try:
         known = read_checksums(folder)
-        return _unlisted(folder, known) or _damage(folder, sorted(known.items())[share])
+        return _unlisted(folder, known) or _damage(folder, sorted(known.items())[share], on_progress)
     except UserError as error:
         return str(error)
 
@@ -80,11 +84,11 @@ def _unlisted(folder: Path, known: dict[str, str]) -> str | None:
     )
 
 
-def _damage(folder: Path, share: list[tuple[str, str]]) -> str | None:
+def _damage(folder: Path, share: list[tuple[str, str]], on_progress: Callable[[int], object]) -> str | None:
     for name, digest in share:
         path = folder / name
         try:
-            if sha256(path) != digest:
+            if sha256(path, on_progress) != digest:
                 return f"{path} is damaged: its bytes do not match {CHECKSUMS}"
         except OSError as error:
             return f"{path} cannot be read: {error.strerror or error}"

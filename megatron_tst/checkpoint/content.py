@@ -14,8 +14,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_tst.config import ModelSettings
-from megatron_tst.platform import Ranks
-from megatron_tst.platform.seeds import generator_states, restore_generator_states
+from megatron_tst.distributed import Ranks
+from megatron_tst.distributed.rng_state import generator_states, restore_generator_states
 
 FORMAT_VERSION = 3.0  # Megatron-LM's number for the order of the query, key and value rows
 # How optimizer state is laid out: like the parameters, so that any layout can load it.

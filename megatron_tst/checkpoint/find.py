@@ -18,8 +18,8 @@ from megatron_tst.checkpoint.run_state import (
 )
 from megatron_tst.checkpoint.stock_arguments import find_foreign, model_settings
 from megatron_tst.config import CheckpointSettings, RunConfig, UserError
-from megatron_tst.platform import Ranks, main_rank_alone
-from megatron_tst.platform.safe_checkpoint import METADATA, read_metadata
+from megatron_tst.distributed import Ranks, main_rank_alone
+from megatron_tst.megatron_patches.safe_checkpoint import METADATA, read_metadata
 
 logger = logging.getLogger(__name__)
 _TOKEN_TABLE = "embedding.word_embeddings.weight"
@@ -114,7 +114,7 @@ def _candidates(folders: CheckpointFolders, wanted: int | None) -> list[tuple[Pa
             raise UserError(f"--ckpt-step {wanted}: {folders.path} holds {steps or 'no checkpoints'}")
         return [_candidate(folders.of(wanted))]
     if not steps:
-        _refuse_other_folder(folders.path)
+        refuse_other_folder(folders.path, "--ckpt-step")
     chosen = [step for step in reversed(steps) if latest is None or step <= latest]
     named = "no step" if latest is None else f"step {latest}"
     if not chosen and folders.tracker.exists():
@@ -133,8 +133,12 @@ def _candidate(folder: Path) -> tuple[Path, bool]:
     return folder, is_written_here(folder) or not (folder / METADATA).exists()
 
 
-def _refuse_other_folder(path: Path) -> None:
-    """Say what a folder is that holds no checkpoints and is not meant to: the run would start from scratch.
+def refuse_other_folder(path: Path, step_flag: str) -> None:
+    """Say what a folder is that holds no checkpoints and is not meant to.
+
+    Args:
+        path: the folder.
+        step_flag: names the step of a checkpoint, for messages.
 
     Raises:
         UserError: if it is known what it is.
@@ -142,7 +146,7 @@ def _refuse_other_folder(path: Path) -> None:
     inner = CheckpointFolders(path / "checkpoints")
     for is_so, reason in (
         (path.exists() and not path.is_dir(), "is not a folder"),
-        ((path / METADATA).exists(), "is a single checkpoint: name its parent folder, and the step with --ckpt-step"),
+        ((path / METADATA).exists(), f"is a single checkpoint: name its parent folder, and the step with {step_flag}"),
         (bool(inner.steps()), f"is a run directory: name {inner.path}"),
         ((path / "config.json").exists(), "is a Hugging Face folder: convert it with tools/convert_ckpt.py first"),
     ):

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,22 +62,11 @@ class CheckpointFolders:
         """
         try:
             text = self.tracker.read_text(encoding="utf-8", errors="replace").strip()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise UserError(f"{self.tracker}: cannot be read: {error.strerror}") from error
         return int(text) if text.isascii() and text.isdigit() else None
-
-    def check_writable(self) -> None:
-        """Find out before the first step whether checkpoints can be written.
-
-        Raises:
-            UserError: if not.
-        """
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
 
     def begin(self, step: int) -> None:
         """Make the empty folder to write a checkpoint in.

@@ -25,10 +25,10 @@ from megatron_tst.checkpoint.content import (
 )
 from megatron_tst.checkpoint.find import FoundCheckpoint
 from megatron_tst.config import UserError
-from megatron_tst.platform import Ranks, every_rank
-from megatron_tst.platform.common_state import read_common_state
-from megatron_tst.platform.safe_checkpoint import read_metadata, safe_loading
-from megatron_tst.platform.versions import reads_alone
+from megatron_tst.distributed import Ranks, every_rank
+from megatron_tst.megatron_patches.common_state import read_common_state
+from megatron_tst.megatron_patches.safe_checkpoint import read_metadata, safe_loading
+from megatron_tst.megatron_patches.versions import reads_alone
 
 _Result = TypeVar("_Result")
 

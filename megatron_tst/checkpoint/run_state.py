@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tst.config import RunConfig, UserError, load_config, write_json
-from megatron_tst.platform.common_state import read_common_state
-from megatron_tst.platform.safe_checkpoint import read_metadata
+from megatron_tst.megatron_patches.common_state import read_common_state
+from megatron_tst.megatron_patches.safe_checkpoint import read_metadata
 from megatron_tst.superposition import Phase, Schedule
 
 RUN_STATE, CONFIG = "run_state.json", "config.yaml"

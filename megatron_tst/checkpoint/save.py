@@ -18,11 +18,11 @@ from megatron_tst.checkpoint.content import CONTENT_METADATA
 from megatron_tst.checkpoint.folders import CheckpointFolders, writing
 from megatron_tst.checkpoint.run_state import RunState, read_run_state, write_run_state
 from megatron_tst.config import UserError
-from megatron_tst.platform import Ranks, every_rank, main_rank_alone
-from megatron_tst.platform.common_state import COMMON_STATE, write_common_state
-from megatron_tst.platform.main_rank_files import failing_together
-from megatron_tst.platform.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
-from megatron_tst.platform.versions import FILES_PER_RANK, save_settings
+from megatron_tst.distributed import Ranks, every_rank, main_rank_alone
+from megatron_tst.distributed.main_rank_files import failing_together
+from megatron_tst.megatron_patches.common_state import COMMON_STATE, write_common_state
+from megatron_tst.megatron_patches.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
+from megatron_tst.megatron_patches.versions import FILES_PER_RANK, save_settings
 
 logger = logging.getLogger(__name__)
 

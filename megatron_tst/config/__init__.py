@@ -2,6 +2,7 @@
 
 from megatron_tst.config.errors import EXIT_CODE, EXIT_RESUMABLE, DivergedError, StoppedInSetUp, UserError
 from megatron_tst.config.parse import config_from_mapping, dump_config, load_config, parse_config, read_config
+from megatron_tst.config.presets import PRESETS
 from megatron_tst.config.rules import check_config, check_layout, check_sizes, global_batch_size, padded_vocab_size
 from megatron_tst.config.settings import (
     CheckpointSettings,
@@ -14,7 +15,6 @@ from megatron_tst.config.settings import (
     SuperpositionSettings,
     TrainingSettings,
 )
-from megatron_tst.config.shapes import PRESETS
 from megatron_tst.config.strict_json import write_json
 
 __all__ = [

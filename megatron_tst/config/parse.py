@@ -15,10 +15,10 @@ import tyro
 
 from megatron_tst.config.errors import UserError
 from megatron_tst.config.fields import read_fields
-from megatron_tst.config.refused import refusal
+from megatron_tst.config.presets import PRESETS
 from megatron_tst.config.rules import check_config
 from megatron_tst.config.settings import ModelSettings, RunConfig
-from megatron_tst.config.shapes import PRESETS
+from megatron_tst.config.unsupported_flags import refusal
 from megatron_tst.config.yaml_files import read_yaml, write_yaml
 from megatron_tst.superposition import Phase
 

@@ -39,13 +39,15 @@ def check_config(config: RunConfig) -> None:
     ):
         _refuse_broken(rules)
     try:
-        num_steps = config.schedule.num_steps
+        schedule = config.schedule
     except ValueError as error:
         raise UserError(f"phases: {error}") from error
-    if num_steps != config.training.train_iters:
+    if schedule.num_steps != config.training.train_iters:
         raise UserError(
-            f"--train-iters {config.training.train_iters}: must be the sum of the phases' steps, {num_steps}"
+            f"--train-iters {config.training.train_iters}: must be the sum of the phases' steps, {schedule.num_steps}"
         )
+    if config.superposition.tst_reinitialize_at_switch and not schedule.recovery_starts:
+        raise UserError("--tst-reinitialize-at-switch: needs a phase with bags and one of bag size 1 after it")
 
 
 def global_batch_size(training: TrainingSettings, parallel: ParallelSettings, dp_size: int) -> int:

@@ -102,6 +102,8 @@ class SuperpositionSettings:
     """input: bags in, the first token of the next bag out. output: single tokens in, the next s tokens out."""
     tst_objective: Literal["mce", "mce_alt"] = "mce"
     """mce: mean cross-entropy of the bag's tokens. mce_alt: minus the log of their total probability."""
+    tst_reinitialize_at_switch: bool = False
+    """A negative control: draw embedding and output layer anew where bags end, which destroys the gain."""
 
     @property
     def loss_weights(self) -> str:

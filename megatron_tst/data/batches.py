@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_tst.config import UserError
 from megatron_tst.data.samples import RunText
-from megatron_tst.platform import Ranks
-from megatron_tst.platform.signals import ignore_stop_signals
+from megatron_tst.distributed import Ranks
+from megatron_tst.distributed.signals import ignore_stop_signals
 from megatron_tst.superposition import Schedule, fold_labels, fold_tokens, row_weights, slide_labels
 
 IGNORE_INDEX = -100

@@ -12,7 +12,7 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_tst.config import UserError
-from megatron_tst.platform import main_rank_alone
+from megatron_tst.distributed import main_rank_alone
 
 logger = logging.getLogger(__name__)
 _Found = TypeVar("_Found")

@@ -14,6 +14,8 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 # How a line of JSON begins, whatever its file is called; a byte order mark may stand before it.
 _JSON_BEGINS = re.compile(rb'(\xef\xbb\xbf)?\s*\[?\s*\{\s*"')
 EXAMPLES_KEPT = 5
+# Why a document without text is left out; there is nothing to look up in it.
+EMPTY = "empty"
 
 
 @dataclass
@@ -22,7 +24,7 @@ class Skipped:
 
     Attributes:
         counts: reason to number of documents.
-        examples: ``file:line`` or file of the first few.
+        examples: ``file:line`` or file of the first few that are not just empty.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -31,7 +33,7 @@ class Skipped:
     def add(self, place: str, reason: str) -> None:
         """Count one document that was left out."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        if len(self.examples) < EXAMPLES_KEPT:
+        if reason != EMPTY and len(self.examples) < EXAMPLES_KEPT:
             self.examples.append(f"{place} ({reason})")
 
     @property
@@ -44,7 +46,8 @@ class Skipped:
         if not self.total:
             return "no document was left out"
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
-        return f"left out {self.total:,} documents: {reasons}; first: {'; '.join(self.examples)}"
+        first = f"; first: {'; '.join(self.examples)}" if self.examples else ""
+        return f"left out {self.total:,} documents: {reasons}{first}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def is_named_json_lines(file: Path) -> bool:
 def _decode(content: bytes) -> tuple[str, str]:
     """Return the text, or "" and why there is none."""
     try:
-        return content.decode("utf-8"), "empty"
+        return content.decode("utf-8"), EMPTY
     except UnicodeDecodeError:
         return "", "not UTF-8"
 
@@ -174,4 +177,4 @@ def _parse_line(line: bytes, json_key: str) -> tuple[str, str]:
         text.encode()  # JSON can spell half a surrogate pair, which is no character
     except UnicodeEncodeError:
         return "", "not UTF-8"
-    return text, "empty"
+    return text, EMPTY

@@ -45,3 +45,13 @@ def raise_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def holding_back() -> Iterator[None]:
+    """Within ``with``: one of ``STOP_SIGNALS`` waits for the end, and processes that are started never hear any."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_tst.config import UserError
-from megatron_tst.data.interruption import STOP_SIGNALS
+from megatron_tst.data.interruption import holding_back
 
 # Of each worker: a request that it answers, and one that waits for it.
 REQUESTS_AT_A_TIME = 2
@@ -70,9 +70,6 @@ class _Worker:
 
 def _serve(pipe: Connection, answer: Callable[[Any], Any]) -> None:
     """Answer requests until the other end is closed, as it is when the process there ends, however it ends."""
-    # They may be sent to all processes at once: the one that started this one stops it, and says why.
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         while True:
             request = pipe.recv()
@@ -133,7 +130,9 @@ def _started(answer: Callable[[Any], Any], count: int) -> Iterator[list[_Worker]
     workers: list[_Worker] = []
     try:
         for _ in range(count):
-            workers.append(_Worker(answer))
+            # Signals may be sent to all processes at once: this one stops the others, also one that is half started.
+            with holding_back():
+                workers.append(_Worker(answer))
         yield workers
     finally:
         for worker in workers:

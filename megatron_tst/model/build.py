@@ -8,12 +8,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings, padded_vocab_size
+from megatron_tst.distributed import Ranks
+from megatron_tst.megatron_patches import Libraries
+from megatron_tst.megatron_patches.versions import without_cuda_graphs
 from megatron_tst.model.gpt import TSTGPTModel
 from megatron_tst.model.layers import block_spec
 from megatron_tst.model.loss import LossChoice, LossImplementation
 from megatron_tst.model.te_loss import load_kernel
-from megatron_tst.platform import Libraries, Ranks
-from megatron_tst.platform.versions import without_cuda_graphs
 
 
 def transformer_config(

@@ -21,8 +21,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from megatron_tst.config import UserError
+from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model.target_columns import TargetColumns, gather_target_logits, write_target_columns
-from megatron_tst.platform import find_libraries
 from megatron_tst.superposition import Objective, target_coefficients
 
 OLDEST, NEWEST = Version("2.9"), Version("2.21")  # from the first, before the second

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_tst.config import RunConfig, UserError, check_layout, global_batch_size
-from megatron_tst.planning.hardware import Gpu
 from megatron_tst.planning.memory import Memory, data_parallel_size, pipeline_memory
 from megatron_tst.planning.step_time import StepTime, estimate_step
+from megatron_tst.shape.hardware import Gpu
 
 # What the driver, NCCL's buffers and holes between allocations leave of a card.
 USABLE_MEMORY = 0.9

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from megatron_tst.config import ModelSettings, RunConfig, TrainingSettings, padded_vocab_size
-from megatron_tst.telemetry.parameters import parameter_parts
+from megatron_tst.shape.parameters import parameter_parts
 
 FLOAT32_BYTES = 4
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from statistics import median
 
 from megatron_tst.config import RunConfig, UserError, check_sizes, padded_vocab_size
-from megatron_tst.planning.hardware import Gpu
 from megatron_tst.planning.memory import data_parallel_size
 from megatron_tst.planning.published import implied_mfu
-from megatron_tst.telemetry import RunDirectory, read_metrics, step_flops
-from megatron_tst.telemetry.parameters import count_parameters
+from megatron_tst.shape import step_flops
+from megatron_tst.shape.hardware import Gpu
+from megatron_tst.shape.parameters import count_parameters
+from megatron_tst.telemetry import RunDirectory, read_metrics
 
 
 @dataclass(frozen=True)

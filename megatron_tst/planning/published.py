@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_tst.config import PRESETS, ModelSettings
-from megatron_tst.planning.hardware import GPUS
-from megatron_tst.telemetry.flops import PASSES, forward_flops_per_sequence
-from megatron_tst.telemetry.parameters import count_parameters
+from megatron_tst.shape.flops import PASSES, forward_flops_per_sequence
+from megatron_tst.shape.hardware import GPUS
+from megatron_tst.shape.parameters import count_parameters
 
 # The paper's name of a model: our preset, and positions per step (2M and 8M, counted in powers of two).
 MODELS = {

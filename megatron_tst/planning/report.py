@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
-from megatron_tst.planning.hardware import Gpu
 from megatron_tst.planning.layouts import Layout, group_refusals
 from megatron_tst.planning.memory import describe_parts
 from megatron_tst.planning.plan import Plan
 from megatron_tst.planning.published import Advice
 from megatron_tst.planning.scale import Assumptions, ScaledRun
+from megatron_tst.shape.hardware import Gpu
 from megatron_tst.telemetry import short
 
 

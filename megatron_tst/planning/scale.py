@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_tst.config import RunConfig, padded_vocab_size
-from megatron_tst.planning.hardware import Gpu
 from megatron_tst.planning.layouts import Layout, group_refusals, search_layouts
-from megatron_tst.telemetry.parameters import checkpoint_bytes, count_parameters
+from megatron_tst.shape.hardware import Gpu
+from megatron_tst.shape.parameters import checkpoint_bytes, count_parameters
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_tst.config import RunConfig, padded_vocab_size
-from megatron_tst.planning.hardware import Gpu
 from megatron_tst.planning.memory import (
     data_parallel_size,
     gradient_bytes,
@@ -19,7 +18,8 @@ from megatron_tst.planning.memory import (
     stage_parameters,
     virtual_chunks,
 )
-from megatron_tst.telemetry.flops import PASSES, attention_flops_per_sequence, forward_flops_per_sequence
+from megatron_tst.shape.flops import PASSES, attention_flops_per_sequence, forward_flops_per_sequence
+from megatron_tst.shape.hardware import Gpu
 
 # Passes of hidden states over the tensor-parallel ranks, per block (attention, MLP) and micro-batch. With sequence
 # parallelism each pass gathers and scatters, and the backward pass gathers its input again; else each pass reduces,

@@ -90,6 +90,12 @@ class Schedule:
         """For each phase, the number of steps done when it is complete."""
         return tuple(accumulate(phase.num_steps for phase in self.phases))
 
+    @property
+    def recovery_starts(self) -> tuple[int, ...]:
+        """For each phase of bag size 1 that follows one of bags, the number of steps done when it begins."""
+        pairs = zip(self.phases, self.phases[1:], self.ends, strict=False)
+        return tuple(end for before, after, end in pairs if before.bag_size > 1 and after.bag_size == 1)
+
     def phase_at(self, step: int) -> PhasePoint:
         """Return the phase that the 0-based ``step`` belongs to, and the step's place in it.
 

@@ -1,6 +1,5 @@
-"""What a run tells: metrics, FLOPs, progress, its directory, and comparisons of runs."""
+"""What a run tells while it runs: metrics, progress, its directory, sinks."""
 
-from megatron_tst.telemetry.flops import forward_flops_per_sequence, step_flops
 from megatron_tst.telemetry.metrics import (
     ExpertMetrics,
     Metrics,
@@ -26,10 +25,8 @@ __all__ = [
     "SwitchMetrics",
     "TrainingProgress",
     "ValidMetrics",
-    "forward_flops_per_sequence",
     "read_metrics",
     "short",
     "start_log_screen",
-    "step_flops",
     "versions",
 ]

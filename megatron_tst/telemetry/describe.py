@@ -3,7 +3,7 @@
 import inspect
 from typing import get_type_hints
 
-from megatron_tst.telemetry.flops import forward_flops_per_sequence
+from megatron_tst.shape.flops import forward_flops_per_sequence
 from megatron_tst.telemetry.metrics import KINDS, About
 
 _HEAD = """# Metrics

@@ -1,7 +1,9 @@
 """Writing files whole, and finding out whether results can be written before long work is done for them."""
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_tst.config import UserError
@@ -44,6 +46,23 @@ def check_output(path: Path, flag: str) -> None:
         ) from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{flag} {path}: cannot be written")
+
+
+@contextlib.contextmanager
+def writing_output(path: Path, flag: str) -> Iterator[None]:
+    """Turn what the disk refuses into one line that names the flag.
+
+    Args:
+        path: of the file that is written inside.
+        flag: that named it, for messages.
+
+    Raises:
+        UserError: for any OSError inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror or error}") from error
 
 
 def check_picture(path: Path, flag: str) -> None:

@@ -5,7 +5,6 @@ import importlib.metadata
 import logging
 import os
 import platform as python_platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +27,10 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path) -> None:
-        """Name the folder; :meth:`create` makes it."""
+        """Name the folder; :meth:`occupy` makes it."""
         self.path = path
-        self._lock: IO[str] | None = None
+        self._locks: dict[Path, IO[str]] = {}
+        self._new: set[Path] = set()
 
     @property
     def metrics(self) -> Path:
@@ -59,12 +59,33 @@ class RunDirectory:
             UserError: if another run is in it, or it cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = take_lock(self.path / _LOCK)
+            self._take(self.path)
         except BlockingIOError:
             raise UserError(f"--tst-run-dir {self.path}: another run is in it ({_LOCK})") from None
         except OSError as error:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
+
+    def occupy_checkpoints(self, folder: Path) -> None:
+        """Make the folder that the run saves in, and keep out of it every run of another directory.
+
+        Raises:
+            UserError: if another run saves there, or it cannot be written.
+        """
+        try:
+            self._take(folder)
+        except BlockingIOError:
+            raise UserError(f"--save {folder}: another run saves there ({_LOCK})") from None
+        except OSError as error:
+            raise UserError(f"--save: {folder} cannot be written: {error.strerror}") from error
+
+    def _take(self, folder: Path) -> None:
+        place = folder.resolve()
+        if not place.exists():
+            self._new.add(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Opened a second time, a file loses its record lock when either is closed.
+        if place not in self._locks:
+            self._locks[place] = take_lock(place / _LOCK)
 
     def refuse_used(self) -> None:
         """Refuse a folder that holds a run.
@@ -94,6 +115,7 @@ class RunDirectory:
             write_whole(self.config, config_yaml)
             write_whole(self.path / "versions.json", write_json(versions(), indent=2) + "\n")
             _add_handler(_LogFile(self.path / "log.txt", encoding="utf-8"))
+            self._new.clear()
         except OSError as error:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
 
@@ -116,13 +138,14 @@ class RunDirectory:
             raise UserError(f"--save {folder}: {link} cannot be made a link to it: {error.strerror}") from error
 
     def leave(self) -> None:
-        """Let other runs in; a folder in which nothing came to be is removed."""
-        if self._lock is None:
-            return
-        if {entry.name for entry in self.path.iterdir()} == {_LOCK}:
-            shutil.rmtree(self.path)
-        self._lock.close()
-        self._lock = None
+        """Let other runs in; folders that were made for a start that came to nothing are removed."""
+        for folder, lock in reversed(self._locks.items()):
+            (folder / _LOCK).unlink(missing_ok=True)
+            lock.close()
+            if folder in self._new:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        self._locks = {}
 
 
 class _Screen(logging.StreamHandler):  # type: ignore[type-arg]

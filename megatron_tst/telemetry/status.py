@@ -1,5 +1,6 @@
 """Where a run stands, read from its directory."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,7 +28,7 @@ class RunStatus:
         valid_loss: of the last evaluation, or None.
         step_time_s: median of the last lines.
         seconds_left: to the end, each phase at its own pace.
-        checkpoint: step of the latest checkpoint, or None.
+        checkpoint: step of the checkpoint that a start takes, or None.
     """
 
     step: int
@@ -83,8 +84,12 @@ def read_status(path: Path) -> RunStatus:
 
 
 def _latest_checkpoint(directory: RunDirectory) -> int | None:
-    tracker = directory.checkpoints / "latest_checkpointed_iteration.txt"
+    """Return the step that a start takes: the newest that is there, not beyond the one that the tracker names."""
+    folder = directory.checkpoints
     try:
-        return int(tracker.read_text(encoding="utf-8"))
+        named = int((folder / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none, or no step in it
-        return None
+        named = None
+    names = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in folder.glob("iter_*") if path.is_dir())
+    steps = [int(name[1]) for name in names if name]
+    return max((step for step in steps if named is None or step <= named), default=None)

@@ -1,8 +1,8 @@
 """The loop, one step, evaluation, optimizer and schedule."""
 
+from megatron_tst.preflight import check_cluster
 from megatron_tst.training.evaluation import evaluate
 from megatron_tst.training.loop import train
-from megatron_tst.training.preflight import check_cluster
 from megatron_tst.training.run import Run, build_run
 from megatron_tst.training.step import Stepper, StepReport
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_tst.platform import Ranks
+from megatron_tst.distributed import Ranks
 
 
 @dataclass(frozen=True)

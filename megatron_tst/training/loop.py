@@ -3,10 +3,11 @@
 import time
 
 from megatron_tst.config import DivergedError
-from megatron_tst.platform import any_rank
-from megatron_tst.platform.signals import StopSignals
+from megatron_tst.distributed import any_rank
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.training.evaluation import evaluate
 from megatron_tst.training.monitor import Monitor, is_due
+from megatron_tst.training.reinitialize import reinitialize
 from megatron_tst.training.run import Run
 from megatron_tst.training.stop import DivergenceGuard, StopConditions
 
@@ -37,6 +38,8 @@ def train(run: Run, signals: StopSignals | None = None) -> bool:
         with monitor.progress:
             for step in range(run.first_step, run.schedule.num_steps):
                 point = run.schedule.phase_at(step)
+                if step in run.reinitialized_at:
+                    reinitialize(run.stepper.trainables, run.config.training.seed, step)
                 started_s = time.perf_counter()
                 batches = run.read_step(reader, point.phase)
                 data_s = time.perf_counter() - started_s

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterator
 
 from megatron_tst.config import UserError
-from megatron_tst.platform import main_rank_alone
-from megatron_tst.platform.device import peak_memory_bytes
+from megatron_tst.distributed import main_rank_alone
+from megatron_tst.distributed.device import peak_memory_bytes
+from megatron_tst.shape.flops import peak_tflops
 from megatron_tst.superposition import PhasePoint
 from megatron_tst.telemetry import (
     ExpertMetrics,
@@ -20,7 +21,6 @@ from megatron_tst.telemetry import (
     read_metrics,
     versions,
 )
-from megatron_tst.telemetry.flops import peak_tflops
 from megatron_tst.telemetry.sinks import BackgroundSink, numbers, open_sinks
 from megatron_tst.telemetry.switch import SwitchWatch
 from megatron_tst.telemetry.time_left import seconds_left

@@ -8,7 +8,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, Optimiz
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_tst.config import OptimizerSettings
-from megatron_tst.platform.adam import make_resumable
+from megatron_tst.megatron_patches.adam import make_resumable
 
 
 def build_optimizer(

@@ -17,10 +17,13 @@ def choose_place(directory: RunDirectory, config: RunConfig, start: Start) -> Ch
         start: where it starts.
 
     Raises:
-        UserError: if the run directory or the folder of ``--save`` is in use by a run that this one does not continue.
+        UserError: if the run directory or the folder of ``--save`` is in use by a run that this one does not continue,
+            or cannot be written.
     """
     settings = config.checkpoint
     folders = CheckpointFolders(Path(settings.save or directory.checkpoints))
+    # First: a run that is still there may save for the first time at any moment.
+    directory.occupy_checkpoints(folders.path)
     # Its own checkpoints: the run goes on in its folder, also if it was stopped before the first of them.
     if settings.load is not None and not settings.finetune and _is_same(settings.load, folders.path):
         return folders

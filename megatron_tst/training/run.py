@@ -16,22 +16,22 @@ from megatron_tst.data.batches import Batch, BatchShape, TextReader
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.data.samples import RunText
 from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_tst.model import build_model, loss_choice
-from megatron_tst.platform import (
+from megatron_tst.distributed import (
     Device,
-    Libraries,
     ParallelSizes,
     Ranks,
     enter_device,
-    find_libraries,
     join_ranks,
     main_rank_alone,
     seed_everything,
 )
-from megatron_tst.platform.signals import StopSignals
-from megatron_tst.platform.versions import check_transformer_engine
+from megatron_tst.distributed.signals import StopSignals
+from megatron_tst.megatron_patches import Libraries, find_libraries
+from megatron_tst.megatron_patches.versions import check_transformer_engine
+from megatron_tst.model import build_model, loss_choice
+from megatron_tst.shape import step_flops
 from megatron_tst.superposition import Phase, Schedule, bag_weights
-from megatron_tst.telemetry import RunDirectory, short, start_log_screen, step_flops, versions
+from megatron_tst.telemetry import RunDirectory, short, start_log_screen, versions
 from megatron_tst.telemetry.sinks import check_sinks
 from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
@@ -149,6 +149,15 @@ class Run:
         self.saver.save(state, lambda: list_all(self.stepper.trainables, step, self.config.model, samples))
 
     @property
+    def reinitialized_at(self) -> tuple[int, ...]:
+        """Steps done when embedding and output layer are drawn anew.
+
+        The checkpoint of a switch is written before, so a run that goes on from it draws them too.
+        """
+        is_asked = self.config.superposition.tst_reinitialize_at_switch
+        return self.schedule.recovery_starts if is_asked else ()
+
+    @property
     def validation(self) -> Schedule | None:
         """The evaluation as a schedule of its own: ordinary batches, or None where nothing is held out."""
         if self.data.valid is None:
@@ -183,16 +192,24 @@ def build_run(config: RunConfig, signals: StopSignals | None = None) -> Run:
         start_log_screen()
     main_rank_alone(directory.occupy)
     try:
-        return _build_in(directory, config, device, ranks, libraries)
+        return _build_in(directory, config, device, ranks, libraries, signals or StopSignals())
     except BaseException:
         directory.leave()
         raise
 
 
-def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks: Ranks, libraries: Libraries) -> Run:
+def _build_in(
+    directory: RunDirectory,
+    config: RunConfig,
+    device: Device,
+    ranks: Ranks,
+    libraries: Libraries,
+    signals: StopSignals,
+) -> Run:
     training, model = config.training, config.model
     assert model.seq_length and config.data.tokenizer_model
     start = find_start(config, ranks)
+    signals.check()
     folders = main_rank_alone(lambda: choose_place(directory, config, start))
     batch_size = global_batch_size(training, config.parallel, ranks.dp_size)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
@@ -201,6 +218,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
     cache = Path(config.data.data_cache_path or directory.index_cache)
     plan = SamplePlan(tokenizer, model.seq_length, batch_size, training.seed, cache)
     data = build_run_data(config.data, start.schedule, training.eval_iters, plan, start.cuts)
+    signals.check()
     saver = _open_directory(directory, folders, config, start.step, ranks)
     stepper = _build_stepper(config, start, vocab_size, batch_size, ranks, libraries)
     token_bytes = tokenizer.token_bytes()
@@ -234,6 +252,7 @@ def _build_in(directory: RunDirectory, config: RunConfig, device: Device, ranks:
             with_generators=is_same_run and not settings.no_load_rng,
         )
         logger.info("loaded %s: %d of %d steps are done", start.found.folder, start.step, start.schedule.num_steps)
+    signals.check()
     return run
 
 
@@ -246,7 +265,6 @@ def _open_directory(
     def create() -> None:
         """Write on the main rank alone."""
         directory.create(config_yaml, first_step)
-        folders.check_writable()
         directory.link_checkpoints(folders.path)
 
     main_rank_alone(create)

@@ -7,7 +7,7 @@ from megatron_tst.checkpoint.changes import Change, find_changes
 from megatron_tst.checkpoint.find import FoundCheckpoint, find_checkpoint
 from megatron_tst.config import RunConfig, UserError, padded_vocab_size
 from megatron_tst.data.build import SourceCut
-from megatron_tst.platform import Ranks
+from megatron_tst.distributed import Ranks
 from megatron_tst.superposition import Phase, Schedule
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 import time
 
 from megatron_tst.config import CheckpointSettings, DivergedError
-from megatron_tst.platform.signals import StopSignals
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.training.step import StepReport
 
 

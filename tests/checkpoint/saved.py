@@ -16,9 +16,10 @@ from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings, dump_config
+from megatron_tst.distributed import ParallelSizes, Ranks, join_ranks, leave_ranks, seed_everything
+from megatron_tst.megatron_patches import find_libraries
+from megatron_tst.megatron_patches.safe_checkpoint import safe_loading
 from megatron_tst.model import LossChoice, TSTGPTModel, build_gpt, transformer_config
-from megatron_tst.platform import ParallelSizes, Ranks, find_libraries, join_ranks, leave_ranks, seed_everything
-from megatron_tst.platform.safe_checkpoint import safe_loading
 from megatron_tst.superposition import Phase, Schedule
 
 ITERATION, VOCAB = 12, 301

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from megatron_tst.platform.cpu import enter_cpu
+from megatron_tst.megatron_patches.cpu import enter_cpu
 
 STOCK = Path(__file__).parent / "stock"
 SAVED_STEP = 3

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.checkpoint.checksums import CHECKSUMS, find_damage, write_checksums
+from megatron_tst.checkpoint.checksums import CHECKSUMS, find_damage, find_damage_alone, write_checksums
 
 
 @pytest.fixture
@@ -24,6 +24,12 @@ def test_sha256sum_reads_them(folder: Path):
 
 def test_a_whole_folder_has_no_damage(rank, folder: Path):
     assert find_damage(folder, rank) is None
+
+
+def test_every_byte_is_told_as_it_is_read(folder: Path):
+    told: list[int] = []
+    assert find_damage_alone(folder, on_progress=told.append) is None
+    assert sum(told) == sum(path.stat().st_size for path in folder.iterdir() if path.name != CHECKSUMS)
 
 
 def flip_a_bit(path: Path) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_tst.checkpoint.conversion.saved_runs import find_saved_run
 from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.config import UserError, parse_config
+from megatron_tst.conversion.saved_runs import find_saved_run
 from megatron_tst.data.tokenizer import train_bpe
-from megatron_tst.platform import leave_ranks
-from megatron_tst.platform.common_state import read_common_state
-from megatron_tst.platform.safe_checkpoint import read_metadata
+from megatron_tst.distributed import leave_ranks
+from megatron_tst.megatron_patches.common_state import read_common_state
+from megatron_tst.megatron_patches.safe_checkpoint import read_metadata
 from megatron_tst.training import build_run
 from tests.checkpoint.recorded_run import RECORDED
 from tests.checkpoint.recorded_run import SAVED_STEP as RECORDED_STEP

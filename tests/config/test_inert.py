@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 import megatron_tst
+from megatron_tst.analysis.curves import read_curve
 from megatron_tst.checkpoint.run_state import read_saved_config
 from megatron_tst.config import UserError, load_config, parse_config
-from megatron_tst.telemetry.curves import read_curve
 from megatron_tst.telemetry.status import read_status
 
 ROOT = Path(megatron_tst.__file__).parents[1]

@@ -68,6 +68,11 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
         ("--tst-bag-size 4 --tst-step-ratio 1.2", "--tst-step-ratio 1.2: must lie between 0 and 1"),
         ("--tst-bag-size 4 --tst-steps 11", "--tst-steps 11: must lie between 0 and --train-iters 10"),
         ("--tst-bag-size 4 --tst-steps 3 --tst-step-ratio 0.3", "excludes --tst-step-ratio"),
+        ("--tst-reinitialize-at-switch", "--tst-reinitialize-at-switch: needs a phase with bags and one of bag size 1"),
+        (
+            "--tst-bag-size 4 --tst-step-ratio 1 --tst-reinitialize-at-switch",
+            "--tst-reinitialize-at-switch: needs a phase with bags and one of bag size 1 after it",
+        ),
         ("--hidden-size 66", "--hidden-size 66: must be a multiple of --num-attention-heads 4"),
         ("--group-query-attention --num-query-groups 3", "--num-query-groups 3: must divide"),
         ("--max-position-embeddings 64", "--max-position-embeddings 64: must be at least --seq-length 128"),

@@ -1,4 +1,4 @@
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 from pathlib import Path
@@ -88,6 +88,26 @@ def test_an_ignored_signal_stays_ignored():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_while_a_worker_is_started_leaves_no_word_of_it(tmp_path: Path, tokenizer, monkeypatch, capfd):
+    """The process is there, and has not been told yet what it is to do."""
+    spawn, started = multiprocessing.util.spawnv_passfds, []
+
+    def signalled(*args):
+        started.append(spawn(*args))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    # Started before, so that the worker is what is signalled in.
+    multiprocessing.resource_tracker.ensure_running()
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", signalled)
+    with pytest.raises(InterruptedBySignal), raise_on_signals():
+        write_indexed(documents(), tokenizer, tmp_path / "corpus", workers=2)
+    assert len(started) == 1
+    with pytest.raises(ChildProcessError):
+        os.waitpid(started[0], 0)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_killed_worker_is_named(tmp_path: Path, tokenizer):

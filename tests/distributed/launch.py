@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 # Imported once by a server process that forks the ranks: importing torch and megatron-core takes seconds per process.
-PRELOADED = ["megatron_tst.training", "megatron_tst.platform.cpu", "tests.distributed.layouts"]
+PRELOADED = ["megatron_tst.training", "megatron_tst.megatron_patches.cpu", "tests.distributed.layouts"]
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0) -> list[Any]:

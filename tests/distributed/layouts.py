@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_tst.config import parse_config
 from megatron_tst.data import batches
-from megatron_tst.platform import leave_ranks
-from megatron_tst.platform.signals import StopSignals
+from megatron_tst.distributed import leave_ranks
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.telemetry import read_metrics
 from megatron_tst.training import build_run, train
 from megatron_tst.training.experts import ExpertCounter, ExpertCounts

@@ -15,12 +15,12 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tst.checkpoint import load
-from megatron_tst.checkpoint.conversion.torch_dist import StackedWeights
 from megatron_tst.checkpoint.find import find_checkpoint
 from megatron_tst.config import CheckpointSettings, parse_config
-from megatron_tst.platform import leave_ranks
-from megatron_tst.platform.adam import TorchAdamDistributedOptimizer
-from megatron_tst.platform.safe_checkpoint import read_metadata
+from megatron_tst.conversion.torch_dist import StackedWeights
+from megatron_tst.distributed import leave_ranks
+from megatron_tst.megatron_patches.adam import TorchAdamDistributedOptimizer
+from megatron_tst.megatron_patches.safe_checkpoint import read_metadata
 from megatron_tst.training import build_run
 from tests.allocations import Allocations
 from tests.distributed.launch import run_distributed

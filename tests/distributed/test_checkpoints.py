@@ -11,11 +11,13 @@ from megatron_tst.training.monitor import Monitor
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout
 from tests.distributed.test_layouts import DENSE, MOE, setup  # noqa: F401
+from tests.distributed.test_overlap import OVERLAPS, SINGLE
 
 pytestmark = pytest.mark.distributed
 
 TP2, PP2, EP2 = (f"--{kind}-model-parallel-size 2" for kind in ("tensor", "pipeline", "expert"))
 SHARDED = "--use-distributed-optimizer"
+OVERLAPPED = OVERLAPS["gather"]
 INTERLEAVED = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 # Vocabularies padded differently: 300 tokens are 384 columns on one rank, 512 on two.
 PADDED = "--make-vocab-size-divisible-by 128"
@@ -43,6 +45,9 @@ KINDS = {
         {"one rank": (1, SHARDED), "tp2": (2, f"{TP2} --sequence-parallel {SHARDED}")},
     ),
     "experts, plain": (MOE, (2, EP2), {"one rank": (1, ""), "dp2": (2, "")}),
+    # In padded buckets, before weights are gathered.
+    "overlapped": (DENSE, (2, OVERLAPPED), {"one rank": (1, SHARDED), "dp4": (4, f"{OVERLAPPED} {SINGLE}")}),
+    "overlapped experts": (MOE, (4, f"{EP2} {OVERLAPPED} {SINGLE}"), {"one rank": (1, f"{SHARDED} {SINGLE}")}),
 }
 CASES = [(kind, name) for kind, (_, _, loads) in KINDS.items() for name in loads]
 

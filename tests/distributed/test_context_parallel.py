@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_tst.distributed import ParallelSizes, join_ranks
 from megatron_tst.model import attention
-from megatron_tst.platform import ParallelSizes, join_ranks
 from tests.distributed.launch import run_distributed
 
 pytestmark = pytest.mark.distributed

@@ -7,8 +7,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 
 from megatron_tst.checkpoint import load
 from megatron_tst.config import UserError, parse_config
-from megatron_tst.platform import safe_checkpoint
-from megatron_tst.platform.versions import reads_alone
+from megatron_tst.megatron_patches import safe_checkpoint
+from megatron_tst.megatron_patches.versions import reads_alone
 from megatron_tst.training import build_run
 from tests.checkpoint.recorded_run import RECORDED, TWO_RANKS, arguments
 from tests.distributed.launch import run_distributed

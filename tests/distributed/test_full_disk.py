@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from megatron_tst.checkpoint import save
 from megatron_tst.config import EXIT_CODE, UserError
-from megatron_tst.platform.versions import common_state_writers
+from megatron_tst.megatron_patches.versions import common_state_writers
 from megatron_tst.telemetry import MetricsFile
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout

@@ -1,8 +1,12 @@
 """Gradients reduced and parameters gathered while the passes run, in small and padded buckets: one rank's training."""
 
+import os
+
 import pytest
+import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
+from megatron_tst.training.step import Stepper
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout
 from tests.distributed.test_layouts import DENSE, MOE, TIED, assert_same_training, setup  # noqa: F401
@@ -25,18 +29,21 @@ LAYOUTS = {
     "dp4": (DENSE, 4, "", SINGLE),
     "dp2-tied": (TIED, 2, "", ""),
     "tp2-dp2": (DENSE, 4, "--tensor-model-parallel-size 2", ""),
+    "cp2-dp2": (DENSE, 4, "--context-parallel-size 2", ""),
     "pp2-dp2": (DENSE, 4, PP2, ""),
     "pp2-dp2-tied": (TIED, 4, PP2, ""),
     "pp2-dp2-interleaved": (DENSE, 4, f"{PP2} --num-layers-per-virtual-pipeline-stage 1", SINGLE),
     "dp2-experts": (MOE, 2, "", ""),
     "ep2": (MOE, 2, EP2, ""),
     "ep2-dp2": (MOE, 4, EP2, SINGLE),
+    "pp2-cp2-ep2": (MOE, 4, f"{PP2} --context-parallel-size 2 {EP2}", ""),
     "tp2-sp-pp2-ep2": (MOE, 8, f"--tensor-model-parallel-size 2 --sequence-parallel {PP2} {EP2}", ""),
 }
 # One of each kind; the others take minutes.
 ORDINARY = [
     ("dp2", "reduce"),
     ("tp2-dp2", "gather"),
+    ("cp2-dp2", "gather"),
     ("pp2-dp2-tied", "gather"),
     ("pp2-dp2-interleaved", "gather"),
     ("ep2-dp2", "gather"),
@@ -55,6 +62,34 @@ def test_an_overlapped_layout_trains_as_one_rank_does(setup, name, overlap):  # 
     # The first stage's: megatron-core cuts the buffers of no other.
     assert len(ranks[0].padding) > 4 or not overlap
     assert sum(map(bool, ranks[0].padding)) > 1 or overlap in ("", "reduce")
+
+
+def train_with_a_step_not_applied(argv, initial):
+    """The last rank's loss is not a number in the third step, and no rank applies it."""
+    train, loss, steps = Stepper.train, Stepper._loss, []
+
+    def counted(stepper, batches):
+        steps.append(None)
+        return train(stepper, batches)
+
+    def poisoned(stepper, rows, global_weight):
+        is_here = len(steps) == 3 and os.environ["RANK"] == "1"
+        return tuple(value * (torch.nan if is_here else 1) for value in loss(stepper, rows, global_weight))
+
+    Stepper.train, Stepper._loss = counted, poisoned
+    return train_layout(argv, initial)
+
+
+def test_a_step_that_is_not_applied_leaves_what_was_gathered(setup):  # noqa: F811
+    argv, one_rank = setup
+    initial, _ = one_rank(DENSE)
+    plain, overlapped = (
+        run_distributed(train_with_a_step_not_applied, 2, argv(f"not applied {name}", DENSE, OVERLAPS[name]), initial)
+        for name in ("", "gather")
+    )
+    assert len(plain[0].losses) == 7
+    assert overlapped[0].losses == pytest.approx(plain[0].losses, rel=1e-5)
+    assert overlapped[0].valid == pytest.approx(plain[0].valid, rel=1e-5)
 
 
 def train_ungathered(argv, initial):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tst import preflight
 from megatron_tst.config import UserError, parse_config
-from megatron_tst.platform.rendezvous import Rendezvous
-from megatron_tst.training import preflight
+from megatron_tst.distributed.rendezvous import Rendezvous
 from tests.distributed.launch import run_distributed
 from tests.training.runs import arguments
 

@@ -11,10 +11,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_tst.checkpoint.load import _sharing
-from megatron_tst.platform import ParallelSizes, join_ranks, leave_ranks
-from megatron_tst.platform.safe_checkpoint import safe_loading
-from megatron_tst.platform.shard_writer import ShardWriting, planning_for_threads
-from megatron_tst.platform.versions import save_settings
+from megatron_tst.distributed import ParallelSizes, join_ranks, leave_ranks
+from megatron_tst.megatron_patches.safe_checkpoint import safe_loading
+from megatron_tst.megatron_patches.shard_writer import ShardWriting, planning_for_threads
+from megatron_tst.megatron_patches.versions import save_settings
 from tests.checkpoint.saved import change_contents
 from tests.distributed.launch import run_distributed
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_tst.checkpoint import content
-from megatron_tst.checkpoint.conversion.saved_runs import find_saved_run
-from megatron_tst.checkpoint.conversion.to_megatron import Import
-from megatron_tst.checkpoint.conversion.torch_dist import StackedWeights
+from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.to_megatron import Import
+from megatron_tst.conversion.torch_dist import StackedWeights
 from megatron_tst.training.monitor import Monitor
 from megatron_tst.training.run import Run
 from megatron_tst.training.step import Stepper
@@ -63,6 +63,10 @@ def train_and_keep(argv: list[str], signalled_after: int | None = None, gathers:
     return train_layout(argv), kept
 
 
+def checkpoints_of(arguments: list[str]) -> Path:
+    return Path(arguments[arguments.index("--tst-run-dir") + 1]) / "checkpoints"
+
+
 def saved_tensors(checkpoints: Path, step: int) -> dict[str, Tensor]:
     stored = StackedWeights(checkpoints / f"iter_{step:07d}")
     return {key: stored.read(key, ()) for key in stored.entries}
@@ -93,8 +97,8 @@ def stopped(setup):  # noqa: F811
             model, world_size, flags = LAYOUTS[layout]
             arguments = argv(f"stopped {layout} {evaluation}", model, f"{flags} {RUN} {EVALUATIONS[evaluation]}")
             ranks = run_distributed(train_and_keep, world_size, arguments, SIGNAL)
-            checkpoints = Path(arguments[arguments.index("--tst-run-dir") + 1]) / "checkpoints"
-            known[layout, evaluation] = arguments, [kept for _, kept in ranks], checkpoints
+            assert sum(map(bool, ranks[0][0].padding)) > 1
+            known[layout, evaluation] = arguments, [kept for _, kept in ranks], checkpoints_of(arguments)
         return known[layout, evaluation]
 
     return train
@@ -125,39 +129,45 @@ def test_what_is_saved_was_trained_and_goes_on_bitwise(setup, stopped, layout, e
     outcome, _ = resumed[0]
     assert len(calm.losses) == END
     assert (outcome.losses, outcome.grad_norms, outcome.valid) == (calm.losses, calm.grad_norms, calm.valid)
-    folder = Path(undisturbed[undisturbed.index("--tst-run-dir") + 1]) / "checkpoints"
-    wanted, found = saved_tensors(folder, END), saved_tensors(checkpoints, END)
+    wanted, found = saved_tensors(checkpoints_of(undisturbed), END), saved_tensors(checkpoints, END)
     assert wanted.keys() == found.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_a_save_without_gathering_is_told_apart(setup):  # noqa: F811
-    """The control."""
-    argv, _ = setup
-    arguments = argv("ungathered save", DENSE, f"{RUN} {EVALUATIONS['never evaluated']} --train-iters 5")
-    ranks = run_distributed(train_and_keep, 2, arguments, None, False)
-    checkpoints = Path(arguments[arguments.index("--tst-run-dir") + 1]) / "checkpoints"
-    saved = saved_tensors(checkpoints, INTERVAL)
-    assert num_stale(saved) > 1000
-    with pytest.raises(AssertionError):
-        assert_holds_the_model(saved, ranks[0][1][INTERVAL])
-
-
-def test_the_export_of_a_run_that_was_stopped_is_its_model(stopped, tmp_path):
-    pytest.importorskip("transformers", reason="the extra hf is not installed")
-    _, ranks, checkpoints = stopped("dp2", "never evaluated")
-    exported = tmp_path / "hf"
-    done = start(
-        "tools/convert_ckpt.py", "--load", str(checkpoints), "--iteration", str(SIGNAL), "--save", str(exported)
-    )
+def assert_export_is_the_model(checkpoints: Path, step: int, ranks: list[Kept], folder: Path) -> None:
+    """Export a checkpoint as a user does, and compare every weight of it with what the ranks read next."""
+    exported = folder / "hf"
+    done = start("tools/convert_ckpt.py", "--load", str(checkpoints), "--iteration", str(step), "--save", str(exported))
     assert done.returncode == 0, done.stderr
-    Import(exported).write(tmp_path / "back", exported / "tokenizer.json")
-    found = find_saved_run(tmp_path / "back", None)
+    Import(exported).write(folder / "back", exported / "tokenizer.json")
+    found = find_saved_run(folder / "back", None)
     back = StackedWeights(found.folder)
-    model = whole([piece for kept in ranks for piece in kept[SIGNAL]])
+    model = whole([piece for kept in ranks for piece in kept[step]])
     assert model.keys() <= back.entries.keys()
     for key, value in model.items():
         weight = back.read(key, ())
         # The export leaves out the rows that pad the vocabulary; no other tensor has as many rows.
         rows = slice(found.vocab_size)
         assert weight.dtype == torch.bfloat16 and torch.equal(weight[rows].float(), value[rows]), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_export_of_a_run_that_was_stopped_is_its_model(stopped, tmp_path, layout):
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    _, ranks, checkpoints = stopped(layout, "never evaluated")
+    assert_export_is_the_model(checkpoints, SIGNAL, ranks, tmp_path)
+
+
+def test_a_save_without_gathering_is_told_apart(setup, tmp_path):  # noqa: F811
+    """The control, of checkpoint and export."""
+    argv, _ = setup
+    model, world_size, flags = LAYOUTS["ep2-dp2"]
+    arguments = argv("ungathered save", model, f"{flags} {RUN} {EVALUATIONS['never evaluated']} --train-iters 5")
+    ranks = [kept for _, kept in run_distributed(train_and_keep, world_size, arguments, None, False)]
+    checkpoints = checkpoints_of(arguments)
+    saved = saved_tensors(checkpoints, INTERVAL)
+    assert num_stale(saved) > 1000
+    with pytest.raises(AssertionError, match="weight"):
+        assert_holds_the_model(saved, ranks[0][INTERVAL])
+    with pytest.raises(AssertionError, match=r"torch\.equal"):
+        assert_export_is_the_model(checkpoints, INTERVAL, ranks, tmp_path)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from megatron_tst.distributed import ParallelSizes, join_ranks
 from megatron_tst.model import build, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model import loss as loss_module
 from megatron_tst.model.te_loss import adapt_kernel
-from megatron_tst.platform import ParallelSizes, join_ranks
 from megatron_tst.superposition import bag_weights
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_tst.distributed import ParallelSizes, join_ranks, seed_everything
 from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
-from megatron_tst.platform import ParallelSizes, join_ranks, seed_everything
 from megatron_tst.superposition import bag_weights
 from tests.distributed.launch import run_distributed
 from tests.model.small import DENSE, LENGTH, VOCAB
@@ -51,8 +51,8 @@ def test_the_loss_over_two_shards_is_the_loop_over_targets(bag_size, dtype, tole
 
 def embed(shape, sequence_parallel, bf16, bags, weight, upstream):
     from megatron_tst.config import ModelSettings, ParallelSettings, TrainingSettings
+    from megatron_tst.megatron_patches import find_libraries
     from megatron_tst.model import LossChoice, build_gpt, transformer_config
-    from megatron_tst.platform import find_libraries
 
     ranks = join_ranks(ParallelSizes(tensor_model_parallel_size=WORLD))
     seed_everything(1)

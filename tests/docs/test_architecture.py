@@ -9,20 +9,26 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_tst"
+_BASE = {"config", "superposition"}
+_RANKS = {*_BASE, "shape", "megatron_patches", "distributed"}
 ROOMS = {
     "config": {"superposition"},
     "superposition": set(),
-    "platform": {"config", "superposition"},
-    "model": {"config", "superposition", "platform"},
-    "data": {"config", "superposition", "platform"},
-    "telemetry": {"config", "superposition", "platform"},
-    "checkpoint": {"config", "superposition", "platform"},
-    "planning": {"config", "telemetry"},
-    "training": {"config", "superposition", "platform", "model", "data", "telemetry", "checkpoint"},
+    "shape": {"config"},
+    "megatron_patches": _BASE,
+    "distributed": {*_BASE, "megatron_patches"},
+    "model": _RANKS,
+    "data": _RANKS,
+    "telemetry": _RANKS,
+    "checkpoint": _RANKS,
+    "training": {*_RANKS, "model", "data", "telemetry", "checkpoint", "preflight"},
+    "conversion": {*_RANKS, "checkpoint"},
+    "analysis": {*_BASE, "shape", "telemetry"},
+    "planning": {"config", "shape", "telemetry"},
 }
 LIBRARIES = {
-    "wandb": "telemetry", "tensorboard": "telemetry", "matplotlib": "telemetry", "tyro": "config",
-    "transformers": "checkpoint", "safetensors": "checkpoint",
+    "wandb": "telemetry", "tensorboard": "telemetry", "matplotlib": "analysis", "tyro": "config",
+    "transformers": "conversion", "safetensors": "conversion",
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

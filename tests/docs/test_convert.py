@@ -30,7 +30,7 @@ def place(corpus, tokenizer, tmp_path: Path) -> Path:
     data.mkdir(parents=True)
     shutil.copy(tokenizer.path, data / "tokenizer.json")
     for ending in (".bin", ".idx"):
-        shutil.copy(f"{corpus}{ending}", data / f"stdlib_text_document{ending}")
+        shutil.copy(f"{corpus}{ending}", data / f"packages_text_document{ending}")
     return tmp_path
 
 
@@ -65,7 +65,7 @@ def test_the_commands_of_the_document_run_one_after_the_other(place):
     assert not (place / "runs/other").exists()
     # The settings that an import wrote are those of its model.
     imported = "--config weights/quickstart/iter_0000000/config.yaml --load weights/quickstart --finetune"
-    text = "--data-path data/quickstart/stdlib_text_document --seq-length 128 --seed 1 --tst-run-dir runs/imported"
+    text = "--data-path data/quickstart/packages_text_document --seq-length 128 --seed 1 --tst-run-dir runs/imported"
     done = run(f"python pretrain_tst.py {imported} {text} {SHORT} --lr-decay-style WSD", place)
     assert done.returncode == 0, done.stderr
     assert final_loss(place, "runs/imported") == pytest.approx(source, abs=1e-4)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.checkpoint.conversion.saved_runs import find_saved_run
-from megatron_tst.checkpoint.conversion.to_hugging_face import EndOfDocument, Export
+from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
 from tests.checkpoint.saved import save_here
 from tests.training.runs import start
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tst.platform import enter_device
+from megatron_tst.distributed import enter_device
 from tests.gpu.report import PARTS, ROOT
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tst.platform import any_rank, enter_device, every_rank, find_libraries, main_rank_alone
-from megatron_tst.platform.device import driver_version, peak_memory_bytes
-from megatron_tst.platform.seeds import generator_states, restore_generator_states
+from megatron_tst.distributed import any_rank, enter_device, every_rank, main_rank_alone
+from megatron_tst.distributed.device import driver_version, peak_memory_bytes
+from megatron_tst.distributed.rng_state import generator_states, restore_generator_states
+from megatron_tst.megatron_patches import find_libraries
 
 
 def test_the_device_is_entered(device, record_property):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.platform import enter_device
+from megatron_tst.distributed import enter_device
 from megatron_tst.telemetry import read_metrics
 from tests.training.runs import TRAINING, start
 

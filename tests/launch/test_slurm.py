@@ -1,11 +1,13 @@
 """The job scripts under a real SLURM: two nodes that train on the CPU, and eight nodes that only look."""
 
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_tst.telemetry import read_metrics
 from tests.launch.cluster import Cluster, running_cluster, why_not
@@ -19,7 +21,7 @@ SMALL_NODES = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1
 SMALL_MODEL = (
     "--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --kv-channels 8 "
     "--seq-length 16 --vocab-size 300 --num-experts 4 --moe-ffn-hidden-size 24 --moe-router-topk 2 "
-    "--expert-model-parallel-size 2 --no-moe-grouped-gemm --no-overlap-grad-reduce --no-overlap-param-gather "
+    "--expert-model-parallel-size 2 --no-moe-grouped-gemm "
     "--tst-bag-size 4 --tst-steps 20 --lr 1e-2 --lr-warmup-iters 2 --lr-wsd-decay-iters 10 --micro-batch-size 2 "
     "--global-batch-size 4 --split 90,10,0 --eval-iters 2 --eval-interval 25 --log-interval 1 --num-workers 1 "
     "--save-interval 10"
@@ -28,26 +30,14 @@ SMALL_MODEL = (
 
 FINAL = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 TIMEOUT_S = 900
-# A rank that, in a job's first start, stays before its 13th step until it has been signalled and a file allows it to go
-# on, however slow the machine is; and to which any second signal is a part of the first.
-HELD = """
-import os, pathlib, runpy, signal, sys, threading
-sys.path.insert(0, os.getcwd())
-from megatron_tst.platform import signals
-from megatron_tst.training.step import Stepper
-signals.ONE_REQUEST_S = 1e9
-train, steps, go_on = Stepper.train, [], pathlib.Path({go_on!r})
-def held(stepper, batches):
-    steps.append(None)
-    listener = signal.getsignal(signal.SIGUSR1).__self__
-    while len(steps) == 13 and not (listener.received and go_on.exists()):
-        threading.Event().wait(0.05)
-    return train(stepper, batches)
-if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
-    Stepper.train = held
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+# Where the ranks may be held, at which call, and the steps after which they may then stop. In the background of later
+# steps a save is finished.
+HELD = {
+    "an index": (1, [0]),
+    "a step": (13, [13]),
+    "an evaluation": (1, [25]),
+    "a save": (1, range(20, 40)),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,35 +117,46 @@ def curve(lines: list[dict]) -> list[tuple]:
     return [(line["step"], line["bag_size"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-def held_python(folder: Path, go_on: Path) -> str:
-    """Write an interpreter for ranks that are held."""
-    program, python = folder / "held.py", folder / "python"
-    program.write_text(HELD.format(go_on=str(go_on)))
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
+def held_python(folder: Path, moments: list[str]) -> str:
+    """Write an interpreter for ranks that are held, each start in a folder of its own; the last start is left alone."""
+    python, lines = folder / "python", ["#!/bin/sh"]
+    for start, moment in enumerate(moments):
+        (folder / f"start {start}").mkdir()
+        held = f'{sys.executable} -m tests.training.held "{folder}/start {start}" "{moment}:{HELD[moment][0]}" "$@"'
+        lines.append(f'[ "${{SLURM_RESTART_COUNT:-0}}" = {start} ] && exec {held}')
+    python.write_text("\n".join([*lines, f'exec {sys.executable} "$@"', ""]))
     python.chmod(0o755)
     return str(python)
 
 
-def test_a_signalled_job_saves_requeues_resumes_and_ends_like_the_undisturbed_one(jobs):
+@pytest.mark.parametrize("moments", [["a step", "a save"], pytest.param(list(HELD), marks=pytest.mark.long)])
+def test_a_signalled_job_saves_requeues_resumes_and_ends_like_the_undisturbed_one(jobs, moments):
     calm = jobs.submit("calm", "--train-iters", "60")
     jobs.finish("calm", calm)
-    go_on = jobs.runs / "go on"
-    job = jobs.submit("harried", "--train-iters", "60", PYTHON=held_python(jobs.runs, go_on))
-    jobs.wait(lambda: len(jobs.steps("harried")) == 12, job, "harried")
-    for signal in ("USR1", "TERM"):
-        assert jobs.cluster.call("scancel", f"--signal={signal}", job).returncode == 0
-    go_on.touch()
+    job = jobs.submit("harried", "--train-iters", "60", PYTHON=held_python(jobs.runs, moments))
+    for start in range(len(moments)):
+        jobs.wait((jobs.runs / f"start {start}" / "here").exists, job, "harried")
+        for signal in ("USR1", "TERM"):
+            assert jobs.cluster.call("scancel", f"--signal={signal}", job).returncode == 0
+        (jobs.runs / f"start {start}" / "go_on").touch()
     jobs.finish("harried", job)
     log = jobs.batch_log("harried")
-    assert "stopped with exit code 75 at step 13: starting again" in log and log.count("the run is complete") == 1
-    assert jobs.cluster.call("scontrol", "show", "job", job).stdout.count("Restarts=1") == 1
+    stops = [int(step) for step in re.findall(r"stopped with exit code 75 at step (\d+): starting again", log)]
+    assert len(stops) == len(moments) and log.count("the run is complete") == 1
+    assert all(step in HELD[moment][1] for step, moment in zip(stops, moments, strict=True)), log
+    assert jobs.cluster.call("scontrol", "show", "job", job).stdout.count(f"Restarts={len(moments)}") == 1
     assert [line["bag_size"] for line in jobs.steps("harried")] == [4] * 20 + [1] * 40
     assert curve(jobs.steps("harried")) == curve(jobs.steps("calm"))
-    # One log file per node, to which the second start was appended.
-    first, second = (jobs.runs / "harried" / "logs" / f"n{node}.log" for node in (1, 2))
-    assert "preflight: 2 nodes, 2 ranks" in first.read_text()
-    assert first.read_text().count("; go on with --load") == 1
-    assert "loaded" in first.read_text() and second.exists()
+    # One log file per node, to which further starts were appended.
+    first, second = ((jobs.runs / "harried" / "logs" / f"n{node}.log").read_text() for node in (1, 2))
+    assert "preflight: 2 nodes, 2 ranks" in first and "loaded" in first
+    assert first.count("before the first step; start the same command again") == moments.count("an index")
+    assert first.count("; go on with --load") == len(moments) - moments.count("an index")
+    assert "[rank" not in first + second
+    # As shipped: what a mixture of experts overlaps is on.
+    settings = yaml.safe_load((jobs.runs / "harried" / "config.yaml").read_text())
+    assert settings["parallel"]["overlap_grad_reduce"] and settings["parallel"]["overlap_param_gather"]
+    assert settings["optimizer"]["use_distributed_optimizer"]
 
 
 def test_a_job_that_makes_no_progress_is_given_up(jobs):

@@ -3,8 +3,8 @@
 from typing import Any
 
 from megatron_tst.config import ModelSettings, ParallelSettings, TrainingSettings
+from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import LossChoice, TSTGPTModel, build_gpt, transformer_config
-from megatron_tst.platform import find_libraries
 
 LENGTH, VOCAB = 8, 53
 

@@ -81,7 +81,7 @@ def join_as(rank: int, world_size: int, sizes: Any) -> Any:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_tst.platform import join_ranks
+    from megatron_tst.distributed import join_ranks
 
     init, new_group = dist.init_process_group, dist.new_group
     world = {"store": FakeStore(), "rank": rank, "world_size": world_size}
@@ -126,8 +126,9 @@ def describe_model(shape: dict[str, Any], device: str, rank: int, world_size: in
     import torch
 
     from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings
+    from megatron_tst.distributed import ParallelSizes, leave_ranks, seed_everything
+    from megatron_tst.megatron_patches import find_libraries
     from megatron_tst.model import build_model
-    from megatron_tst.platform import ParallelSizes, find_libraries, leave_ranks, seed_everything
 
     ranks = join_as(rank, world_size, ParallelSizes(**sizes))
     seed_everything(1)

@@ -3,8 +3,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+from megatron_tst.distributed import seed_everything
 from megatron_tst.model import TSTGPTModel
-from megatron_tst.platform import seed_everything
 from megatron_tst.superposition import bag_weights, fold_labels, fold_tokens, multi_hot_cross_entropy
 from tests.model.small import DENSE, GPT2, LENGTH, MOE, VOCAB, small_model
 

@@ -5,10 +5,10 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_tst.config import PRESETS, ModelSettings, ParallelSettings, TrainingSettings
+from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import LossChoice, build_gpt, transformer_config
-from megatron_tst.platform import find_libraries
 
-# (total, named size): counted by hand from the shapes in the docstring of megatron_tst/config/shapes.py.
+# (total, named size): counted by hand from the shapes in the docstring of megatron_tst/config/presets.py.
 PARAMETERS = {
     "270m": 2 * 128256 * 576 + 30 * (576 * (576 + 2 * 192) + 576 * 576 + 3 * 576 * 1536 + 2 * 576) + 576,
     "600m": 2 * 128256 * 960 + 32 * (960 * (960 + 2 * 320) + 960 * 960 + 3 * 960 * 2560 + 2 * 960) + 960,

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megatron_tst.config import UserError
+from megatron_tst.megatron_patches import Libraries
 from megatron_tst.model import loss as loss_module
 from megatron_tst.model import te_loss, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model.te_loss import adapt_kernel, load_kernel
-from megatron_tst.platform import Libraries
 from megatron_tst.superposition import bag_weights
 from tests.model.kernels import STAND_INS
 from tests.reference import edge_targets, loss_and_gradient, mass_loss_and_gradient

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from megatron_tst.platform.versions import accepted_transformer_engine
+from megatron_tst.megatron_patches.versions import accepted_transformer_engine
 from tests.training.runs import start
 
 WHEELS = Path(os.environ.get("TST_TE_WHEELS", "nowhere"))

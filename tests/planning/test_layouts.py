@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from megatron_tst.config import check_layout, read_config
-from megatron_tst.planning.hardware import find_gpu
 from megatron_tst.planning.layouts import distinct, judge_layout, search_layouts
 from megatron_tst.planning.memory import pipeline_memory
+from megatron_tst.shape.hardware import find_gpu
 
 COMMON = "--micro-batch-size 1 --global-batch-size 1024 --train-iters 10 --bf16 --use-distributed-optimizer "
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_tst.config import parse_config
+from megatron_tst.distributed import leave_ranks
 from megatron_tst.planning.memory import Memory, micro_batches_under_way, pipeline_memory
-from megatron_tst.platform import leave_ranks
 from megatron_tst.training import build_run
 from tests.allocations import Allocations
 from tests.distributed.launch import run_distributed

@@ -13,8 +13,8 @@ from megatron_tst.planning.published import (
     implied_mfu,
     published_runs,
 )
+from megatron_tst.shape.parameters import count_parameters
 from megatron_tst.superposition import Schedule
-from megatron_tst.telemetry.parameters import count_parameters
 
 RUNS = [run for run in published_runs() if run.method != "tst_reinitialised"]
 IDS = [f"{run.model} {run.method} {run.total_steps}" for run in RUNS]

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from megatron_tst.config import read_config
-from megatron_tst.planning.hardware import find_gpu
 from megatron_tst.planning.scale import Assumptions, scale_run
+from megatron_tst.shape.hardware import find_gpu
 
 CONFIG = read_config(
     "--tst-preset 3b --micro-batch-size 1 --global-batch-size 1024 --train-iters 20000 --bf16 "

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_tst.config import check_layout, parse_config, read_config
-from megatron_tst.planning.hardware import find_gpu
 from megatron_tst.planning.step_time import calibrate, communication_volumes, estimate_step, step_flops
-from megatron_tst.telemetry import forward_flops_per_sequence
+from megatron_tst.shape import forward_flops_per_sequence
+from megatron_tst.shape.hardware import find_gpu
 from megatron_tst.training import build_run
 from tests.distributed.launch import run_distributed
 from tests.training.runs import arguments

@@ -24,6 +24,11 @@ def test_phase_at_counts_from_zero_and_switches_at_the_end():
             schedule.phase_at(outside)
 
 
+def test_a_recovery_is_an_ordinary_phase_after_one_of_bags():
+    for sizes, starts in (((1,), ()), ((4,), ()), ((4, 1), (3,)), ((8, 4, 1), (6,)), ((1, 4, 1, 1, 2, 1), (6, 15))):
+        assert Schedule(tuple(Phase(size, 3) for size in sizes)).recovery_starts == starts
+
+
 def test_counters_equal_a_loop_over_steps():
     schedule, samples, tokens = Schedule((Phase(4, 3), Phase(1, 5))), [0, 0], 0
     for step in range(schedule.num_steps):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tst.analysis.curves import read_curve
 from megatron_tst.config import UserError
 from megatron_tst.telemetry import (
     ExpertMetrics,
@@ -19,7 +20,6 @@ from megatron_tst.telemetry import (
     read_metrics,
     short,
 )
-from megatron_tst.telemetry.curves import read_curve
 from tests.strict_json import read_strictly
 from tests.telemetry.lines import STEP
 

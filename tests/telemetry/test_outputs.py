@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tst.config import UserError
-from megatron_tst.telemetry.outputs import check_output, check_picture
+from megatron_tst.telemetry.outputs import check_output, check_picture, writing_output
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch):
@@ -33,3 +33,10 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch):
     with pytest.raises(UserError, match=r"--report .*old\.md: cannot be written"):
         check_output(tmp_path / "old.md", "--report")
     check_output(tmp_path / "r.md", "--report")
+
+
+def test_a_disk_that_refuses_is_one_line():
+    full = Path("/dev/full")
+    line = "^--report /dev/full: cannot be written: No space left on device$"
+    with pytest.raises(UserError, match=line), writing_output(full, "--report"):
+        full.write_text("report")

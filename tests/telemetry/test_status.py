@@ -24,11 +24,23 @@ def test_where_a_run_stands(run: Path):
     # The median pace: the first line's start-up does not count for the rest.
     assert status.seconds_left == 70 * 2.0
     assert (status.is_complete, status.checkpoint) == (False, None)
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("25")
-    assert read_status(run).checkpoint == 25
-    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("")
-    assert read_status(run).checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "tracker", "taken"),
+    [
+        ([], None, None), ([], "25", None), ([10, 20], "20", 20), ([10, 20], "10", 10), ([10, 20], "15", 10),
+        ([10, 20], "5", None), ([10, 20], "", 20), ([10, 20], None, 20),
+    ],
+)  # fmt: skip
+def test_the_checkpoint_is_the_one_that_a_start_takes(run: Path, steps, tracker, taken):
+    for step in steps:
+        (run / "checkpoints" / f"iter_{step:07d}").mkdir(parents=True)
+    if tracker is not None:
+        (run / "checkpoints").mkdir(exist_ok=True)
+        (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(tracker)
+    (run / "checkpoints" / "iter_0000015.replaced").mkdir(parents=True)
+    assert read_status(run).checkpoint == taken
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path):

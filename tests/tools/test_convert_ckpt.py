@@ -1,6 +1,7 @@
 """The program as a user starts it: a run of ours to Hugging Face, and from there to another run."""
 
 import importlib.util
+import io
 import json
 import re
 import resource
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_tst.config import UserError
 from megatron_tst.telemetry import read_metrics
@@ -108,16 +110,29 @@ def test_shards_and_types(trained, tmp_path, convert_here):
         ("--load RUN/checkpoints --verify-tolerance nan", "--verify-tolerance nan: must be above 0"),
         ("--load RUN/checkpoints --direction hf-to-megatron", "is not a Hugging Face folder"),
         ("--load RUN --direction hf-to-megatron --iteration 1", "--iteration 1: a Hugging Face folder has no"),
-        ("--load RUN", "is not a folder of checkpoints"),
+        ("--load RUN", "is a run directory: name RUN/checkpoints"),
+        ("--load RUN/checkpoints/iter_0000002", "is a single checkpoint: .* with --iteration"),
+        ("--load RUN/large.json", r"large\.json: is not a folder"),
+        ("--load RUN/nowhere", "nowhere: holds no checkpoints"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(trained, tokenizer, tmp_path, convert_here, argv, message):
     larger = json.loads(tokenizer.path.read_text())
     larger["added_tokens"].append({**larger["added_tokens"][0], "id": 3999, "content": "<|far|>"})
     (trained / "large.json").write_text(json.dumps(larger))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message.replace("RUN", str(trained))):
         convert_here(*argv.replace("RUN", str(trained)).split(), "--save", tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("tracker", "said"), [("", "is missing or names no step"), ("3", "names step 3")])
+def test_a_tracker_that_names_nothing_asks_for_the_iteration(trained, tmp_path, convert_here, tracker, said):
+    checkpoints = Path(shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints"))
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(tracker)
+    instead = r"and the checkpoints there are of the steps \[2, 4\]: choose one with --iteration"
+    with pytest.raises(UserError, match=f"latest_checkpointed_iteration.txt {said}, {instead}"):
+        convert_here("--load", checkpoints, "--save", tmp_path / "hf")
+    convert_here("--load", checkpoints, "--save", tmp_path / "hf", "--iteration", 2)
 
 
 def test_a_mistake_is_one_line(trained, tmp_path):
@@ -155,6 +170,17 @@ def test_a_damaged_checkpoint_is_refused_unless_asked_for(damaged, tmp_path, con
     assert not (tmp_path / "hf").exists()
     convert_here(*argv, "--iteration", 2)
     convert_here(*argv, "--force", "--no-verify-checkpoint")
+
+
+def test_both_long_parts_show_how_far_they_are(trained, tmp_path, convert_here, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(convert_here.program, "Console", lambda **_: Console(file=screen, force_terminal=True))
+    convert_here("--load", trained / "checkpoints", "--save", tmp_path / "hf")
+    for title in ("verifying iter_0000004", "iter_0000004 to Hugging Face"):
+        # Both counted to their end, in bytes.
+        last = screen.getvalue().rpartition(title)[2].splitlines()[0]
+        done, total = re.search(r"([\d.]+)/([\d.]+) [kM]?B", last).groups()
+        assert done == total != "0", last
 
 
 def test_what_is_lost_is_told(trained, tmp_path, convert_here, capsys, monkeypatch):

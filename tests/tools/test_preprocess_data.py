@@ -11,9 +11,9 @@ from megatron_tst.data.tokenizer import load_tokenizer
 from tests.training.runs import ROOT, real_text, start
 
 
-def run(folder: Path, *extra: str):
+def run(folder: Path, *extra: str, **env: str):
     files = ("--output-prefix", str(folder / "out"), "--tokenizer-model", str(folder / "tokenizer.json"))
-    return start("tools/preprocess_data.py", *files, *extra)
+    return start("tools/preprocess_data.py", *files, *extra, **env)
 
 
 def test_a_folder_of_real_text_in_one_command(tmp_path: Path):
@@ -56,6 +56,30 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, tokenizer):
     done = run(tmp_path, "--input", str(tmp_path / "empty.jsonl"))
     assert done.returncode == 2 and "holds no document" in done.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_tokenizer_is_learned_into_a_file(tmp_path: Path):
+    (tmp_path / "text").write_text("one")
+    (tmp_path / "folder").mkdir()
+    learning = ("--input", str(tmp_path / "text"), "--tst-train-bpe", "300", "--tokenizer-model")
+    for place, message in (("folder", "is a folder; --tst-train-bpe writes a file: name it"),
+                           ("text/tokenizer.json", "cannot be written")):  # fmt: skip
+        done = run(tmp_path, *learning, str(tmp_path / place))
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"--tokenizer-model {tmp_path / place}: {message}" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "text"]
+    assert not any((tmp_path / "folder").iterdir())
+
+
+def test_an_encoding_that_cannot_name_files_is_refused(tmp_path: Path):
+    """Python takes UTF-8 in the C locale, unless it is told not to."""
+    (tmp_path / "é").write_text("é")
+    learning = ("--input", str(tmp_path / "é"), "--tst-train-bpe", "300")
+    done = run(tmp_path, *learning, LC_ALL="C", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "LC_ALL: this locale's encoding is ascii, must be UTF-8: set PYTHONUTF8=1" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["é"]
+    assert run(tmp_path, *learning, LC_ALL="C").returncode == 0
 
 
 def test_two_at_a_time_and_a_signal(tmp_path: Path, tokenizer):

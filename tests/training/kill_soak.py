@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import pretrain_tst
-from megatron_tst.checkpoint.conversion.torch_dist import StackedWeights
 from megatron_tst.config import parse_config
+from megatron_tst.conversion.torch_dist import StackedWeights
 from megatron_tst.data.documents import Skipped, list_inputs, read_documents
 from megatron_tst.data.preprocess import write_indexed
 from megatron_tst.data.tokenizer import train_bpe

@@ -11,9 +11,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_tst.data.batches import TextReader
+from megatron_tst.distributed import seed_everything
+from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import transformer_config
 from megatron_tst.model.layers import block_spec
-from megatron_tst.platform import find_libraries, seed_everything
 from megatron_tst.superposition import Phase
 from megatron_tst.telemetry import read_metrics
 from tests.training.runs import arguments, config_of, train_here

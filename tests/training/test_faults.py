@@ -102,6 +102,13 @@ def test_a_read_only_place_is_found_before_the_first_step(here, argv, small_disk
         build_here(argv("run", f"--save {small_disk / 'checkpoints'}"))
 
 
+def test_a_place_that_takes_no_files_is_named(here, argv, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--save: .*file/checkpoints cannot be written: Not a directory"):
+        build_here(argv("run", f"--save {tmp_path / 'file' / 'checkpoints'}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_file_that_may_not_grow_is_named(argv, tmp_path: Path):
     """The kernel refuses the shard's last bytes, as a quota does."""
     program = (
@@ -115,7 +122,7 @@ def test_a_file_that_may_not_grow_is_named(argv, tmp_path: Path):
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(r"--save: .* cannot be written: .*File too large: .*\.distcp", last), last
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == []
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 class Poison:
@@ -181,6 +188,34 @@ def test_a_run_that_stays_not_finite_stops_and_leaves_its_last_checkpoint(here, 
 
 def test_a_second_run_on_the_same_directory_is_refused(here, argv, tmp_path: Path):
     run = build_here(argv("run"))
+    done = subprocess.run(
+        [sys.executable, "pretrain_tst.py", *argv("run", load="run")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "another run is in it" in done.stderr
+    run.directory.leave()
+
+
+def test_a_second_run_that_saves_in_the_same_place_is_refused(here, argv, tmp_path: Path):
+    """Though that is empty: the first may save at any moment."""
+    elsewhere = tmp_path / "elsewhere"
+    run = build_here(argv("run", f"--save {elsewhere}"))
+    for folder in (elsewhere, tmp_path / "run" / "checkpoints"):
+        done = subprocess.run(
+            [sys.executable, "pretrain_tst.py", *argv("second", f"--save {folder}")],
+            cwd=ROOT, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"--save {folder}: another run saves there (run.lock)" in done.stderr
+        assert not (tmp_path / "second").exists()
+    run.directory.leave()
+    assert not any(elsewhere.iterdir())
+    build_here(argv("second", f"--save {elsewhere}")).directory.leave()
+
+
+def test_a_run_may_save_in_its_directory_itself(here, argv, tmp_path: Path):
+    """Its one lock stays until it leaves."""
+    run = build_here(argv("run", f"--save {tmp_path / 'run'}"))
     done = subprocess.run(
         [sys.executable, "pretrain_tst.py", *argv("run", load="run")], cwd=ROOT, capture_output=True, text=True
     )

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_tst.config import padded_vocab_size
-from megatron_tst.telemetry import read_metrics, step_flops
+from megatron_tst.shape import step_flops
+from megatron_tst.telemetry import read_metrics
 from megatron_tst.training.evaluation import Evaluation
 from megatron_tst.training.monitor import Monitor
 from megatron_tst.training.step import StepReport

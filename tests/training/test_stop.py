@@ -1,11 +1,13 @@
 """A run that is asked to stop, at any moment and by any launcher, saves once and says so by its exit code."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,7 @@ import pytest
 from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import EXIT_RESUMABLE, StoppedInSetUp, parse_config
 from megatron_tst.data import samples
-from megatron_tst.platform.signals import STOP_SIGNALS, StopSignals
+from megatron_tst.distributed.signals import STOP_SIGNALS, StopSignals
 from megatron_tst.telemetry import read_metrics, run_directory
 from megatron_tst.training import build_run, loop, train
 from megatron_tst.training.step import Stepper
@@ -111,9 +113,14 @@ def start(command: list[str]) -> subprocess.Popen:
 
 
 def wait_for_step(process: subprocess.Popen, metrics: Path, step: int) -> None:
-    """Return once a run has logged a step; fail if it ends before, or takes too long."""
+    """Return once a run has logged a step."""
+    wait_for(process, lambda: metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics)))
+
+
+def wait_for(process: subprocess.Popen, what: Callable[[], bool]) -> None:
+    """Return once a condition holds; fail if the run ends before, or takes too long."""
     deadline_s = time.monotonic() + TIMEOUT_S
-    while not (metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics))):
+    while not what():
         try:
             process.wait(timeout=0.05)
         except subprocess.TimeoutExpired:
@@ -159,24 +166,44 @@ def torchrun(argv: list[str], *program: str) -> list[str]:
     return [*launcher, *program, "pretrain_tst.py", *argv]
 
 
+# Where the ranks are, at which call, and the first of the two signals.
+PLACES = [
+    ("an index", 1, signal.SIGTERM),
+    ("a step", 7, signal.SIGUSR1),
+    ("an evaluation", 1, signal.SIGTERM),
+    ("a save", 1, signal.SIGUSR1),
+]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_torchrun_and_its_ranks_signalled_together(argv, tmp_path: Path, number):
-    """As a scheduler does. The ranks' exit codes are written down by shells in between: torchrun exits with 1."""
-    codes = tmp_path / "codes"
-    shell = f'trap : TERM USR1; "{sys.executable}" "$0" "$@"; code=$?; echo $code >> {codes}; exit $code'
+@pytest.mark.parametrize(("moment", "call", "first"), PLACES)
+def test_torchrun_and_its_ranks_signalled_together(argv, tmp_path: Path, moment, call, first):
+    """As a scheduler does, twice. Shells in between write down the ranks' exit codes: torchrun exits with 1."""
+    codes, metrics = tmp_path / "codes", tmp_path / "run" / "metrics.jsonl"
+    python = f'"{sys.executable}" -m tests.training.held "{tmp_path}" "{moment}:{call}"'
+    shell = f'trap : TERM USR1; {python} "$0" "$@"; code=$?; echo $code >> {codes}; exit $code'
     process = start(torchrun(argv(LONG), "--no-python", "sh", "-c", shell))
-    wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 6)
+    wait_for(process, (tmp_path / "here").exists)
     agent = psutil.Process(process.pid)
     below = agent.children(recursive=True)
-    for member in [*below, *([agent] if number == signal.SIGTERM else [])]:
-        member.send_signal(number)
+    for number in sorted(STOP_SIGNALS, key=lambda number: number != first):
+        for member in [*below, *([agent] if number == signal.SIGTERM else [])]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+    (tmp_path / "go_on").touch()
     _, screen = process.communicate(timeout=TIMEOUT_S)
     assert codes.read_text() == f"{EXIT_RESUMABLE}\n" * 2, screen
-    assert screen.count(f"by {number.name}; go on with --load") == 1
-    last = max(line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
-    assert checkpoints(tmp_path / "run")[-1] == f"iter_{last:07d}"
     assert process.returncode == 1
+    if moment == "an index":
+        line = r"stopped by SIG(?:TERM|USR1) before the first step; start the same command again"
+        assert len(re.findall(line, screen)) == 1 and "[rank" not in screen, screen
+        assert not metrics.exists() and not half_written(tmp_path)
+        return
+    assert len(re.findall(r"by SIG(?:TERM|USR1); go on with --load", screen)) == 1
+    last = max(line["step"] for line in read_metrics(metrics))
+    assert checkpoints(tmp_path / "run")[-1] == f"iter_{last:07d}"
+    # The phase's end at step 4 is saved in any case.
+    assert len(checkpoints(tmp_path / "run")) == (1 if last == 4 else 2)
 
 
 @pytest.mark.distributed

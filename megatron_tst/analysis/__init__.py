@@ -1,0 +1,1 @@
+"""Runs side by side once they ended: curves, comparisons, verdicts, plots, sweeps."""

@@ -1,0 +1,61 @@
+"""The files of a checkpoint that megatron-core writes on the main rank alone, between collectives."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_tst.distributed.ranks import every_rank
+from megatron_tst.megatron_patches.common_state import COMMON_STATE
+from megatron_tst.megatron_patches.safe_checkpoint import METADATA
+from megatron_tst.megatron_patches.shard_writer import refusal
+from megatron_tst.megatron_patches.versions import common_state_writers
+
+# Who writes a file, by which function, and the file's path from the function's arguments.
+_WRITERS: tuple[tuple[Any, str, Callable[..., Path]], ...] = (
+    *((owner, name, lambda _, state, folder: Path(folder) / COMMON_STATE) for owner, name in common_state_writers()),
+    (FileSystemWriterAsync, "finish", lambda writer, *_: Path(writer.path) / METADATA),
+    (serialization, "save_config", lambda _, folder: Path(folder) / "metadata.json"),
+)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Let every rank fail if the main rank cannot write a file of its own inside.
+
+    An error raised where the file is written would leave the other ranks waiting in the next collective, and they would
+    end with other exit codes.
+
+    Collective: every rank of the world enters and leaves it.
+
+    Raises:
+        CheckpointException: on every rank, at the end.
+    """
+    failures: dict[int, Any] = {}
+    originals = [getattr(owner, name) for owner, name, _ in _WRITERS]
+    for (owner, name, path_of), write in zip(_WRITERS, originals, strict=True):
+        setattr(owner, name, _held_back(write, path_of, failures))
+    try:
+        yield
+    finally:
+        for (owner, name, _), write in zip(_WRITERS, originals, strict=True):
+            setattr(owner, name, write)
+    if any(every_rank(bool(failures))):
+        raise CheckpointException("write", failures)
+
+
+def _held_back(write: Callable[..., None], path_of: Callable[..., Path], failures: dict[int, Any]) -> Any:
+    """Return a function that writes as before, and keeps an error instead of raising it."""
+
+    def write_or_note(*args: Any) -> None:
+        try:
+            write(*args)
+        # torch's archive writer raises RuntimeError.
+        except (OSError, RuntimeError) as error:
+            failures.setdefault(0, (refusal(path_of(*args), error), None))
+
+    return write_or_note

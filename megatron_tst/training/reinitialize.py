@@ -1,0 +1,65 @@
+"""Drawing the weights that know tokens anew: what shows that superposition trains the vocabulary as well as the layers.
+
+Shape letters: D hidden, V vocabulary, Vp local vocabulary.
+"""
+
+import logging
+from collections.abc import Callable
+
+import numpy
+import torch
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_tst.checkpoint.content import Trainables
+from megatron_tst.megatron_patches.fresh_state import forget_history
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+# Rows drawn at a time, always all of them: the same numbers come for a vocabulary padded to another length.
+_ROWS = 1024
+
+
+@torch.no_grad()
+def reinitialize(trainables: Trainables, seed: int, step: int) -> None:
+    """Draw word embedding and output layer anew, as at the start of a run, and forget their moments.
+
+    The draw depends on seed and step alone: it is the same on every layout, on every rank that holds a copy, and after
+    a resumption; no generator of the run is moved. Position embeddings, all other weights and their optimizer state
+    stay as they are.
+
+    Args:
+        trainables: what training changes.
+        seed: of the run.
+        step: optimizer steps done.
+    """
+    for chunk in trainables.chunks:
+        config = get_model_config(chunk)
+        for name, weight_VpD in chunk.named_parameters():
+            is_head = name.endswith(OUTPUT)
+            if not (is_head or name.endswith(EMBEDDING)):
+                continue
+            # A last pipeline stage holds a copy of tied weights.
+            is_embedding = not is_head or getattr(weight_VpD, "shared_embedding", False)
+            method = config.embedding_init_method if is_embedding else config.init_method
+            _draw(weight_VpD, method, (seed, step, int(is_embedding)), trainables.ranks.tp_rank)
+            forget_history(trainables.optimizer, weight_VpD)
+    if trainables.ranks.is_main:
+        logger.info("embedding and output layer drawn anew after step %d: a negative control", step)
+
+
+def _draw(weight_VpD: Tensor, init_method: Callable[[Tensor], object], seeds: tuple[int, ...], tp_rank: int) -> None:
+    """Fill one rank's rows of a table that is drawn from its first row on, on the CPU."""
+    num_rows, width = weight_VpD.shape
+    first = tp_rank * num_rows
+    state = torch.get_rng_state()
+    # Not torch.manual_seed, which seeds the generators of all devices.
+    torch.default_generator.manual_seed(int(numpy.random.SeedSequence(seeds).generate_state(1)[0]))
+    for start in range(0, first + num_rows, _ROWS):
+        block = torch.empty(_ROWS, width)
+        init_method(block)
+        low, high = max(start, first), min(start + _ROWS, first + num_rows)
+        if low < high:
+            weight_VpD[low - first : high - first].copy_(block[low - start : high - start])
+    torch.set_rng_state(state)

@@ -1,0 +1,69 @@
+"""Each transformation against weights whose rows say what they are."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_tst.conversion.settings import ARCHITECTURES
+from megatron_tst.conversion.tables import GATE_UP, QUERY_KEY_VALUE, SAME, VOCABULARY, Shape, pieces
+
+SHAPE = Shape(
+    layers=2, hidden=5, heads=6, groups=2, head_width=3, ffn=7, experts=4, expert_ffn=2,
+    vocab_size=11, padded_vocab_size=16,
+)  # fmt: skip
+
+
+def test_queries_keys_and_values_are_taken_group_by_group():
+    # As megatron-core lays them out: a group's query heads, then its key head, then its value head.
+    heads = ["q0", "q1", "q2", "k0", "v0", "q3", "q4", "q5", "k1", "v1"]
+    rows = [f"{head}.{row}" for head in heads for row in range(SHAPE.head_width)]
+    weight = torch.arange(len(rows)).unsqueeze(1).expand(-1, SHAPE.hidden).contiguous()
+    parts = QUERY_KEY_VALUE.split(weight, SHAPE)
+    for part, kind, number in zip(parts, "qkv", (6, 2, 2), strict=True):
+        named = [rows[row] for row in part[:, 0].tolist()]
+        assert named == [f"{kind}{head}.{row}" for head in range(number) for row in range(SHAPE.head_width)]
+
+
+def test_gate_comes_before_up():
+    gate, up = GATE_UP.split(torch.arange(14).unsqueeze(1), SHAPE)
+    assert (gate[0], up[0]) == (0, 7)
+
+
+def test_padding_is_cut_off_and_put_back_as_zeros():
+    weight = torch.randn(16, 5)
+    (cut,) = VOCABULARY.split(weight, SHAPE)
+    assert torch.equal(cut, weight[:11])
+    back = VOCABULARY.join([cut], SHAPE)
+    assert back.shape == (16, 5) and torch.equal(back[:11], cut) and not back[11:].any()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.model_type)
+def test_every_row_is_undone_by_its_inverse(architecture):
+    shape = dataclasses.replace(SHAPE, padded_vocab_size=SHAPE.vocab_size)
+    for row in architecture.rows:
+        weight = torch.randn(row.megatron_size(shape))
+        parts = row.transformation.split(weight, shape)
+        assert len(parts) == len(row.hugging_face)
+        assert [tuple(part.shape) for part in parts] == row.hugging_face_sizes(shape)
+        assert torch.equal(row.transformation.join(parts, shape), weight)
+        if row.transformation is not SAME and len(parts) > 1:
+            swapped = row.transformation.join([parts[0], *reversed(parts[1:])], shape)
+            assert len(parts) == 2 or not torch.equal(swapped, weight)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.model_type)
+def test_every_weight_has_a_name_of_its_own_and_layers_come_in_order(architecture):
+    named = [name for row, index in pieces(architecture.rows, SHAPE) for name in row.names(index)]
+    assert len(named) == len(set(named))
+    assert named[0] == "model.embed_tokens.weight" and named[-2:] == ["model.norm.weight", "lm_head.weight"]
+    layers = [int(name.split(".")[2]) for name in named[1:-2]]
+    assert layers == sorted(layers) and set(layers) == {0, 1}
+    experts = {name.split(".")[5] for name in named if ".experts." in name}
+    assert experts == (set("0123") if architecture.experts else set())
+
+
+def test_a_tied_head_has_no_row():
+    rows = ARCHITECTURES[0].rows
+    assert [row for row in rows if row not in ARCHITECTURES[0].rows_of(tied=True)] == [rows[-1]]
+    assert ARCHITECTURES[0].rows_of(tied=False) == list(rows)

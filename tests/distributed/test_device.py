@@ -1,0 +1,16 @@
+import pytest
+import torch
+
+from megatron_tst.distributed.device import visible_gpus
+
+
+@pytest.mark.parametrize(
+    ("environment", "count", "expected"),
+    [(None, 0, []), (None, 2, ["0", "1"]), ("3,GPU-a", 2, ["3", "GPU-a"]), ("", 0, []), ("-1", 0, [])],
+)
+def test_cards_are_named_as_the_environment_names_them(monkeypatch, environment, count, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", environment)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert visible_gpus() == expected

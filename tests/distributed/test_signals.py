@@ -1,0 +1,146 @@
+"""Which signals are one request, and what a process does at each."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+
+from megatron_tst.config import EXIT_RESUMABLE, StoppedInSetUp
+from megatron_tst.distributed import ParallelSizes, join_ranks, main_rank_alone
+from megatron_tst.distributed import signals as signals_module
+from megatron_tst.distributed.signals import ONE_REQUEST_S, STOP_SIGNALS, StopSignals, ignore_stop_signals
+from tests.distributed.launch import run_distributed
+from tests.training.runs import ROOT
+
+
+@pytest.fixture(autouse=True)
+def as_they_were():
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Exits:
+    """Stands in for the end of the process."""
+
+    def __init__(self, monkeypatch):
+        self.codes = []
+        monkeypatch.setattr(signals_module.os, "_exit", self.codes.append)
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_in_the_set_up_is_an_error_that_no_handler_of_errors_takes(number):
+    signals = StopSignals()
+    signals.listen()
+    with pytest.raises(StoppedInSetUp, match=f"stopped by {number.name} before the first step") as stopped:
+        try:
+            send(number)
+        except Exception:
+            pytest.fail("taken for an error")
+    assert stopped.value.exit_code == EXIT_RESUMABLE
+    assert signals.request == number.name
+
+
+def test_what_follows_within_the_time_belongs_to_the_first_signal(monkeypatch):
+    now_s, exits = [100.0], Exits(monkeypatch)
+    signals = StopSignals(clock=lambda: now_s[0])
+    signals.listen()
+    signals.hold()
+    assert signals.request is None
+    send(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)
+    now_s[0] += ONE_REQUEST_S
+    send(signal.SIGTERM)
+    assert (signals.request, exits.codes) == ("SIGUSR1", [])
+    now_s[0] += 0.001
+    send(signal.SIGTERM)
+    assert exits.codes == [128 + signal.SIGTERM]
+
+
+def test_the_set_up_too_is_ended_at_once_by_a_later_signal(monkeypatch):
+    now_s, exits = [0.0], Exits(monkeypatch)
+    signals = StopSignals(clock=lambda: now_s[0])
+    signals.listen()
+    with pytest.raises(StoppedInSetUp):
+        send(signal.SIGTERM)
+    send(signal.SIGTERM)
+    now_s[0] += 2 * ONE_REQUEST_S
+    send(signal.SIGUSR1)
+    assert exits.codes == [128 + signal.SIGUSR1]
+
+
+def test_a_later_signal_ends_a_real_process():
+    program = (
+        "import os, signal\n"
+        "from megatron_tst.distributed.signals import StopSignals\n"
+        "times = iter([0.0, 60.0])\n"
+        "signals = StopSignals(clock=lambda: next(times))\n"
+        "signals.listen()\n"
+        "signals.hold()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "print(signals.request, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print('still there')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "SIGUSR1\n")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "a shell"])
+def test_the_end_of_torchrun_is_a_request_and_that_of_another_parent_is_not(monkeypatch, launcher):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    signals = StopSignals()
+    assert signals.request is None
+    adoptive = os.getppid() + 1
+    monkeypatch.setattr(signals_module.os, "getppid", lambda: adoptive)
+    assert signals.request == ("the end of torchrun" if launcher == "torchrun" else None)
+
+
+def signal_the_last_rank(number: int) -> str | None:
+    """Signal it between collectives, where it must not leave the other one."""
+    join_ranks(ParallelSizes())
+    signals = StopSignals()
+    signals.listen()
+    try:
+        if dist.get_rank() == 1:
+            send(number)
+        main_rank_alone(lambda: None)
+        signals.check()
+    except StoppedInSetUp as stopped:
+        return str(stopped)
+    return None
+
+
+def signal_the_main_rank_alone(number: int) -> tuple[str | None, bool]:
+    """Signal it in what it does alone, which may take minutes, while the other one waits."""
+    join_ranks(ParallelSizes())
+    StopSignals().listen()
+    goes_on = []
+    try:
+        main_rank_alone(lambda: (send(number), goes_on.append(True)))
+    except StoppedInSetUp as stopped:
+        return str(stopped), bool(goes_on)
+    return None, bool(goes_on)
+
+
+@pytest.mark.distributed
+def test_ranks_stop_together_in_the_set_up():
+    line = "stopped by {} before the first step; start the same command again"
+    said = run_distributed(signal_the_last_rank, 2, signal.SIGUSR1)
+    assert said == [line.format("a signal to another rank"), line.format("SIGUSR1")]
+    assert run_distributed(signal_the_main_rank_alone, 2, signal.SIGTERM) == [(line.format("SIGTERM"), False)] * 2
+
+
+def test_a_deaf_process_hears_nothing():
+    ignore_stop_signals()
+    send(*STOP_SIGNALS)

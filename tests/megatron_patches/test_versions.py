@@ -1,0 +1,120 @@
+"""What differs between the versions of megatron-core: each row of the table, and a screen that none of them litters."""
+
+import importlib.metadata
+import inspect
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.transformer import TransformerConfig
+from packaging.version import Version
+
+import megatron_tst
+from megatron_tst.config import UserError
+from megatron_tst.megatron_patches.versions import (
+    DIFFERENCES,
+    accepted_transformer_engine,
+    check_transformer_engine,
+    common_state_reader,
+    common_state_writers,
+    results_queue_name,
+    save_settings,
+    without_cuda_graphs,
+)
+from tests.training.runs import ROOT, arguments, start
+
+INSTALLED = Version(importlib.metadata.version("megatron-core"))
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_difference_is_here_from_its_release_on(name: str):
+    """A version that changes a row again, or takes it back, fails here."""
+    difference = DIFFERENCES[name]
+    assert difference.is_here() == (Version(difference.since) <= INSTALLED), difference
+
+
+def test_only_versions_that_were_tried_are_installed():
+    assert str(INSTALLED) in ("0.16.1", "0.19.2")
+
+
+BELONGING = {
+    "0.16.1": ("2.9.0+70f53666", "2.10.0", "2.11.0"),
+    "0.19.2": ("2.16.0+4220403e", "2.17.1+4329ff84", "2.19.0.dev0+4d4088b3", "2.20.2"),
+}
+NEVER = ("2.8.0", "2.12.0+5671fd36", "2.14.0", "2.21.0", "3.0")
+
+
+def test_a_transformer_engine_of_another_megatron_core_is_not_accepted():
+    tried = [*NEVER, *(version for versions in BELONGING.values() for version in versions)]
+    assert set(accepted_transformer_engine().filter(tried)) == set(BELONGING[str(INSTALLED)])
+
+
+def test_what_serves_a_difference_exists():
+    assert callable(getattr(filesystem_async, results_queue_name()))
+    for place in (common_state_reader(), *common_state_writers()):
+        assert callable(getattr(*place))
+    assert save_settings().keys() <= inspect.signature(serialization.save).parameters.keys()
+    (scopes,) = without_cuda_graphs()
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **without_cuda_graphs())
+    assert getattr(config, scopes) == []
+
+
+def test_no_other_module_tells_versions_of_megatron_core_apart():
+    asks = re.compile(r"megatron.core.*__version__|is_mcore|version\(.megatron")
+    found = [
+        str(module.relative_to(ROOT))
+        for module in (ROOT / "megatron_tst").rglob("*.py")
+        if asks.search(module.read_text(encoding="utf-8"))
+    ]
+    assert found == ["megatron_tst/megatron_patches/versions.py"]
+    assert asks.search("if megatron.core.__version__ >= '0.19'")
+
+
+def test_transformer_engine_has_to_belong_to_megatron_core():
+    (oldest,) = (part.version for part in accepted_transformer_engine() if part.operator == ">=")
+    check_transformer_engine(None)
+    check_transformer_engine(f"{oldest}.0+4220403e")
+    for other in ("2.8.0", "2.21.0"):
+        with pytest.raises(UserError, match=f"Transformer Engine {other} does not belong to megatron-core 0"):
+            check_transformer_engine(other)
+
+
+def test_a_run_and_its_resumption_show_their_own_lines_alone(corpus, tokenizer, tmp_path: Path):
+    for more in ("--train-iters 4 --exit-interval 2", "--train-iters 4"):
+        flags = f"--tst-bag-size 4 --tst-steps 2 --use-distributed-optimizer {more} --load {tmp_path}/run/checkpoints"
+        argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", flags)
+        done = start("pretrain_tst.py", *argv, CUDA_HOME="/usr/local")
+        assert done.returncode in (0, 75), done.stderr
+        lines = (done.stdout + done.stderr).splitlines()
+        assert [line for line in lines if not re.match(r"20\d\d-\d\d-\d\d ", line)] == []
+        assert any("saved" in line for line in lines)
+
+
+RANKS = {
+    # Buckets so small that one begins between two projections of attention.
+    "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000",
+    "ep2": "--num-experts 4 --moe-aux-loss-coeff 0.01 --expert-model-parallel-size 2 --bf16",
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", RANKS)
+def test_so_do_several_ranks(corpus, tokenizer, tmp_path: Path, layout: str):
+    argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", f"--train-iters 4 {RANKS[layout]}")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = start(*launch, "pretrain_tst.py", *argv, CUDA_HOME="/usr/local")
+    assert done.returncode == 0, done.stderr
+    lines = (done.stdout + done.stderr).splitlines()
+    assert [line for line in lines if not re.match(r"20\d\d-\d\d-\d\d ", line)] == []
+
+
+@pytest.mark.parametrize("name", megatron_tst._UNWANTED_LINES)
+def test_a_filter_drops_its_line_and_no_other(name: str, caplog):
+    logger = logging.getLogger(name)
+    with caplog.at_level(logging.WARNING, logger=name):
+        logger.warning("%s and so on", megatron_tst._UNWANTED_LINES[name])
+        logger.warning("another line")
+    assert [record.getMessage() for record in caplog.records if record.name == name] == ["another line"]

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_tst.config import ModelSettings
+from megatron_tst.shape import forward_flops_per_sequence, step_flops
+from megatron_tst.shape.flops import peak_tflops
+from megatron_tst.superposition import fold_labels, fold_tokens
+from tests.model.small import DENSE, GPT2, LENGTH, MOE, VOCAB, small_model
+
+
+def counted(shape, bag_size, backward=False):
+    """What torch counts, per sequence; its attention counts all pairs of positions, not the causal half."""
+    model, text = small_model(shape), torch.randint(0, VOCAB, (1, LENGTH * bag_size + 1))
+    bags, targets = fold_tokens(text[:, :-1], bag_size), fold_labels(text[:, 1:], bag_size)
+    # Of torch's attention kernels on a CPU only the plain one is counted.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(bags, torch.arange(LENGTH).unsqueeze(0), None, labels=targets)
+        if backward:
+            loss.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", [DENSE, MOE, GPT2], ids=["dense", "moe", "gpt2"])
+def test_the_formula_is_torchs_count_with_causal_attention(rank, shape):
+    settings = ModelSettings(**shape)
+    all_pairs, causal_pairs = LENGTH * LENGTH, LENGTH * (LENGTH + 1) // 2
+    attention = settings.num_layers * 4 * settings.hidden_size * (all_pairs - causal_pairs)
+    formula = forward_flops_per_sequence(settings, VOCAB)
+    assert formula == counted(shape, 1) - attention
+    assert formula != forward_flops_per_sequence(settings, VOCAB + 1)
+
+
+@pytest.mark.parametrize("bag_size", [2, 4, 16])
+def test_a_superposed_step_costs_what_an_ordinary_one_does(rank, bag_size):
+    assert counted(DENSE, bag_size, backward=True) == counted(DENSE, 1, backward=True)
+
+
+def test_a_step_is_three_passes_over_the_batch(rank):
+    settings = ModelSettings(**DENSE)
+    assert step_flops(settings, VOCAB, 8) == 3 * 8 * forward_flops_per_sequence(settings, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_a_card_is_known_by_its_name(name, peak):
+    assert peak_tflops(name) == peak
