@@ -74,12 +74,9 @@ def vocab_parallel_multi_hot_cross_entropy(
     arguments = (logits.contiguous(), targets_LBS, weights_LBS, OBJECTIVES[objective])
     if implementation == "native":
         loss_LB, weight_LB = NativeMultiHotCrossEntropy.apply(*arguments, ignore_index, tp_group)
-    elif targets.shape[-1] == 1 and objective == "mce":
+    elif targets.shape[-1] == 1 and objective == "mce" and load_kernel().rounds_once:
         # One target is what the kernel is for.
         loss_LB = load_kernel()(logits, targets_LBS.squeeze(-1), ignore_index, tp_group)
-        if loss_LB.requires_grad:
-            # Up to 2.10 the kernel reads its upstream gradient as if it were contiguous.
-            loss_LB.register_hook(Tensor.contiguous)
         weight_LB = weights_LBS.squeeze(-1)
     else:
         loss_LB, weight_LB = TEMultiHotCrossEntropy.apply(*arguments, load_kernel(), ignore_index, tp_group)

@@ -13,6 +13,7 @@ Shape letters: L positions, B sequences, S bag size, Vp local vocabulary.
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +28,27 @@ from megatron_tst.superposition import Objective, target_coefficients
 
 OLDEST, NEWEST = Version("2.9"), Version("2.21")  # from the first, before the second
 
-# (logits [L, B, Vp], targets [L, B], ignore index, group) -> loss [L, B] float32
-Kernel = Callable[[Tensor, Tensor, int, dist.ProcessGroup], Tensor]
+
+@dataclass(frozen=True)
+class Kernel:
+    """Transformer Engine's fused cross-entropy, of any version, behind one signature.
+
+    Attributes:
+        function: as Transformer Engine has it.
+        rounds_once: whether the gradient stays in float32 until its one rounding, and the logits may be overwritten by
+            request. Up to 2.17 it is stored in the logits' type first, where that of a confident target is lost.
+    """
+
+    function: Callable[..., Tensor]
+    rounds_once: bool
+
+    def __call__(self, logits: Tensor, targets: Tensor, ignore_index: int, group: dist.ProcessGroup) -> Tensor:
+        """Return the loss ``[L, B]`` float32 of logits ``[L, B, Vp]`` and targets ``[L, B]``."""
+        positional = (logits.contiguous(), targets.contiguous(), 0.0, False, group, ignore_index)
+        if self.rounds_once:
+            return self.function(*positional, overwrite_input=True)
+        # is_cg_capturable: without it the kernel asks the device whether the upstream gradient is one.
+        return self.function(*positional, True)
 
 
 @functools.cache
@@ -55,16 +75,7 @@ def adapt_kernel(parallel_cross_entropy: Callable[..., Tensor]) -> Kernel:
     parameters: Any = {}
     if inspect.isfunction(parallel_cross_entropy):
         parameters = inspect.signature(parallel_cross_entropy).parameters
-
-    def kernel(logits: Tensor, targets: Tensor, ignore_index: int, group: dist.ProcessGroup) -> Tensor:
-        """Call this version."""
-        positional = (logits.contiguous(), targets.contiguous(), 0.0, False, group, ignore_index)
-        if "overwrite_input" in parameters:
-            return parallel_cross_entropy(*positional, overwrite_input=True)
-        # is_cg_capturable: without it the kernel asks the device whether the upstream gradient is one.
-        return parallel_cross_entropy(*positional, True)
-
-    return kernel
+    return Kernel(parallel_cross_entropy, rounds_once="overwrite_input" in parameters)
 
 
 class TEMultiHotCrossEntropy(torch.autograd.Function):

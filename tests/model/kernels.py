@@ -125,3 +125,43 @@ def load_wheel(folder: Path) -> Callable[..., Tensor]:
     if hasattr(loaded, "_validate_inputs"):
         loaded._validate_inputs = lambda *_: None  # it asks for a CUDA tensor
     return loaded.parallel_cross_entropy
+
+
+def compute_bfloat16(monkeypatch: Any) -> None:
+    """Let Triton's interpreter compute with bfloat16 as a card does.
+
+    As it is, it has no constants of that type, adds the bits of two numbers for the numbers, and cuts float32 off
+    where a card rounds to the nearest.
+    """
+    import numpy
+    from triton import language
+    from triton.runtime import interpreter
+
+    def to_bits(values: Any) -> Any:
+        return torch.from_numpy(numpy.ascontiguousarray(values, numpy.float32)).bfloat16().view(torch.uint16).numpy()
+
+    def to_values(bits: Any) -> Any:
+        return torch.from_numpy(numpy.ascontiguousarray(bits, numpy.uint16)).view(torch.bfloat16).float().numpy()
+
+    convert, compute = interpreter._convert_float, interpreter.InterpreterBuilder.binary_op
+
+    def convert_rounding(values: Any, kind: Any, wanted: Any, mode: Any) -> Any:
+        if (kind, wanted) == (language.float32, language.bfloat16):
+            return to_bits(values)
+        return convert(values, kind, wanted, mode)
+
+    def compute_values(builder: Any, left: Any, right: Any, operation: Callable[..., Any]) -> Any:
+        if left.dtype.scalar != language.bfloat16:
+            return compute(builder, left, right, operation)
+        return interpreter.TensorHandle(
+            to_bits(operation(to_values(left.data), to_values(right.data))), language.bfloat16
+        )
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_rounding)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "binary_op", compute_values)
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "get_bf16",
+        lambda _, value: interpreter.TensorHandle(to_bits([value]), language.bfloat16),
+        raising=False,
+    )

@@ -43,6 +43,55 @@ def test_the_real_kernel_equals_the_loop(rank, monkeypatch, folder, bag_size, ob
     torch.testing.assert_close(gradient.transpose(0, 1).double(), wanted_gradient, rtol=1e-5, atol=1e-6)
 
 
+def confident_logits(targets_BL):
+    """Logits in bfloat16 that leave the first target of each row all but no gradient."""
+    from tests.model.test_te_loss import VOCAB
+
+    logits = 4 * torch.randn(*targets_BL.T.shape, VOCAB)
+    return logits.scatter_(-1, targets_BL.T.unsqueeze(-1), 12.0).bfloat16()
+
+
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("bag_size", [1, 6])
+def test_in_bfloat16_the_targets_columns_are_rounded_once(rank, monkeypatch, folder, bag_size):
+    """Whatever the version stores where the logits were, between the passes: Transformer Engine #3193 and #3273."""
+    from megatron_tst.superposition import bag_weights
+    from tests.model.kernels import compute_bfloat16, load_wheel
+    from tests.model.test_te_loss import ONE_ROUNDING, VOCAB, B, L, run
+    from tests.reference import loss_and_gradient
+
+    compute_bfloat16(monkeypatch)
+    targets, weights = torch.randint(0, VOCAB, (B, L, bag_size)), bag_weights("uniform", bag_size)
+    logits = confident_logits(targets[..., 0])
+    wanted_loss, _, wanted = loss_and_gradient(logits.transpose(0, 1), targets, weights)
+    loss, _, gradient, upstream = run(monkeypatch, load_wheel(folder), logits, targets, weights, rank.groups.tp)
+    wanted *= upstream.double().unsqueeze(-1)
+    torch.testing.assert_close(loss.double(), wanted_loss, rtol=3e-6, atol=3e-6)
+    error = (gradient.transpose(0, 1).double() - wanted).abs() / wanted.abs().clamp(min=1e-5)
+    assert error.gather(-1, targets).max() <= ONE_ROUNDING
+    # Versions to 2.17 round the rest of the row twice: as the gradient, and once more when it is scaled.
+    assert error.max() <= 2 * ONE_ROUNDING
+
+
+@pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
+def test_the_kernel_alone_loses_a_confident_targets_gradient_to_2_17(rank, monkeypatch, folder):
+    from packaging.version import Version
+
+    from megatron_tst.model.te_loss import adapt_kernel
+    from tests.model.kernels import compute_bfloat16, load_wheel
+    from tests.model.test_te_loss import ONE_ROUNDING, VOCAB, B, L
+    from tests.reference import loss_and_gradient
+
+    compute_bfloat16(monkeypatch)
+    targets = torch.randint(0, VOCAB, (B, L, 1))
+    logits = confident_logits(targets[..., 0])
+    leaf = logits.clone().requires_grad_()
+    adapt_kernel(load_wheel(folder))(leaf * 1.0, targets[..., 0].T, -100, rank.groups.tp).sum().backward()
+    wanted = loss_and_gradient(logits.transpose(0, 1), targets, torch.ones(1))[2]
+    error = (leaf.grad.transpose(0, 1).double() - wanted).abs() / wanted.abs().clamp(min=1e-5)
+    assert (error.gather(-1, targets).max() > 4 * ONE_ROUNDING) == (Version(folder.name) < Version("2.18"))
+
+
 @pytest.mark.parametrize("folder", VERSIONS[:1], ids=lambda folder: folder.name)
 def test_a_loop_over_targets_on_the_real_kernel_is_told_apart(rank, folder):
     from megatron_tst.model.te_loss import adapt_kernel

@@ -44,7 +44,7 @@ def test_float32_equals_the_loop(rank, monkeypatch, kernel, bag_size, name):
     torch.testing.assert_close(gradient.transpose(0, 1).double(), wanted_gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bag_size", [2, 8, 16])
+@pytest.mark.parametrize("bag_size", [1, 2, 8, 16])
 def test_bfloat16_rounds_the_targets_columns_once(rank, monkeypatch, kernel, bag_size):
     logits = (4 * torch.randn(L, B, VOCAB)).bfloat16()
     targets, weights = edge_targets((B, L), VOCAB, bag_size), bag_weights("uniform", bag_size)
