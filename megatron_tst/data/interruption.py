@@ -49,9 +49,26 @@ def raise_on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding_back() -> Iterator[None]:
-    """Within ``with``: one of ``STOP_SIGNALS`` waits for the end, and processes that are started never hear any."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Within ``with``: one of ``STOP_SIGNALS`` waits for the end, and processes that are started never hear any.
+
+    Only the main thread may call it.
+    """
+    came: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        """Keep it for the end: the mask, which processes inherit, is this thread's, and another may be signalled."""
+        came.append(number)
+
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    for number in handlers:
+        signal.signal(number, note)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
