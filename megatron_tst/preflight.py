@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tst.config import RunConfig, UserError, padded_vocab_size
+from megatron_tst.config import RunConfig, UserError
 from megatron_tst.data.tokenizer import load_tokenizer
 from megatron_tst.distributed import enter_device
 from megatron_tst.distributed.device import driver_version
 from megatron_tst.distributed.rendezvous import Rendezvous
 from megatron_tst.megatron_patches import find_libraries
+from megatron_tst.shape import resolve_shape
 from megatron_tst.shape.parameters import checkpoint_bytes, count_parameters
 from megatron_tst.telemetry import RunDirectory, start_log_screen
 
@@ -90,8 +91,8 @@ def _look_around(config: RunConfig, host: str) -> dict[str, Any]:
 def _checkpoint_size(config: RunConfig) -> int:
     model = config.model
     vocab = model.vocab_size or load_tokenizer(config.data.tokenizer_model or "").vocab_size
-    padded = padded_vocab_size(vocab, model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
-    return checkpoint_bytes(count_parameters(model, padded), config.training.bf16)
+    shape = resolve_shape(model, vocab, config.parallel)
+    return checkpoint_bytes(count_parameters(shape), config.training.bf16)
 
 
 def _prefixes(config: RunConfig) -> list[str]:

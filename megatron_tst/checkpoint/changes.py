@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from megatron_tst.config import ModelSettings, RunConfig
+from megatron_tst.shape import resolve_shape
 
 # Settings that a run may change from start to start: where it runs, what it writes, when it looks or stops.
 _FREE = {
@@ -75,20 +76,19 @@ def _resolved(model: ModelSettings) -> dict[str, Any]:
 
     So two ways to write one model, such as with --kv-channels and without, are no change.
     """
-    heads, hidden = model.num_attention_heads or 1, model.hidden_size or 0
-    ffn = model.ffn_hidden_size or 4 * hidden
+    # What belongs to a vocabulary is compared with the checkpoint's tensors, not here.
+    shape = resolve_shape(model, vocab_size=1)
     has_experts, has_capacity = model.num_experts is not None, model.moe_expert_capacity_factor is not None
-    has_rope, has_table = (model.position_embedding_type == kind for kind in ("rope", "learned_absolute"))
     return {
         **dataclasses.asdict(model),
         "group_query_attention": None,
-        "num_query_groups": model.num_query_groups if model.group_query_attention else heads,
-        "kv_channels": model.kv_channels or hidden // heads,
-        "max_position_embeddings": (model.max_position_embeddings or model.seq_length) if has_table else None,
-        "rotary_base": model.rotary_base if has_rope else None,
-        "rotary_percent": model.rotary_percent if has_rope else None,
-        "ffn_hidden_size": None if has_experts else ffn,
-        "moe_ffn_hidden_size": (model.moe_ffn_hidden_size or ffn) if has_experts else None,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "max_position_embeddings": shape.max_position_embeddings if shape.has_position_table else None,
+        "rotary_base": model.rotary_base if shape.has_rope else None,
+        "rotary_percent": model.rotary_percent if shape.has_rope else None,
+        "ffn_hidden_size": None if has_experts else shape.ffn_hidden_size,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size if has_experts else None,
         "moe_router_topk": model.moe_router_topk if has_experts else None,
         "moe_token_drop_policy": model.moe_token_drop_policy if has_capacity else None,
     }

@@ -49,7 +49,8 @@ class StepMetrics:
     ]
     lr: Annotated[float, About("", "highest learning rate of this step")]
     lr_by_group: Annotated[
-        dict[str, float], About("", "learning rate of each group of parameters; vectors are not decayed")
+        dict[str, float],
+        About("", "learning rate of each group of parameters, `decay` and `no_decay` by their weight decay"),
     ]
     grad_norm: Annotated[float, About("", "global norm of the gradient before clipping", "sqrt(sum of squares)")]
     data_tokens: Annotated[

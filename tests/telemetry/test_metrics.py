@@ -61,7 +61,7 @@ NOT_FINITE = {
     "a list": (ExpertMetrics(2, [1.5, math.nan], [-math.inf], [0.1]), {
         "expert_load_max": ["1.5", "nan"], "expert_load_min": ["-inf"],
     }),
-    "a mapping": (replace(STEP, lr_by_group={"vectors": math.inf}), {"lr_by_group": {"vectors": "inf"}}),
+    "a mapping": (replace(STEP, lr_by_group={"no_decay": math.inf}), {"lr_by_group": {"no_decay": "inf"}}),
 }  # fmt: skip
 
 

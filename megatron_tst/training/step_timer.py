@@ -1,11 +1,24 @@
-"""How long steps take, and what in them does."""
+"""Times the parts of a training step."""
 
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-from megatron_tst.training.step import StepReport
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What the parts of one optimizer step took.
+
+    Attributes:
+        forward_backward_s: forward and backward passes.
+        optimizer_s: the gradient norm and the update.
+        communication_s: reducing gradients and gathering parameters, as far as nothing hides it.
+    """
+
+    forward_backward_s: float
+    optimizer_s: float
+    communication_s: float
 
 
 @dataclass(frozen=True)
@@ -14,11 +27,11 @@ class Interval:
 
     Attributes:
         steps: optimizer steps.
-        seconds: they took, evaluations and saves left out.
-        data_s: of these, waiting for text.
-        forward_backward_s: of these, in forward and backward passes.
-        optimizer_s: of these, measuring the gradient norm and updating weights.
-        communication_s: of these, reducing gradients and gathering parameters.
+        seconds: what they took, evaluations and saves left out.
+        data_s: the part of it that was spent waiting for text.
+        forward_backward_s: the part in forward and backward passes.
+        optimizer_s: the part that measured the gradient norm and updated weights.
+        communication_s: the part that reduced gradients and gathered parameters.
     """
 
     steps: int
@@ -29,8 +42,8 @@ class Interval:
     communication_s: float
 
 
-class Pace:
-    """Adds up the times of steps from one line to the next."""
+class StepTimer:
+    """Adds up the times of steps from one line of metrics to the next."""
 
     def __init__(self) -> None:
         """Start the clock."""
@@ -43,14 +56,18 @@ class Pace:
         """Evaluations and saves since the start, per step."""
         return self._all_pauses_s / max(self._all_steps, 1)
 
-    def add(self, data_s: float, report: StepReport) -> None:
-        """Count a step; ``data_s`` is how long it waited for text."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count what happens inside as waiting for text."""
+        started_s = time.perf_counter()
+        yield
+        self._data_s += time.perf_counter() - started_s
+
+    def add(self, times: StepTimes) -> None:
+        """Count a step."""
         self._steps += 1
         self._all_steps += 1
-        self._data_s += data_s
-        self._forward_backward_s += report.forward_backward_s
-        self._optimizer_s += report.optimizer_s
-        self._communication_s += report.communication_s
+        self._parts_s = [total + part for total, part in zip(self._parts_s, astuple(times), strict=True)]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -69,13 +86,10 @@ class Pace:
 
     def take(self) -> Interval:
         """Return the times since the last call, and start anew."""
-        interval = Interval(
-            self._steps, self.seconds, self._data_s, self._forward_backward_s, self._optimizer_s, self._communication_s
-        )
+        interval = Interval(self._steps, self.seconds, self._data_s, *self._parts_s)
         self._restart()
         return interval
 
     def _restart(self) -> None:
         self._started_s = time.perf_counter()
-        self._steps = 0
-        self._data_s = self._forward_backward_s = self._optimizer_s = self._communication_s = 0.0
+        self._steps, self._data_s, self._parts_s = 0, 0.0, [0.0, 0.0, 0.0]
