@@ -167,7 +167,7 @@ def find_speed(config: RunConfig, gpu: Gpu, mfu: float | None, measured: Path | 
         return Speed(mfu, "given")
     if measured is not None:
         metrics = RunDirectory(measured).metrics
-        lines = [line for line in read_metrics(metrics) if "loss" in line] if metrics.is_file() else []
+        lines = [line for line in read_metrics(metrics) if line["kind"] == "step"] if metrics.is_file() else []
         if not lines:
             raise UserError(f"--measured {measured}: holds no run with a logged step")
         tflops = median(line["tflops_per_gpu"] for line in lines)
