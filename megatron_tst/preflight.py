@@ -166,7 +166,8 @@ def _check_network(config: RunConfig, meeting: Rendezvous, hosts: list[str]) -> 
     groups = {host: dist.new_group(ranks) for host, ranks in ranks_of.items()}
     floor = config.parallel.preflight_min_gb_per_s
     for name, group in (("within the node", groups[hosts[meeting.rank]]), ("between nodes", dist.group.WORLD)):
-        outcome = _all_reduce_speed(group, device.torch_device, timeout) if group.size() > 1 else float("inf")
+        is_alone = dist.get_world_size(group) == 1
+        outcome = float("inf") if is_alone else _all_reduce_speed(group, device.torch_device, timeout)
         outcomes = dict(zip(hosts, meeting.gather(name, outcome), strict=True))
         failed = [f"{host}: {result}" for host, result in outcomes.items() if isinstance(result, str)]
         slow = [f"{host}: {speed:.1f} GB/s" for host, speed in outcomes.items() if not failed and speed < floor]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -39,7 +40,7 @@ class TrainState:
         ranks: this rank's place.
     """
 
-    chunks: list[torch.nn.Module]
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     ranks: ParallelState
@@ -55,14 +56,14 @@ def gather_weights(train_state: TrainState) -> None:
     Collective: every rank of the world calls it.
     """
     for chunk in train_state.chunks:
-        if chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
-            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def list_model(train_state: TrainState) -> dict[str, Any]:
     """Return the shards of this rank's weights: ``model``, or ``model0`` and on where the pipeline is interleaved."""
     metadata = {**CONTENT_METADATA, "dp_cp_group": train_state.ranks.groups.dp_cp}
-    shards = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in train_state.chunks]  # type: ignore[operator]
+    shards = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in train_state.chunks]
     return {"model": shards[0]} if len(shards) == 1 else {f"model{index}": shard for index, shard in enumerate(shards)}
 
 
@@ -129,7 +130,7 @@ def put_model(train_state: TrainState, loaded: dict[str, Any]) -> None:
     """Give the model the loaded weights."""
     for index, chunk in enumerate(train_state.chunks):
         weights = loaded["model" if len(train_state.chunks) == 1 else f"model{index}"]
-        chunk.module.load_state_dict(weights)  # type: ignore[union-attr]
+        chunk.module.load_state_dict(weights)
 
 
 def put_optimizer(train_state: TrainState, shards: Any, own: Any, saved: Any) -> None:
@@ -177,8 +178,8 @@ def _filled(own: Any, shards: Any) -> Any:
         inner = shards if isinstance(shards, dict) else {}
         return {name: _filled(item, inner.get(name)) for name, item in own.items()}
     if isinstance(own, list):
-        inner = shards if isinstance(shards, list) else [None] * len(own)
-        return [_filled(item, shard) for item, shard in zip(own, inner, strict=True)]
+        parts = shards if isinstance(shards, list) else [None] * len(own)
+        return [_filled(item, part) for item, part in zip(own, parts, strict=True)]
     return own
 
 

@@ -85,7 +85,7 @@ def _sharing(ranks: ParallelState) -> FullyParallelLoadStrategyWrapper:
     return FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp, exchange_algo="broadcast")
 
 
-class _LoadTogether(TorchDistLoadShardedStrategy):
+class _LoadTogether(TorchDistLoadShardedStrategy):  # type: ignore[misc]
     """Reads a rank's share, and fails on every rank if one cannot read its own.
 
     From 0.17 on megatron-core does not ask the other ranks, which wait for what the failed one was to hand on.

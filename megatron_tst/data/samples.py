@@ -141,7 +141,7 @@ def _index_epoch(
         """Build the indices in a folder beside their place, and move it there."""
         save_folder(
             folder,
-            lambda new: build_epoch(corpus, documents, spec, epoch, tokenizer, new),  # type: ignore[arg-type,return-value]
+            lambda new: build_epoch(corpus, documents, spec, epoch, tokenizer, new),
             lambda: load() is not None,
         )
 
@@ -194,7 +194,8 @@ class PhaseDataset(torch.utils.data.Dataset[NDArray[Any]]):
     def __getitem__(self, index: int) -> NDArray[Any]:
         """Return the text of a sample, ``[T + 1]`` in the integers of its corpus."""
         part, place = self.order[index]
-        return self.parts[part][place]
+        text: NDArray[Any] = self.parts[part][place]
+        return text
 
     @property
     def num_epochs(self) -> float:
@@ -213,4 +214,5 @@ class RunDataset(torch.utils.data.Dataset[NDArray[Any]]):
     def __getitem__(self, key: Any) -> NDArray[Any]:
         """Return the text of sample ``(phase, index)``, ``[T + 1]`` in the integers of its corpus."""
         phase, index = key
-        return self.phases[phase][index]
+        text: NDArray[Any] = self.phases[phase][index]
+        return text

@@ -133,7 +133,7 @@ def build_gpt(
         vp_stage: the virtual stage, where stages are interleaved.
         model_class: the class to build.
     """
-    return model_class(
+    stage: TSTGPTModel = model_class(
         config=config,
         transformer_layer_spec=block_spec(config, use_transformer_engine, vp_stage),
         vocab_size=shape.padded_vocab_size,
@@ -148,6 +148,7 @@ def build_gpt(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+    return stage
 
 
 def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
@@ -174,7 +175,9 @@ def _reduce_experts_apart(chunk: torch.nn.Module) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def build_model(run: RunConfig, shape: ModelShape, ranks: ParallelState, libraries: Libraries) -> list[torch.nn.Module]:
+def build_model(
+    run: RunConfig, shape: ModelShape, ranks: ParallelState, libraries: Libraries
+) -> list[DistributedDataParallel]:
     """Build this rank's model chunks: one, or one per virtual pipeline stage.
 
     Collective: every rank of the world calls it.

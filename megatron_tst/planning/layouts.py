@@ -91,17 +91,12 @@ def _check(config: RunConfig, num_gpus: int) -> None:
 
 def recomputations(config: RunConfig) -> list[RunConfig]:
     """Return a run with each way to recompute activations: none, of attention alone, of every layer."""
-    ways = ((None, None, None), ("selective", None, None), ("full", "uniform", 1))
-    return [_with_recomputation(config, *way) for way in ways]
-
-
-def _with_recomputation(
-    config: RunConfig, granularity: str | None, method: str | None, layers: int | None
-) -> RunConfig:
-    training = dataclasses.replace(
-        config.training, recompute_granularity=granularity, recompute_method=method, recompute_num_layers=layers
+    none = dataclasses.replace(
+        config.training, recompute_granularity=None, recompute_method=None, recompute_num_layers=None
     )
-    return dataclasses.replace(config, training=training)
+    selective = dataclasses.replace(none, recompute_granularity="selective")
+    full = dataclasses.replace(none, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return [dataclasses.replace(config, training=training) for training in (none, selective, full)]
 
 
 def search_layouts(

@@ -4,7 +4,7 @@ A number has 2 bytes in bfloat16, else 4. Activations are counted per position, 
 backward pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from megatron_tst.config import RunConfig, TrainingSettings, require
@@ -261,7 +261,7 @@ def _number_bytes(training: TrainingSettings) -> int:
     return 2 if training.bf16 else FLOAT32_BYTES
 
 
-def describe_parts(memories: list[Memory]) -> Iterator[tuple[str, list[float]]]:
+def describe_parts(memories: Sequence[Memory]) -> Iterator[tuple[str, list[float]]]:
     """Yield each part's name and its GiB on every stage, the total last."""
     for name in (*(part.name for part in fields(Memory)), "total"):
         yield name, [getattr(memory, name) / 2**30 for memory in memories]

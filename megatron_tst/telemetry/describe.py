@@ -10,9 +10,10 @@ from megatron_tst.telemetry.metrics import KINDS, About
 _HEAD = """# Metrics
 
 `metrics.jsonl` in the run directory holds one JSON object per line; its `kind` says which of the following it is.
-TensorBoard and Weights & Biases get the same names. A *data token* is a token of text; a *position* is what the transformer computes: one bag, or
-one token. L positions make a sequence, s data tokens a bag. What has no unit is a pure number. JSON has no word for a
-number that is not finite: it is written as null, and a field `not_finite` holds it as a word, `{"valid_loss": "nan"}`.
+TensorBoard and Weights & Biases get the same names. A *data token* is a token of text; a *position* is what the
+transformer computes: one bag, or one token. L positions make a sequence, s data tokens a bag. What has no unit is a
+pure number. JSON has no word for a number that is not finite: it is written as null, and a field `not_finite` holds it
+as a word, `{"valid_loss": "nan"}`.
 Made by `python tools/describe_metrics.py`.
 """
 _FLOPS = """## FLOPs per step

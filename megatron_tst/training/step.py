@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.timers import Timers
@@ -48,7 +48,7 @@ _REDUCTIONS = ("all-grads-sync", "non-tensor-parallel-grads-all-reduce", "embedd
 _GATHERS = ("params-all-gather",)
 
 
-def _connect(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer, timers: Timers) -> None:
+def _connect(chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, timers: Timers) -> None:
     """Tell megatron-core's schedules how these chunks reduce gradients and gather parameters, and what to time."""
     config, ddp_config = get_model_config(chunks[0]), chunks[0].ddp_config
     for timed in (config, *(part.config for part in optimizer.chained_optimizers)):

@@ -48,6 +48,7 @@ class StepTimer:
     def __init__(self) -> None:
         """Start the clock."""
         self._all_steps, self._all_pauses_s = 0, 0.0
+        self._parts_s: list[float] = []
         self._paused_at_s: float | None = None
         self._restart()
 
@@ -92,4 +93,5 @@ class StepTimer:
 
     def _restart(self) -> None:
         self._started_s = time.perf_counter()
-        self._steps, self._data_s, self._parts_s = 0, 0.0, [0.0, 0.0, 0.0]
+        self._steps, self._data_s = 0, 0.0
+        self._parts_s = [0.0, 0.0, 0.0]
