@@ -163,7 +163,7 @@ def _check_network(config: RunConfig, meeting: Rendezvous, hosts: list[str]) -> 
     ranks_of = defaultdict(list)
     for rank, host in enumerate(hosts):
         ranks_of[host].append(rank)
-    groups = {host: dist.new_group(ranks) for host, ranks in ranks_of.items()}
+    groups: dict[str, Any] = {host: dist.new_group(ranks) for host, ranks in ranks_of.items()}
     floor = config.parallel.preflight_min_gb_per_s
     for name, group in (("within the node", groups[hosts[meeting.rank]]), ("between nodes", dist.group.WORLD)):
         is_alone = dist.get_world_size(group) == 1
