@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_tst.config.errors import UserError, require
+from megatron_tst.config.ranges import range_rules
 from megatron_tst.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -25,6 +26,7 @@ def check_config(config: RunConfig) -> None:
         UserError: one line naming the flag, its value and the rule.
     """
     for rules in (
+        range_rules(config),
         _required_rules(config),
         _model_rules(config.model),
         _superposition_rules(config.superposition, config),
