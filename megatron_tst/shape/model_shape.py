@@ -98,8 +98,8 @@ def resolve_shape(
 
     Args:
         model: its settings.
-        vocab_size: tokens of the vocabulary before padding; ``--vocab-size`` where not given.
-        parallel: the layout, which vocabulary padding and stages follow from; one rank where not given.
+        vocab_size: tokens of the vocabulary before padding; ``--vocab-size`` if not given.
+        parallel: the layout, which vocabulary padding and stages follow from; one rank if not given.
 
     Raises:
         UserError: if a size is not given that nothing else implies.
