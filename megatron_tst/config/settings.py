@@ -131,7 +131,7 @@ class DataSettings:
     data_path: tuple[str, ...] = field(default=(), metadata=having(TEXT))
     """Prefixes of .bin/.idx files, or alternating weights and prefixes of a blend; --split separates validation."""
     train_data_path: tuple[str, ...] = field(default=(), metadata=having(TEXT))
-    """Training data in files of its own, instead of --data-path."""
+    """Separate training data, instead of --data-path."""
     valid_data_path: tuple[str, ...] = field(default=(), metadata=having(TEXT))
     """With --train-data-path: validation data."""
     split: str = "969,30,1"
@@ -195,7 +195,7 @@ class CheckpointSettings:
     save_interval: int | None = None
     """Steps between checkpoints; the end of each phase is always saved."""
     async_save: bool = False
-    """Write checkpoints while training goes on."""
+    """Write checkpoints in the background while training continues."""
     keep_last: int | None = None
     """Checkpoints to keep besides those at the end of a phase; all if not given."""
     load: str | None = None

@@ -132,7 +132,7 @@ def safe_loading() -> Iterator[None]:
     ):
         # megatron-core calls functions of torch.distributed.checkpoint that torch has renamed.
         warnings.simplefilter("ignore", FutureWarning)
-        # In later versions each rank loads by itself, about which torch warns as a likely mistake.
+        # In later versions each rank loads by itself, which makes torch warn of a likely mistake.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         warnings.filterwarnings("ignore", "The argument order of load has been changed")
         yield

@@ -8,7 +8,7 @@ from megatron_tst.shape.model_shape import ModelShape
 # The backward pass takes two more: one for the gradients of the inputs, one for those of the weights.
 PASSES = 3
 # Dense bfloat16 peak of a GPU in 1e12 FLOPs per second, by a part of its name (NVIDIA's data sheets). The first match
-# counts, so a PCI Express variant precedes the faster card whose name is a prefix of its own.
+# counts, so a PCI Express variant precedes the faster GPU whose name is a prefix of its own.
 PEAK_TFLOPS = {
     "GB200": 2500.0, "B200": 2250.0, "H200 NVL": 835.0, "H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0,
     "H100": 989.0, "A100": 312.0,
