@@ -135,7 +135,7 @@ def _odd_ones(values: dict[str, str], words: str) -> Iterator[str]:
     usual, _ = Counter(values.values()).most_common(1)[0]
     for host, value in values.items():
         if value != usual:
-            yield f"{host} {words} {value}, most nodes {usual}"
+            yield f"{host} {words} {value}, but most nodes have {usual}"
 
 
 def _clock_problems(reports: list[dict[str, Any]], clocks: list[float]) -> Iterator[str]:

@@ -152,7 +152,7 @@ class CheckpointSaver:
         seconds = time.perf_counter() - pending.started_s
         logger.info("saved %s: %.1f MB in %.1f s", self.folders.of(step), size / 1e6, seconds)
         if later:
-            logger.info("renamed the checkpoints of later steps %s to .replaced: they belong to another course", later)
+            logger.info("renamed the checkpoints of later steps %s to .replaced: the run has left their course", later)
         self._retire()
 
     def _retire(self) -> None:

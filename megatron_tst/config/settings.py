@@ -139,7 +139,7 @@ class DataSettings:
     tokenizer_model: str | None = field(default=None, metadata=having(TEXT))
     """A Hugging Face tokenizer.json, or a directory that holds one."""
     eod_mask_loss: bool = False
-    """Exclude end-of-document tokens from the loss."""
+    """Exclude the token after each end-of-document token from the loss."""
     num_workers: int = field(default=2, metadata=having(NOTHING))
     """Worker processes that prefetch on each rank that reads data; with 0 the training process reads."""
     data_cache_path: str | None = field(default=None, metadata=having(NOTHING))
@@ -173,7 +173,7 @@ class TrainingSettings:
     cross_entropy_loss_fusion: bool = field(default=False, metadata=having(COMPUTATION))
     """Accepted for compatibility with Megatron-LM; the loss is always one fused pass, whatever the bag size."""
     cross_entropy_fusion_impl: Literal["te", "native"] | None = field(default=None, metadata=having(COMPUTATION))
-    """Loss kernel: Transformer Engine's or torch operations; Transformer Engine's if it is installed, by default."""
+    """Loss kernel: Transformer Engine's, which is the default if it is installed, or torch operations."""
     deterministic_mode: bool = field(default=False, metadata=having(COMPUTATION))
     """Compute in a fixed order, so that a repeated run gives the same bits, also on CUDA; slower."""
     use_cpu_initialization: bool = field(default=False, metadata=having(NOTHING))
@@ -263,7 +263,7 @@ class ParallelSettings:
     pipeline_model_parallel_size: int = 1
     """Stages of the layer pipeline."""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers per virtual stage; switches interleaving on."""
+    """Layers per virtual stage, which enables interleaving."""
     context_parallel_size: int = 1
     """Ranks that share each sequence."""
     expert_model_parallel_size: int = 1

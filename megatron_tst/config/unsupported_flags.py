@@ -50,7 +50,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
         r"dataloader-.*|num-dataset-builder-threads|no-mmap-bin-files|no-create-attention-mask-in-dataloader|full-validation",
         "each phase has its own dataloader; see --num-workers and --data-cache-path",
     ),
-    (r"no-save-(optim|rng)|save-retain-interval", "a checkpoint holds all that a resume needs; see --keep-last"),
+    (r"no-save-(optim|rng)|save-retain-interval", "a checkpoint always holds all that resuming needs; see --keep-last"),
     (
         r"(use|override)-(checkpoint-)?opt-?_?param-scheduler|use-checkpoint-.*",
         "the run's settings come from --config and flags, not from the checkpoint",

@@ -14,7 +14,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 # The beginning of a JSON line, whatever the name of its file; a byte order mark may precede it.
 _JSON_BEGINS = re.compile(rb'(\xef\xbb\xbf)?\s*\[?\s*\{\s*"')
 EXAMPLES_KEPT = 5
-# The reason to skip a document without text, which needs no example because there is nothing to see.
+# The reason to skip a document without text; such documents are not listed as examples.
 EMPTY = "empty"
 
 

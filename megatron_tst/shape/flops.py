@@ -5,7 +5,7 @@ A superposed step runs the transformer over the same positions as an ordinary on
 
 from megatron_tst.shape.model_shape import ModelShape
 
-# The backward pass takes two more: one for the gradients of the inputs, one for those of the weights.
+# A step costs three forward passes, because the backward pass computes gradients of the inputs and of the weights.
 PASSES = 3
 # Dense bfloat16 peak of a GPU in 1e12 FLOPs per second, by a part of its name (NVIDIA's data sheets). The first match
 # counts, so a PCI Express variant precedes the faster GPU whose name is a prefix of its own.

@@ -71,10 +71,10 @@ def absent(argv):
 
 FAULTS = {
     no_data: r"node1: .*corpus-elsewhere\.bin cannot be read: No such file",
-    shorter_data: r"node1 has .*corpus\.bin with \d+ bytes, most nodes \d+ bytes|node0 has .*corpus\.bin",
+    shorter_data: r"node1 has .*corpus\.bin with \d+ bytes, but most nodes have \d+ bytes|node0 has .*corpus\.bin",
     late_clock: r"node1: its clock differs from the median by -\d+ s|node0: its clock .* by \+\d+ s",
     no_room: r"node1: .*checkpoints has [\d.]+ GB free, but two checkpoints need",
-    other_library: r"node1 has transformer_engine 2.9.0, most nodes None|node0 has transformer_engine None",
+    other_library: r"node1 has transformer_engine 2.9.0, but most nodes have None|node0 has transformer_engine None",
     no_place: r"node1: .*checkpoints cannot be written: Not a directory",
     broken_network: r"all-reduce between nodes: .*node1: unhandled system error",
     slow_network: r"all-reduce between nodes: node1: 0.0 GB/s \(minimum 1e-06 GB/s\)",
