@@ -36,6 +36,6 @@ export WANDB_PROJECT=${WANDB_PROJECT:-}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # A rank that waits for a dead rank ends with an error that names the collective, instead of hanging.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-# Overlaps tensor-parallel communication with computation on GPUs before Blackwell; has no effect on B200.
+# Overlaps tensor-parallel communication with computation on GPUs before Blackwell; harmless on B200.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

@@ -22,7 +22,7 @@ FOREIGN = {
 
 # Fields of the model's configuration that do not affect the function of the weights, except by rounding.
 NEUTRAL = re.compile(
-    # Initial values, losses and routing that only affect training.
+    # Initial values, dropout of probabilities, and losses and routing that only affect training.
     r"(.*_)?init_.*|perform_initialization|use_cpu_initialization|embedding_init.*|qk_clip.*|log_max_attention_logit|"
     r"calculate_per_token_loss|moe_(aux_loss|z_loss)_coeff|moe_router_(load_balancing_type|bias_update_rate|force_.*|"
     r"quantile_balancing_ema)|moe_input_jitter_eps|moe_token_dropping|moe_per_layer_logging|moe_enable_routing_replay|"

@@ -1,4 +1,4 @@
-"""Which signals form one request to stop, and how a process reacts to them."""
+"""The signals that form one request to stop, and the reaction of a process to them."""
 
 import os
 import signal

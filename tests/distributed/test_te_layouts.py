@@ -1,4 +1,4 @@
-"""The loss by a fused kernel under pipeline schedules, recomputation and tensor parallelism."""
+"""The loss computed by a fused kernel under pipeline schedules, recomputation and tensor parallelism."""
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ def counted(shape, bag_size, backward=False):
     """Return torch's FLOP count per sequence, in which attention counts all pairs of positions, not the causal half."""
     model, text = small_model(shape), torch.randint(0, VOCAB, (1, LENGTH * bag_size + 1))
     bags, targets = fold_tokens(text[:, :-1], bag_size), fold_labels(text[:, 1:], bag_size)
-    # The counter supports only the plain one of torch's attention kernels on a CPU.
+    # Of torch's attention kernels for the CPU, the counter supports only the plain one.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model(bags, torch.arange(LENGTH).unsqueeze(0), None, labels=targets)
         if backward:
