@@ -92,7 +92,7 @@ def refuse_other_folder(path: Path, step_flag: str) -> None:
     inner = CheckpointFolders(path / "checkpoints")
     for is_so, reason in (
         (path.exists() and not path.is_dir(), "is not a directory"),
-        ((path / METADATA).exists(), f"is a single checkpoint: name its parent directory and its step with {step_flag}"),
+        ((path / METADATA).exists(), f"is a single checkpoint: name its parent, and the step with {step_flag}"),
         (bool(inner.steps()), f"is a run directory: name {inner.path}"),
         ((path / "config.json").exists(), "is a Hugging Face directory: convert it with tools/convert_ckpt.py first"),
     ):
