@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Time and peak memory of the multi-hot cross-entropy against an ordinary one-target cross-entropy.
+"""Measure time and peak memory of the multi-hot cross-entropy, compared with an ordinary one-target cross-entropy.
 
     OMP_NUM_THREADS=1 python benchmarks/loss.py [--rows 1024] [--vocab 16384] [--dtype float32] [--json loss.json]
     python benchmarks/loss.py --te-wheel FOLDER    the kernel's Python files from an unpacked wheel, on a CUDA device
 
-Forward and backward on the same logits, one rank. Variants: ``te`` (Transformer Engine's kernel, where it is installed
-or given as a wheel, and there is a CUDA device), ``native`` (torch operations), ``loop`` (one megatron-core
-cross-entropy per target, as the paper does it), ``torch, 1 target``. Each is a ratio to an ordinary one-target
-cross-entropy: Transformer Engine's own for ``te``, megatron-core's for the others, which overwrites its float32 logits.
-Times are the process's own on a CPU and the wall clock's on a CUDA device, medians of ratios of neighbouring runs;
-memory is the peak above the logits, on a CPU of each variant in its own process.
+Each variant runs forward and backward on the same logits on one rank. Variants are ``te`` (Transformer Engine's kernel,
+if it is installed or given as a wheel and there is a CUDA device), ``native`` (torch operations), ``loop`` (one
+megatron-core cross-entropy per target, as in the paper) and ``torch, 1 target``. Ratios are relative to an ordinary
+one-target cross-entropy: Transformer Engine's own for ``te``, otherwise megatron-core's, which overwrites float32
+logits. Times are CPU times on a CPU and wall-clock times on a CUDA device; ratios are medians over neighboring runs.
+Memory is the peak above the logits; on a CPU each variant runs in its own process.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def use_wheel(folder: Path) -> None:
-    """Take Transformer Engine's kernel from the Python files of an unpacked wheel, without its compiled library."""
+    """Load Transformer Engine's kernel from the Python files of an unpacked wheel, without its compiled library."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.model.kernels import load_wheel
 
@@ -48,7 +48,7 @@ def use_wheel(folder: Path) -> None:
 
 
 def variants(group: torch.distributed.ProcessGroup, has_te: bool) -> dict[str, Loss]:
-    """Return the losses to measure, each from logits ``[L, B, V]`` and targets ``[B, L, S]`` to row losses."""
+    """Return the losses to measure; each maps logits ``[L, B, V]`` and targets ``[B, L, S]`` to row losses."""
 
     def multi_hot(implementation: str) -> Loss:
         def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def variants(group: torch.distributed.ProcessGroup, has_te: bool) -> dict[str, L
         return loss
 
     def loop(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # A copy per target: the function overwrites float32 logits.
+        # The function overwrites float32 logits, so each target needs a copy.
         parts = [vocab_parallel_cross_entropy(logits * 1.0, t.transpose(0, 1)) for t in targets.unbind(-1)]
         return torch.stack(parts).mean(0)
 
@@ -76,10 +76,10 @@ def variants(group: torch.distributed.ProcessGroup, has_te: bool) -> dict[str, L
 
 
 class Case:
-    """One size: makes logits, runs a loss forward and backward."""
+    """The sizes of a measurement, which runs a loss forward and backward on random logits."""
 
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Fix the size."""
+        """Store the sizes."""
         self.rows, self.vocab, self.dtype, self.device = rows, vocab, dtype, device
         self.logits = torch.randn(rows, 1, vocab, device=device, dtype=dtype).requires_grad_()
 
@@ -87,10 +87,10 @@ class Case:
         """Return the seconds of one forward and backward pass."""
         targets = torch.randint(0, self.vocab, (1, self.rows, bag_size), device=self.device)
         self.logits.grad = None
-        # As in a model, the logits are an operation's output: they may be overwritten.
+        # As in a model, the logits are the output of an operation, so they may be overwritten.
         output = self.logits * 1.0
         self._wait()
-        # While other processes have the core, the wall clock goes on.
+        # CPU time excludes the time in which other processes use the core.
         clock = time.perf_counter if self.device.type == "cuda" else time.process_time
         start = clock()
         loss(output, targets).sum().backward()
@@ -103,13 +103,13 @@ class Case:
 
 
 def measure_memory(case: Case, loss: Loss, bag_size: int) -> int:
-    """Return the peak bytes of one pass above what is held before it."""
+    """Return the peak memory of one pass minus the memory before it, in bytes."""
     if case.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         case.run(loss, bag_size)
         return torch.cuda.max_memory_allocated() - before
-    # Linux: resets the high-water mark of resident memory to what is resident now.
+    # On Linux, this resets the peak of resident memory to its current value.
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident_bytes("VmRSS")
     case.run(loss, bag_size)
@@ -122,7 +122,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def compare(case: Case, losses: dict[str, Loss], repeats: int, memory_of: Callable[[str, int], int]) -> list[dict]:
-    """Return a row per bag size and variant, with ratios to the one-target loss of its kind."""
+    """Return one row per bag size and variant, with ratios to the one-target loss of the same kind."""
     rows = []
     for bag_size in BAG_SIZES:
         for name in [name for name in losses if name != ONE_TARGET]:
@@ -163,7 +163,7 @@ def main() -> None:
     case = Case(arguments.rows, arguments.vocab, getattr(torch, arguments.dtype), device.torch_device)
     if arguments.memory_of:
         name, bag_size = arguments.memory_of
-        # Two rows first: kernels, threads and small buffers are not part of the peak.
+        # Run two rows first, so that kernels, threads and small buffers do not count for the peak.
         Case(2, arguments.vocab, case.dtype, case.device).run(losses[name], int(bag_size))
         print(measure_memory(case, losses[name], int(bag_size)))
         return

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Step time: our loop against a bare megatron-core loop, and superposed steps against ordinary ones.
+"""Measure the step time of our loop and a bare megatron-core loop, and of superposed and ordinary steps.
 
     OMP_NUM_THREADS=1 python benchmarks/step.py [--steps 30] [--json step.json]
     python benchmarks/step.py --tst-preset 270m --seq-length 1024 --bf16    another model: flags of pretrain_tst.py
 
-Everything runs in one process, the compared steps in turn; each row is the median of the ratios of neighbouring steps.
-Steps read random text, train (forward, backward, optimizer), and, in our loop, log a line of metrics.
+Everything runs in one process, and the compared steps alternate; each ratio is the median over neighboring steps. A
+step reads random text, trains (forward, backward, optimizer) and, in our loop, logs a metric line.
 """
 
 import argparse
@@ -46,7 +46,7 @@ TRAINING = (
 
 
 def write_text(folder: Path, num_tokens: int) -> None:
-    """Write random text, corpus.bin and corpus.idx, and a tokenizer of its vocabulary, tokenizer.json."""
+    """Write random text (corpus.bin, corpus.idx) and a tokenizer with its vocabulary (tokenizer.json)."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     source = Path(argparse.__file__).read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def write_text(folder: Path, num_tokens: int) -> None:
 
 
 def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
-    """Return one step of our loop: read, train, log."""
+    """Return a function that takes one step of our loop: read, train, log."""
     schedule = Schedule((Phase(bag_size, steps),))
     phase = next(i for i, p in enumerate(run.schedule.phases) if p.bag_size >= bag_size)
     text = type(run.data.train)([run.data.train.phases[phase]])
@@ -77,7 +77,7 @@ def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
 
 
 class _Cut(torch.utils.data.Dataset):
-    """Samples cut down to the tokens that a smaller bag size reads."""
+    """A dataset whose samples are truncated to the tokens that a smaller bag size reads."""
 
     def __init__(self, text: torch.utils.data.Dataset, num_tokens: int) -> None:
         self.text, self.num_tokens = text, num_tokens
@@ -87,7 +87,7 @@ class _Cut(torch.utils.data.Dataset):
 
 
 def bare_step(run: Run, steps: int) -> Callable[[], None]:
-    """Return one step of a loop that megatron-core's own classes make, on ordinary batches."""
+    """Return a function that takes one step of a loop of megatron-core's own classes, on ordinary batches."""
     sequence, batch_size = run.config.model.seq_length, run.config.training.micro_batch_size
     chunks = build_model(run.config, run.shape, run.ranks, find_libraries())
     from megatron.core.distributed import finalize_model_grads
@@ -121,7 +121,7 @@ def bare_step(run: Run, steps: int) -> Callable[[], None]:
 
 
 def compare(first: Callable[[], None], second: Callable[[], None], steps: int) -> dict[str, float]:
-    """Run both in turn and return the median seconds of each and the median ratio."""
+    """Run both alternately; return the median seconds of each and the median ratio."""
     times = []
     for _ in range(steps):
         pair = []
