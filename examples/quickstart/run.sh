@@ -5,7 +5,7 @@
 #   bash examples/quickstart/run.sh --seed 2          another seed
 #   bash examples/quickstart/run.sh --seeds 3         seeds 1 to 3, one after the other, compared together
 #   bash examples/quickstart/run.sh --equal-loss      also trains two shorter TST runs to measure the speed-up at equal loss
-#   STEPS=50 PACKAGES=rich bash examples/quickstart/run.sh    a short test of the script itself; DATA=, RUNS=: folders
+#   STEPS=50 PACKAGES=networkx bash examples/quickstart/run.sh    a short test of the script itself; DATA=, RUNS=: folders
 #   PYTHON=python3.12 VENV=.venv-3.12 bash examples/quickstart/run.sh    another interpreter
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -93,7 +93,7 @@ def test_tests_and_quickstart_run_and_install_nothing(builder: Builder, cpu: str
     script = f"PIP_NO_INDEX=1 bash tests/run.sh {tests}"
     assert re.search(r"\d+ passed", builder.run(cpu, ["sh", "-c", script]))
     assert "tst ends" in builder.run(
-        cpu, ["sh", "-c", "PIP_NO_INDEX=1 STEPS=50 PACKAGES=rich bash examples/quickstart/run.sh"]
+        cpu, ["sh", "-c", "PIP_NO_INDEX=1 STEPS=50 PACKAGES=networkx bash examples/quickstart/run.sh"]
     )
     recorded = json.loads(builder.run(cpu, ["cat", "runs/quickstart-seed1/tst/versions.json"]))
     assert recorded["image"] == "v1-test"
