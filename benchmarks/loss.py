@@ -2,6 +2,7 @@
 """Time and peak memory of the multi-hot cross-entropy against an ordinary one-target cross-entropy.
 
     OMP_NUM_THREADS=1 python benchmarks/loss.py [--rows 1024] [--vocab 16384] [--dtype float32] [--json loss.json]
+    OMP_NUM_THREADS=1 python benchmarks/loss.py --rows 1024 256 --vocab 4096 32768 --variants native    two sizes
     python benchmarks/loss.py --te-wheel FOLDER    the kernel's Python files from an unpacked wheel, on a CUDA device
 
 Forward and backward on the same logits, one rank. Variants: ``te`` (Transformer Engine's kernel, where it is installed
@@ -13,6 +14,7 @@ memory is the peak above the logits, on a CPU of each variant in its own process
 """
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
@@ -33,9 +35,9 @@ from megatron_tst.superposition import bag_weights
 # isort: split
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-BAG_SIZES = (1, 4, 6, 16)
 ONE_TARGET = "megatron-core, 1 target"
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Memory = Callable[["Case", str, int], int]
 
 
 def use_wheel(folder: Path) -> None:
@@ -121,23 +123,26 @@ def _resident_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def compare(case: Case, losses: dict[str, Loss], repeats: int, memory_of: Callable[[str, int], int]) -> list[dict]:
+def compare(case: Case, losses: dict[str, Loss], bag_sizes: list[int], repeats: int, memory_of: Memory) -> list[dict]:
     """Return a row per bag size and variant, with ratios to the one-target loss of its kind."""
     rows = []
-    for bag_size in BAG_SIZES:
+    for bag_size in bag_sizes:
         for name in [name for name in losses if name != ONE_TARGET]:
             # Transformer Engine's one-target loss is its own kernel with a bag of one.
-            base, base_size = (losses["te"], 1) if name == "te" else (losses[ONE_TARGET], bag_size)
-            pairs = [(case.run(losses[name], bag_size), case.run(base, base_size)) for _ in range(repeats)][1:]
-            memory, base_memory = memory_of(name, bag_size), memory_of("te" if name == "te" else ONE_TARGET, 1)
+            base, base_size = ("te", 1) if name == "te" else (ONE_TARGET, bag_size)
+            pairs = [(case.run(losses[name], bag_size), case.run(losses[base], base_size)) for _ in range(repeats)][1:]
+            memory, base_memory = memory_of(case, name, bag_size), memory_of(case, base, 1)
             rows.append(
                 {
+                    "rows": case.rows,
+                    "vocab": case.vocab,
                     "bag_size": bag_size,
                     "variant": name,
                     "ms": statistics.median(a for a, _ in pairs) * 1e3,
                     "one_target_ms": statistics.median(b for _, b in pairs) * 1e3,
                     "time_ratio": statistics.median(a / b for a, b in pairs),
                     "mib": memory / 2**20,
+                    "one_target_mib": base_memory / 2**20,
                     "memory_ratio": memory / base_memory,
                 }
             )
@@ -147,45 +152,55 @@ def compare(case: Case, losses: dict[str, Loss], repeats: int, memory_of: Callab
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1024])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[16384])
+    parser.add_argument("--bag-sizes", type=int, nargs="+", default=[1, 4, 6, 16])
+    parser.add_argument("--variants", nargs="+")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--te-wheel", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device, ranks = enter_device(), join_ranks(ParallelSizes())
     if arguments.te_wheel:
         use_wheel(arguments.te_wheel)
     has_te = arguments.te_wheel is not None or find_libraries().transformer_engine is not None
     losses = variants(ranks.groups.tp, has_te and torch.cuda.is_available())
-    case = Case(arguments.rows, arguments.vocab, getattr(torch, arguments.dtype), device.torch_device)
+    losses = {name: losses[name] for name in (ONE_TARGET, *(arguments.variants or list(losses)))}
+    dtype = getattr(torch, arguments.dtype)
     if arguments.memory_of:
-        name, bag_size = arguments.memory_of
+        rows, vocab, bag_size = (int(number) for number in arguments.memory_of[1:])
+        loss = losses[arguments.memory_of[0]]
         # Two rows first: kernels, threads and small buffers are not part of the peak.
-        Case(2, arguments.vocab, case.dtype, case.device).run(losses[name], int(bag_size))
-        print(measure_memory(case, losses[name], int(bag_size)))
+        Case(2, vocab, dtype, device.torch_device).run(loss, bag_size)
+        print(measure_memory(Case(rows, vocab, dtype, device.torch_device), loss, bag_size))
         return
 
-    def memory_of(name: str, bag_size: int) -> int:
+    @functools.cache
+    def memory_of(case: Case, name: str, bag_size: int) -> int:
         if torch.cuda.is_available():
             return measure_memory(case, losses[name], bag_size)
-        command = [sys.executable, *sys.argv, "--memory-of", name, str(bag_size)]
+        size = (str(number) for number in (case.rows, case.vocab, bag_size))
+        command = [sys.executable, *sys.argv, "--memory-of", name, *size]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    rows = compare(case, losses, arguments.repeats, memory_of)
-    print(f"{device.name}, torch {torch.__version__}, rows {arguments.rows}, V {arguments.vocab}, {arguments.dtype}")
-    print(
-        "| S | variant | ms | one target, ms | time ratio | peak, MiB | memory ratio |\n|---|---|---|---|---|---|---|"
-    )
-    for row in rows:
-        print(
-            f"| {row['bag_size']} | {row['variant']} | {row['ms']:.1f} | {row['one_target_ms']:.1f} | "
-            f"{row['time_ratio']:.2f} | {row['mib']:.0f} | {row['memory_ratio']:.2f} |"
-        )
+    print(f"{device.name}, torch {torch.__version__}, {arguments.dtype}")
+    print("| rows | V | S | variant | ms | one target, ms | time ratio | peak, MiB | one target, MiB | memory ratio |")
+    print("|---" * 10 + "|")
+    results = []
+    for size in zip(arguments.rows, arguments.vocab, strict=True):
+        case = Case(*size, dtype, device.torch_device)
+        for row in compare(case, losses, arguments.bag_sizes, arguments.repeats, memory_of):
+            print(
+                f"| {row['rows']} | {row['vocab']} | {row['bag_size']} | {row['variant']} | {row['ms']:.1f} | "
+                f"{row['one_target_ms']:.1f} | {row['time_ratio']:.2f} | {row['mib']:.0f} | "
+                f"{row['one_target_mib']:.0f} | {row['memory_ratio']:.2f} |",
+                flush=True,
+            )
+            results.append(row)
     if arguments.json:
-        arguments.json.write_text(write_json(rows, indent=2) + "\n")
+        arguments.json.write_text(write_json(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

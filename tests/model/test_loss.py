@@ -103,10 +103,11 @@ def test_logits_without_a_gradient_are_left_unchanged(rank):
     assert torch.equal(logits, before)
 
 
-def test_a_soft_cap_keeps_the_result_that_its_gradient_needs(rank):
+@pytest.mark.parametrize("cap", [torch.tanh, torch.sigmoid, torch.exp, lambda z: torch.log_softmax(z, dim=-1)])
+def test_a_soft_cap_keeps_the_result_that_its_gradient_needs(rank, cap):
     source, targets, weights = torch.randn(L, B, VOCAB), edge_targets((B, L), VOCAB, 4), bag_weights("uniform", 4)
 
-    def gradient(loss, cap=torch.tanh):
+    def gradient(loss, cap=cap):
         leaf = source.clone().requires_grad_()
         loss(cap(leaf), targets, weights).sum().backward()
         return leaf.grad
@@ -120,7 +121,7 @@ def test_a_soft_cap_keeps_the_result_that_its_gradient_needs(rank):
     torch.testing.assert_close(gradient(ours), gradient(reference), rtol=1e-5, atol=1e-6)
     # Behind a view the result is not seen, and torch notices that it was overwritten.
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        gradient(ours, cap=lambda logits: logits.tanh().view_as(logits))
+        gradient(ours, cap=lambda logits: cap(logits).view_as(logits))
 
 
 def test_targets_without_weight_meet_infinite_logits(rank):
