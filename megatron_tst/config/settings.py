@@ -159,8 +159,9 @@ class TrainingSettings:
     """With full recomputation: layers per recomputed chunk."""
     cross_entropy_loss_fusion: bool = False
     """Taken for Megatron-LM's command lines; the loss is always one fused pass, whatever the bag size."""
-    cross_entropy_fusion_impl: Literal["te", "native"] | None = None
-    """Kernel of the loss: Transformer Engine's, or torch operations; Transformer Engine's where it is installed."""
+    cross_entropy_fusion_impl: Literal["te", "native", "linear"] | None = None
+    """Kernel of the loss: Transformer Engine's (the default where it is installed), torch operations, or linear: the
+    output layer and the loss in one, which holds the logits of an eighth of the rows at a time."""
     deterministic_mode: bool = False
     """Compute in a fixed order, so that a run gives the same bits again on CUDA too; slower."""
     use_cpu_initialization: bool = False

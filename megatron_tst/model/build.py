@@ -7,7 +7,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings, padded_vocab_size
+from megatron_tst.config import (
+    ModelSettings,
+    ParallelSettings,
+    RunConfig,
+    TrainingSettings,
+    UserError,
+    padded_vocab_size,
+)
 from megatron_tst.distributed import Ranks
 from megatron_tst.megatron_patches import Libraries
 from megatron_tst.megatron_patches.versions import without_cuda_graphs
@@ -159,12 +166,19 @@ def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
     """Return the loss that the settings ask for; Transformer Engine's kernel where it is installed and none is named.
 
     Raises:
-        UserError: if Transformer Engine's kernel is asked for and it is missing or of an unsupported version.
+        UserError: if Transformer Engine's kernel is asked for and it is missing or of an unsupported version, or the
+            linear loss and torch is too old for it.
     """
     default: LossImplementation = "native" if libraries.transformer_engine is None else "te"
     implementation = run.training.cross_entropy_fusion_impl or default
     if implementation == "te":
         load_kernel()
+    has_products = hasattr(torch.ops.aten.addmm, "dtype_out")
+    if implementation == "linear" and run.training.bf16 and torch.cuda.is_available() and not has_products:
+        raise UserError(
+            f"--cross-entropy-fusion-impl linear: torch is {torch.__version__}; with --bf16 on a GPU it needs 2.8 or "
+            "later, which adds products of bfloat16 matrices in float32"
+        )
     return LossChoice(run.superposition.loss_weights, run.superposition.tst_objective, implementation)
 
 
