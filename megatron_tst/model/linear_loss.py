@@ -19,13 +19,11 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_tst.model.native_loss import compute_row_losses, write_row_gradients
+from megatron_tst.shape.loss_chunks import chunk_rows
 from megatron_tst.superposition import OBJECTIVES, Objective, target_weights
 
-# Fewer rows would read and write the weight's gradient more often than its products pay for; more would only take
-# memory. See chunk_rows.
-SMALLEST_CHUNK, LARGEST_CHUNK = 512, 4096
 # Columns that are converted to float32 at once, where no product of bfloat16 matrices adds to a float32 one.
-CONVERTED_COLUMNS = 4096
+CONVERTED_COLUMNS = 512
 
 
 class LinearLossOptions(NamedTuple):
@@ -47,16 +45,6 @@ class LinearLossOptions(NamedTuple):
     num_real: int
     fuse_gradient: bool
     is_training: bool
-
-
-def chunk_rows(num_rows: int) -> int:
-    """Return the rows whose logits are held at once: an eighth of all, within 512 and 4096.
-
-    An eighth bounds the memory against that of whole logits. Each chunk reads and writes the weight's float32
-    gradient, 8 bytes for every 6 R floating-point operations per element: at 4096 rows less than a tenth of the time
-    on a card of 300 operations per byte, at 512 rows on a CPU of 10.
-    """
-    return min(max(-(-num_rows // 8), SMALLEST_CHUNK), LARGEST_CHUNK)
 
 
 def vocab_parallel_linear_multi_hot_cross_entropy(

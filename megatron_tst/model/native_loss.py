@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tst.model.target_columns import TargetColumns
+from megatron_tst.model.target_columns import TargetColumns, name_columns_once
 from megatron_tst.superposition import Objective
 
 # Rows are worked through in float32 chunks of about this many logits: small enough for a CPU's cache, large enough
@@ -111,6 +111,9 @@ def compute_row_losses(
     cross_entropy_NS = sum_exp_N.log().unsqueeze(-1) - (target_logits_NS - max_N.unsqueeze(-1))
     loss_N, row_weight_N, coefficients_NS = objective(cross_entropy_NS, targets_NS, weights_NS, is_valid_NS)
     removed_NS = coefficients_NS * columns.is_here
+    if removed_NS.is_cuda:
+        # A GPU adds in any order, a CPU in the targets'.
+        removed_NS = name_columns_once(columns.index, removed_NS)
     scale_N = row_weight_N * to_common_N / sum_exp_N
     return loss_N, row_weight_N, RowGradients(columns.index, removed_NS, local_max_N, scale_N)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from megatron_tst.config import ModelSettings, RunConfig, TrainingSettings, padded_vocab_size
+from megatron_tst.shape.loss_chunks import chunk_rows
 from megatron_tst.shape.parameters import parameter_parts
 
 FLOAT32_BYTES = 4
@@ -22,8 +23,8 @@ class Memory:
         gradients: the buffers they are accumulated in.
         optimizer: main weights and moments.
         activations: kept from forward to backward passes, of all micro-batches under way.
-        logits_and_loss: the logits of one micro-batch, whose memory becomes their gradient's; gone before the first
-            layer's backward pass.
+        logits_and_loss: the logits of one micro-batch, whose memory becomes their gradient's, or with the linear loss
+            a chunk of them and both its gradients; gone before the first layer's backward pass.
         backward: what the backward pass of one layer makes: gradients, and activations that are recomputed.
     """
 
@@ -68,16 +69,28 @@ def _stage_memory(config: RunConfig, num_gpus: int, stage: int, fused: bool) -> 
     under_way = micro_batches_under_way(config, num_gpus, stage)
     kept, passing = stage_activations(model, training, layers, tp if parallel.sequence_parallel else 1, tp, fused)
     is_last = stage == pp - 1
-    logits = _vocabulary(config) // tp * width if is_last else 0
     head = _head_activation(model, width, tp if parallel.sequence_parallel else 1, fused) if is_last else 0
     return Memory(
         weights=(shared + experts) * width,
         gradients=(shared + experts) * gradient_bytes(training),
         optimizer=_optimizer_bytes(config, num_gpus, shared, experts),
         activations=int(positions * (kept * under_way + head)),
-        logits_and_loss=positions * logits,
+        logits_and_loss=_loss_bytes(config, positions) if is_last else 0,
         backward=int(positions * passing),
     )
+
+
+def _loss_bytes(config: RunConfig, positions: int) -> int:
+    """Return what the last stage's loss makes of a micro-batch: logits, or a chunk of them and both gradients."""
+    width, hidden = _number_bytes(config.training), config.model.hidden_size
+    columns = _vocabulary(config) // config.parallel.tensor_model_parallel_size
+    if config.training.cross_entropy_fusion_impl != "linear":
+        return positions * columns * width
+    assert hidden
+    chunk = min(chunk_rows(positions), positions) * columns * width
+    # The weight's gradient adds up in float32; once the chunks are gone it is rounded to a bfloat16 copy.
+    rounded = columns * hidden * width if width < FLOAT32_BYTES else 0
+    return max(chunk, rounded) + columns * hidden * FLOAT32_BYTES + positions * hidden * width
 
 
 def stage_parameters(config: RunConfig, stage: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import torch
 
 from megatron_tst.distributed import ParallelSizes, join_ranks
 from megatron_tst.model import linear_loss, vocab_parallel_linear_multi_hot_cross_entropy
+from megatron_tst.shape import loss_chunks
 from megatron_tst.superposition import bag_weights
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout
@@ -27,7 +28,7 @@ WORLD, VOCAB, WIDTH = 2, 40, 16
 
 def lose(hidden_LBD, weight_VD, targets, weights, is_sequence_parallel, upstream):
     ranks = join_ranks(ParallelSizes(tensor_model_parallel_size=WORLD))
-    linear_loss.SMALLEST_CHUNK = 5
+    loss_chunks.SMALLEST_CHUNK = 5
     hidden = hidden_LBD.chunk(WORLD)[ranks.tp_rank] if is_sequence_parallel else hidden_LBD
     hidden = hidden.clone().requires_grad_()
     weight = weight_VD.chunk(WORLD)[ranks.tp_rank].clone().requires_grad_()
@@ -67,7 +68,7 @@ def test_two_shards_of_the_weight(dtype, bag_size, is_sequence_parallel):
 
 
 def train_linear(argv, initial):
-    linear_loss.SMALLEST_CHUNK = 24
+    loss_chunks.SMALLEST_CHUNK = 24
     return train_layout([*argv, "--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "linear"], initial)
 
 

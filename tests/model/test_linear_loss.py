@@ -9,6 +9,7 @@ from megatron_tst.model import (
     vocab_parallel_linear_multi_hot_cross_entropy,
     vocab_parallel_multi_hot_cross_entropy,
 )
+from megatron_tst.shape import loss_chunks
 from megatron_tst.superposition import bag_weights
 from tests.model.small import DENSE, GPT2, LENGTH, MOE, VOCAB, small_model
 from tests.ops import OperationLog
@@ -21,7 +22,7 @@ ONE_ROUNDING = 2**-8
 @pytest.fixture(autouse=True)
 def chunks_of_five_rows(monkeypatch):
     """Three chunks, the last one shorter."""
-    monkeypatch.setattr(linear_loss, "SMALLEST_CHUNK", 5)
+    monkeypatch.setattr(loss_chunks, "SMALLEST_CHUNK", 5)
 
 
 def make(dtype):
@@ -179,7 +180,7 @@ def test_a_model_with_it_is_the_model_with_native(rank, shape, bag_size):
 def test_chunks_are_an_eighth_of_the_rows_within_bounds(monkeypatch):
     monkeypatch.undo()
     sizes = (100, 4096, 8192, 16384, 1 << 20)
-    assert [linear_loss.chunk_rows(rows) for rows in sizes] == [512, 512, 1024, 2048, 4096]
+    assert [loss_chunks.chunk_rows(rows) for rows in sizes] == [512, 512, 1024, 2048, 4096]
 
 
 def test_unknown_objectives_are_refused(rank):

@@ -6,6 +6,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_tst.model import native_loss, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model.loss import mask_vocabulary_padding
+from megatron_tst.model.target_columns import name_columns_once
 from megatron_tst.superposition import bag_weights, multi_hot_cross_entropy
 from tests.ops import OperationLog
 from tests.reference import edge_targets, loss_and_gradient
@@ -67,6 +68,19 @@ def test_looping_over_targets_would_be_caught(rank):
     shared = logits.clone()
     looped = [vocab_parallel_cross_entropy(shared, targets[..., i].transpose(0, 1).contiguous()) for i in range(4)]
     assert (torch.stack(looped).mean(0).transpose(0, 1) - loss).abs().max() > 0.1
+
+
+def test_columns_named_once_are_added_to_alike_in_any_order():
+    columns, values = torch.randint(0, 5, (64, 16)), torch.rand(64, 16)
+    order = torch.randperm(16)
+
+    def add(values, order):
+        return torch.zeros(64, 5).scatter_add_(-1, columns[:, order], values[:, order])
+
+    once = name_columns_once(columns, values)
+    assert torch.equal(add(once, order), add(once, torch.arange(16)))
+    torch.testing.assert_close(add(once, order), add(values, order))
+    assert not torch.equal(add(values, order), add(values, torch.arange(16)))
 
 
 @pytest.mark.parametrize(("dtype", "exponentials"), [(torch.float32, 1), (torch.bfloat16, 2)])
