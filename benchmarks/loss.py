@@ -188,8 +188,8 @@ def compare(
             }
 
 
-def main() -> None:
-    """Measure and print the table."""
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1024])
     parser.add_argument("--vocab", type=int, nargs="+", default=[16384])
@@ -201,7 +201,12 @@ def main() -> None:
     parser.add_argument("--te-wheel", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print the table."""
+    arguments = read_arguments()
     device, ranks = enter_device(), join_ranks(ParallelSizes())
     if arguments.te_wheel:
         use_wheel(arguments.te_wheel)
