@@ -30,14 +30,15 @@ import numpy
 import torch
 
 from megatron_tst.config import parse_config, write_json
-from megatron_tst.data.batches import Batch, TextReader
+from megatron_tst.data.batches import Batch, BatchLoader
 from megatron_tst.data.tokenizer import train_bpe
-from megatron_tst.distributed import leave_ranks
+from megatron_tst.distributed import destroy_parallel_state
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import build_model
 from megatron_tst.superposition import Phase, Schedule
-from megatron_tst.training import Run, build_run
-from megatron_tst.training.monitor import Monitor
+from megatron_tst.training import Run, start_run
+from megatron_tst.training.metrics_logger import MetricsLogger
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
@@ -96,14 +97,14 @@ def our_step(run: Run, bag_size: int, steps: int) -> Side:
     phase = next(i for i, p in enumerate(run.schedule.phases) if p.bag_size >= bag_size)
     text = type(run.data.train)([run.data.train.phases[phase]])
     reader = run.read(_Cut(text, run.config.model.seq_length * bag_size), schedule, num_workers=0)
-    monitor = Monitor(run)
-    monitor.progress.__enter__()
+    metrics = MetricsLogger(run)
+    metrics.progress.__enter__()
     numbers = iter(range(1, steps + 1))
 
     def step() -> None:
         number = next(numbers)
         report = run.stepper.train(run.read_step(reader, schedule.phases[0]))
-        monitor.record(number, schedule.phase_at(number - 1), report, data_s=0.0)
+        metrics.record(number, schedule.phase_at(number - 1), report)
 
     return clocked(step)
 
@@ -121,7 +122,7 @@ class _Cut(torch.utils.data.Dataset):
 def bare_step(run: Run, steps: int) -> Side:
     """Return one step of a loop that megatron-core's own classes and its loss make, on ordinary batches."""
     sequence, batch_size = run.config.model.seq_length, run.config.training.micro_batch_size
-    chunks = build_model(run.config, run.vocab_size, run.ranks, find_libraries())
+    chunks = build_model(run.config, run.shape, run.ranks, find_libraries())
     for chunk in chunks:
         model = unwrap_model(chunk)
         model.compute_language_model_loss = functools.partial(GPTModel.compute_language_model_loss, model)
@@ -132,9 +133,9 @@ def bare_step(run: Run, steps: int) -> Side:
     precision = {"bf16": True, "params_dtype": torch.bfloat16} if run.config.training.bf16 else {}
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, **precision), chunks)
     schedule, forward_backward = Schedule((Phase(1, steps),)), get_forward_backward_func()
-    reader = TextReader(
+    reader = BatchLoader(
         _Cut(run.data.train, sequence), schedule, run.ranks,
-        micro_batch_size=batch_size, global_batch_size=batch_size, vocab_size=run.vocab_size,
+        micro_batch_size=batch_size, global_batch_size=batch_size, vocab_size=run.shape.vocab_size,
     )  # fmt: skip
     shape = run.batch_shape(Phase(1, 1))
 
@@ -232,7 +233,7 @@ def compare_all(flags: list[str], vocab_size: int | None, steps: int, rounds: in
         config = parse_config([*flags, *size, *files.split(), "--train-iters", str(2 * steps)])
         num_tokens = 34 * steps * config.training.micro_batch_size * config.model.seq_length
         write_text(Path(name), num_tokens, config.model.vocab_size or 512)
-        run = build_run(config)
+        run = start_run(config, StopSignals())
         ours = {size: functools.partial(our_step, run, size, steps) for size in (1, 4, 16)}
         rows: dict[str, tuple[Callable[[], Side], Callable[[], Side]]] = {
             "our loop / bare megatron-core loop": (ours[1], lambda: bare_step(run, steps)),
@@ -247,7 +248,7 @@ def compare_all(flags: list[str], vocab_size: int | None, steps: int, rounds: in
         for row, (first, second) in rows.items():
             results = [compare(first(), second(), steps) for _ in range(rounds)]
             found[row] = {key: statistics.median(result[key] for result in results) for key in results[0]}
-        leave_ranks()
+        destroy_parallel_state()
     return found
 
 

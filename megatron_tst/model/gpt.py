@@ -35,6 +35,8 @@ class TSTGPTModel(GPTModel):  # type: ignore[misc]
         kwargs: GPTModel's own.
     """
 
+    output_layer: Any
+
     def __init__(
         self,
         *args: Any,

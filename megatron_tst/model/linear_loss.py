@@ -128,7 +128,7 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_LB: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden states and weight, each in its dtype."""
-        *rows, weight_VpD = (ctx.saved_tensors[i] for i in (0, 2, 3, 1))
+        hidden_ND, weight_VpD, targets_NS, weights_NS = ctx.saved_tensors
         if is_one_number(grad_LB):
             upstream = grad_LB[0, 0]
         else:
@@ -136,7 +136,8 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
             for gradient in ctx.gradients:
                 if gradient is not None:
                     gradient.zero_()
-            walk_chunks(rows[0], weight_VpD, *rows[1:], ctx.options, ctx.gradients, grad_LB.reshape(-1))
+            upstream_N = grad_LB.reshape(-1)
+            walk_chunks(hidden_ND, weight_VpD, targets_NS, weights_NS, ctx.options, ctx.gradients, upstream_N)
         grad_hidden_ND, grad_weight_VpD = ctx.gradients
         ctx.gradients = None
         if grad_hidden_ND is not None:

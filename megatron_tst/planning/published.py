@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_tst.config import PRESETS, ModelSettings
+from megatron_tst.shape import resolve_shape
 from megatron_tst.shape.flops import PASSES, forward_flops_per_sequence
 from megatron_tst.shape.hardware import GPUS
 from megatron_tst.shape.parameters import count_parameters
@@ -141,8 +142,8 @@ def _rows(table: str) -> list[Mapping[str, str]]:
 
 def flops_per_position(model: ModelSettings) -> float:
     """Return the floating-point operations of training on one position."""
-    assert model.vocab_size and model.seq_length
-    return PASSES * forward_flops_per_sequence(model, model.vocab_size) / model.seq_length
+    shape = resolve_shape(model)
+    return PASSES * forward_flops_per_sequence(shape) / shape.seq_length
 
 
 def implied_mfu(model: ModelSettings) -> tuple[float, str]:
@@ -240,5 +241,4 @@ def _own_setting(model: ModelSettings, grid: Grid) -> Advice | None:
 
 def _size_distance(model: ModelSettings, preset: str) -> float:
     other = ModelSettings(**PRESETS[preset])
-    assert model.vocab_size and other.vocab_size
-    return abs(math.log(count_parameters(model, model.vocab_size) / count_parameters(other, other.vocab_size)))
+    return abs(math.log(count_parameters(resolve_shape(model)) / count_parameters(resolve_shape(other))))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tst.distributed import ParallelSizes, join_ranks
+from megatron_tst.distributed import ParallelSizes, init_parallel_state
 from megatron_tst.model import linear_loss, vocab_parallel_linear_multi_hot_cross_entropy
 from megatron_tst.shape import loss_chunks
 from megatron_tst.superposition import bag_weights
@@ -27,7 +27,7 @@ WORLD, VOCAB, WIDTH = 2, 40, 16
 
 
 def lose(hidden_LBD, weight_VD, targets, weights, is_sequence_parallel, upstream):
-    ranks = join_ranks(ParallelSizes(tensor_model_parallel_size=WORLD))
+    ranks = init_parallel_state(ParallelSizes(tensor_model_parallel_size=WORLD))
     loss_chunks.SMALLEST_CHUNK = 5
     hidden = hidden_LBD.chunk(WORLD)[ranks.tp_rank] if is_sequence_parallel else hidden_LBD
     hidden = hidden.clone().requires_grad_()

@@ -135,7 +135,7 @@ class Poison:
         def poisoned_train(stepper, batches):
             self.step += 1
             report = train(stepper, batches)
-            self.weights[self.step] = [p.detach().clone() for c in stepper.trainables.chunks for p in c.parameters()]
+            self.weights[self.step] = [p.detach().clone() for c in stepper.train_state.chunks for p in c.parameters()]
             return report
 
         def poisoned_loss(stepper, rows, global_weight):
