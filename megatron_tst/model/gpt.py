@@ -35,8 +35,6 @@ class TSTGPTModel(GPTModel):  # type: ignore[misc]
         kwargs: GPTModel's own.
     """
 
-    output_layer: Any
-
     def __init__(
         self,
         *args: Any,
@@ -52,7 +50,7 @@ class TSTGPTModel(GPTModel):  # type: ignore[misc]
         if self.pre_process:
             self.embedding.word_embeddings = self._bag_embedding()
         if self.post_process and self.loss.implementation == "linear":
-            self.output_layer = LinearLossOutputLayer.around(self.output_layer)
+            self.output_layer.__class__ = LinearLossOutputLayer
 
     def _bag_embedding(self) -> VocabParallelBagEmbedding:
         """Wrap the existing weight: drawing a new one would move the random stream away from GPTModel's."""

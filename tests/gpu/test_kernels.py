@@ -29,7 +29,8 @@ def twice(compute):
     return first, all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_embedding_of_bags(device, mode, record_property):
+@pytest.mark.parametrize("is_whole", [False, True], ids=["a shard", "the whole table"])
+def test_the_embedding_of_bags(device, mode, is_whole, record_property):
     num_bags, bag_size, vocab, width = 2048, 8, 40, 128  # each row of the weight collects some 400 gradients
     weight = torch.randn(vocab, width).bfloat16()
     rows, upstream = torch.randint(0, vocab, (num_bags, bag_size)), torch.randn(num_bags, width)
@@ -38,7 +39,7 @@ def test_the_embedding_of_bags(device, mode, record_property):
 
     def compute():
         leaf = weight.to(device, copy=True).requires_grad_()
-        total = _BagSum.apply(leaf, rows.to(device), False)
+        total = _BagSum.apply(leaf, rows.to(device), is_whole)
         total.backward(upstream.to(device))
         return total.detach(), leaf.grad
 
