@@ -7,12 +7,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings, UserError
+from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings
 from megatron_tst.distributed import ParallelState
 from megatron_tst.megatron_patches import Libraries
 from megatron_tst.megatron_patches.versions import without_cuda_graphs
 from megatron_tst.model.gpt import TSTGPTModel
 from megatron_tst.model.layers import block_spec
+from megatron_tst.model.linear_loss import check_torch
 from megatron_tst.model.loss import LossChoice, LossImplementation
 from megatron_tst.model.te_loss import load_kernel
 from megatron_tst.shape import ModelShape, virtual_stages
@@ -162,12 +163,8 @@ def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
     implementation = run.training.cross_entropy_fusion_impl or default
     if implementation == "te":
         load_kernel()
-    has_products = hasattr(torch.ops.aten.addmm, "dtype_out")
-    if implementation == "linear" and run.training.bf16 and torch.cuda.is_available() and not has_products:
-        raise UserError(
-            f"--cross-entropy-fusion-impl linear: torch is {torch.__version__}; with --bf16 on a GPU it needs 2.8 or "
-            "later, which adds products of bfloat16 matrices in float32"
-        )
+    if implementation == "linear" and run.training.bf16 and torch.cuda.is_available():
+        check_torch(torch.__version__)
     return LossChoice(run.superposition.loss_weights, run.superposition.tst_objective, implementation)
 
 

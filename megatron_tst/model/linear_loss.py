@@ -16,14 +16,35 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from packaging.version import Version
 from torch import Tensor
 
+from megatron_tst.config import UserError
 from megatron_tst.model.native_loss import compute_row_losses, write_row_gradients
 from megatron_tst.shape.loss_chunks import chunk_rows
 from megatron_tst.superposition import OBJECTIVES, Objective, target_weights
 
 # Columns that are converted to float32 at once, where no product of bfloat16 matrices adds to a float32 one.
 CONVERTED_COLUMNS = 512
+
+
+OLDEST_TORCH = Version("2.10")  # the first whose addmm adds a product of bfloat16 matrices to a float32 one
+
+
+def check_torch(version: str) -> None:
+    """Check that torch can accumulate the weight's gradient on a GPU in bfloat16.
+
+    Args:
+        version: of torch.
+
+    Raises:
+        UserError: if it is too old.
+    """
+    if Version(version) < OLDEST_TORCH:
+        raise UserError(
+            f"--cross-entropy-fusion-impl linear: torch is {version}; with --bf16 on a GPU it must be {OLDEST_TORCH} "
+            "or later, or use --cross-entropy-fusion-impl native"
+        )
 
 
 class LinearLossOptions(NamedTuple):

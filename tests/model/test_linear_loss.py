@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_tst.config import UserError
 from megatron_tst.distributed import seed_everything
 from megatron_tst.model import (
     linear_loss,
@@ -209,6 +210,14 @@ def test_chunks_are_an_eighth_of_the_rows_within_bounds(monkeypatch):
     monkeypatch.undo()
     sizes = (100, 4096, 8192, 16384, 1 << 20)
     assert [loss_chunks.chunk_rows(rows) for rows in sizes] == [512, 512, 1024, 2048, 4096]
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.9.1+cu130", "2.10.0a0+b558c986e8.nv25.11"])
+def test_torch_without_mixed_products_is_refused_for_a_gpu(version):
+    with pytest.raises(UserError, match="--cross-entropy-fusion-impl linear: torch is"):
+        linear_loss.check_torch(version)
+    for newer in ("2.10.0", "2.13.0a0+nv26.06", "2.14.1+cu130"):
+        linear_loss.check_torch(newer)
 
 
 def test_unknown_objectives_are_refused(rank):
