@@ -162,7 +162,8 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
         grad_hidden_ND, grad_weight_VpD = ctx.gradients
         ctx.gradients = None
         if grad_hidden_ND is not None:
-            grad_hidden_ND = grad_hidden_ND.mul_(upstream).view(ctx.shape)
+            # With dimensions, a number is not rounded to bfloat16 before it is multiplied by.
+            grad_hidden_ND = grad_hidden_ND.mul_(upstream.view(1, 1)).view(ctx.shape)
         if grad_weight_VpD is not None:
             if ctx.options.fuse_gradient:
                 grad_weight_VpD = add_to_main_grad(weight_VpD, grad_weight_VpD, upstream)

@@ -32,11 +32,11 @@ def make(dtype):
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
 
 
-def run(hidden, weight, targets, weights_S, group, upstream=None, **options):
+def run(hidden, weight, targets, weights_S, group, upstream=None, scale=1.0, **options):
     loss, row_weight = vocab_parallel_linear_multi_hot_cross_entropy(
         hidden, weight, targets, weights_S, group, **options
     )
-    (loss.sum() if upstream is None else (loss * upstream).sum()).backward()
+    (loss.sum() * scale if upstream is None else (loss * upstream).sum()).backward()
     return loss.detach(), row_weight
 
 
@@ -90,6 +90,15 @@ def test_linear_equals_native_behind_an_output_layer(rank, dtype, tolerance):
     # Each side is one rounding away from the exact gradient.
     assert_near(hidden.grad, at_hidden.double(), 2 * tolerance)
     assert_near(weight.grad, at_weight.double(), 2 * tolerance)
+
+
+def test_the_upstream_gradient_is_not_rounded_to_bfloat16(rank):
+    hidden, weight = make(torch.bfloat16)
+    targets, weights_S = edge_targets((B, L), V, 4), bag_weights("uniform", 4)
+    run(hidden, weight, targets, weights_S, rank.groups.tp)
+    unscaled, hidden.grad = hidden.grad, None
+    run(hidden, weight, targets, weights_S, rank.groups.tp, scale=1 / 7)
+    assert torch.equal(hidden.grad, (unscaled.float() / 7).bfloat16())
 
 
 def test_upstream_gradients_taken_for_one_number_are_told_apart(rank, monkeypatch):
