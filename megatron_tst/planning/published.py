@@ -203,14 +203,14 @@ def advise(model: ModelSettings, num_steps: int, max_data_ratio: float = math.in
         (grid for grid in grids() if grid.bag_weights == "uniform"),
         key=lambda grid: (_size_distance(model, grid.preset), abs(math.log(grid.num_steps / num_steps))),
     )
-    advices = [
+    found_advice = [
         Advice(f"the grid {grid.name}", point.bag_size, point.step_ratio, grid.baseline - point.final_loss)
         for point in sorted(grid.points, key=lambda point: point.final_loss)
     ]
-    affordable = [advice for advice in advices if advice.data_ratio <= max_data_ratio]
+    affordable = [advice for advice in found_advice if advice.data_ratio <= max_data_ratio]
     if not affordable:
         return []
-    rank = "best of" if affordable[0] == advices[0] else "best for the data at hand of"
+    rank = "best of" if affordable[0] == found_advice[0] else "best for the data at hand of"
     best = dataclasses.replace(affordable[0], source=f"{rank} {affordable[0].source}")
     as_good = [advice for advice in affordable if advice.gain >= best.gain - NOISE_NATS]
     frugal = min(as_good, key=lambda advice: advice.data_ratio)
