@@ -15,7 +15,8 @@ memory is the peak above the logits, on a CPU of each variant in its own process
 
 With ``--hidden`` the output layer takes part: hidden states and weight in, their gradients out. ``native`` (a matrix
 product, then the native loss) is then what the others are compared with: ``linear``, which never holds the logits,
-and ``megatron-core, 1 target``. Memory is the peak beside weight and hidden states and the weight's gradient.
+``loop``, which takes gigabytes at large vocabularies, and ``megatron-core, 1 target``. Memory is the peak beside weight
+and hidden states and the weight's gradient.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def variants_with_output_layer(losses: dict[str, Loss], group: torch.distributed
         weights = bag_weights("uniform", targets.shape[-1], hidden.device)
         return vocab_parallel_linear_multi_hot_cross_entropy(hidden, weight, targets, weights, group)[0]
 
-    names = [name for name in ("native", "te", ONE_TARGET) if name in losses]
+    names = [name for name in ("native", "te", "loop", ONE_TARGET) if name in losses]
     return {"linear": linear} | {name: behind_output_layer(losses[name]) for name in names}
 
 
