@@ -39,7 +39,9 @@ def argv(corpus, tokenizer, tmp_path: Path):
 def signals():
     """Of this process, for as long as a test takes."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield StopSignals()
+    stop = StopSignals()
+    stop.listen()
+    yield stop
     for number, handler in before.items():
         signal.signal(number, handler)
 
