@@ -102,7 +102,7 @@ def compute_row_losses(
     if tp_group.size() > 1:
         parts = torch.cat((torch.stack((local_max_N, sum_exp_N), dim=-1), target_logits_NS), dim=-1)
         gathered = parts.new_empty(tp_group.size(), *parts.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), parts, group=tp_group)
+        dist.all_gather(list(gathered), parts, group=tp_group)
         # Each shard's exponentials are relative to its own maximum.
         max_N = gathered[..., 0].amax(dim=0)
         to_common_N = torch.exp(local_max_N - max_N)

@@ -60,7 +60,7 @@ def test_two_shards_of_the_weight(dtype, bag_size, is_sequence_parallel):
         torch.testing.assert_close(loss.double(), wanted_loss, rtol=3e-6, atol=3e-6)
         torch.testing.assert_close(row_weight.double(), wanted_weight, rtol=1e-6, atol=1e-7)
         # One for each of three chunks, and with sequence parallelism one for the hidden states.
-        assert sent == {"_allgather_base_": 4 if is_sequence_parallel else 3}
+        assert sent == {"allgather_": 3} | ({"_allgather_base_": 1} if is_sequence_parallel else {})
     found_hidden = torch.cat([rank[2] for rank in ranks]) if is_sequence_parallel else ranks[0][2]
     found_gradient = torch.cat([rank[3] for rank in ranks])
     assert (found_hidden.double() - wanted_hidden).abs().max() <= 2 * tolerance * wanted_hidden.abs().max()
