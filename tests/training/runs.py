@@ -30,7 +30,7 @@ def arguments(corpus: str, tokenizer: str, run_dir: Path, extra: str = "") -> li
     return [*MODEL, *TRAINING, *files, *extra.split()]
 
 
-def start(*argv: str, timeout_s: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
+def start(*argv: str, timeout_s: int = 900, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the project as a user does."""
     command = [sys.executable, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}

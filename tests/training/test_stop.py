@@ -24,7 +24,7 @@ from tests.training.runs import ROOT, arguments, build_here, train_here
 
 RUN = "--tst-bag-size 4 --tst-steps 4"
 LONG = "--train-iters 2000 --eval-iters 0 --num-workers 1"
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 @pytest.fixture
