@@ -3,6 +3,7 @@
 from megatron_tst.model.build import build_gpt, build_model, loss_choice, transformer_config
 from megatron_tst.model.embedding import VocabParallelBagEmbedding
 from megatron_tst.model.gpt import TSTGPTModel
+from megatron_tst.model.linear_loss import vocab_parallel_linear_multi_hot_cross_entropy
 from megatron_tst.model.loss import LossChoice, vocab_parallel_multi_hot_cross_entropy
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "build_model",
     "loss_choice",
     "transformer_config",
+    "vocab_parallel_linear_multi_hot_cross_entropy",
     "vocab_parallel_multi_hot_cross_entropy",
 ]

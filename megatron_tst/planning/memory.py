@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from megatron_tst.config import RunConfig, TrainingSettings, require
 from megatron_tst.shape import ModelShape, resolve_shape, virtual_stages
+from megatron_tst.shape.loss_chunks import chunk_rows
 from megatron_tst.shape.parameters import parameter_parts
 
 FLOAT32_BYTES = 4
@@ -22,10 +23,10 @@ class Memory:
         weights: weights in the compute dtype.
         gradients: buffers in which gradients are accumulated.
         optimizer: main weights and moments.
-        activations: activations that are kept for the backward passes of all micro-batches in flight.
-        logits_and_loss: logits of one micro-batch, whose memory is reused for their gradient and released before the
-            backward pass of the layers.
-        backward: memory that the backward pass of one layer adds: gradients and recomputed activations.
+        activations: kept from forward to backward passes, of all micro-batches under way.
+        logits_and_loss: the logits of one micro-batch, whose memory becomes their gradient's, or with the linear loss
+            a chunk of them and both its gradients; gone before the first layer's backward pass.
+        backward: what the backward pass of one layer makes: gradients, and activations that are recomputed.
     """
 
     weights: int
@@ -68,16 +69,27 @@ def _stage_memory(config: RunConfig, num_gpus: int, stage: int, fused: bool) -> 
     under_way = micro_batches_under_way(config, num_gpus, stage)
     kept, passing = stage_activations(shape, training, tp if parallel.sequence_parallel else 1, tp, fused)
     is_last = stage == pp - 1
-    logits = shape.padded_vocab_size // tp * width if is_last else 0
     head = _head_activation(shape, width, tp if parallel.sequence_parallel else 1, fused) if is_last else 0
     return Memory(
         weights=(shared + experts) * width,
         gradients=(shared + experts) * gradient_bytes(training),
         optimizer=_optimizer_bytes(config, num_gpus, shared, experts),
         activations=int(positions * (kept * under_way + head)),
-        logits_and_loss=positions * logits,
+        logits_and_loss=_loss_bytes(config, positions) if is_last else 0,
         backward=int(positions * passing),
     )
+
+
+def _loss_bytes(config: RunConfig, positions: int) -> int:
+    """Return what the last stage's loss makes of a micro-batch: logits, or a chunk of them and both gradients."""
+    shape, width = shape_of(config), _number_bytes(config.training)
+    columns = shape.padded_vocab_size // config.parallel.tensor_model_parallel_size
+    if config.training.cross_entropy_fusion_impl != "linear":
+        return positions * columns * width
+    chunk = min(chunk_rows(positions), positions) * columns * width
+    # The weight's gradient adds up in float32; once the chunks are gone it is rounded to a bfloat16 copy.
+    rounded = columns * shape.hidden_size * width if width < FLOAT32_BYTES else 0
+    return max(chunk, rounded) + columns * shape.hidden_size * FLOAT32_BYTES + positions * shape.hidden_size * width
 
 
 def stage_parameters(config: RunConfig, stage: int) -> tuple[int, int]:

@@ -8,9 +8,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.nn.attention.bias import causal_upper_left
 
 from megatron_tst.model import attention as attention_module
-from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
+from megatron_tst.model import vocab_parallel_linear_multi_hot_cross_entropy, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model.attention import ScaledDotProductAttention
 from megatron_tst.model.embedding import _BagSum
+from megatron_tst.shape import loss_chunks
 from megatron_tst.superposition import bag_weights
 from tests.reference import edge_targets, loss_and_gradient
 
@@ -28,8 +29,9 @@ def twice(compute):
     return first, all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_bag_embedding_matches_float64(device, mode, record_property):
-    num_bags, bag_size, vocab, width = 2048, 8, 40, 128  # each row of the weight receives about 400 gradients
+@pytest.mark.parametrize("is_whole", [False, True], ids=["a shard", "the whole table"])
+def test_the_embedding_of_bags(device, mode, is_whole, record_property):
+    num_bags, bag_size, vocab, width = 2048, 8, 40, 128  # each row of the weight collects some 400 gradients
     weight = torch.randn(vocab, width).bfloat16()
     rows, upstream = torch.randint(0, vocab, (num_bags, bag_size)), torch.randn(num_bags, width)
     counts = torch.nn.functional.one_hot(rows, vocab).sum(1).double()
@@ -37,7 +39,7 @@ def test_bag_embedding_matches_float64(device, mode, record_property):
 
     def compute():
         leaf = weight.to(device, copy=True).requires_grad_()
-        total = _BagSum.apply(leaf, rows.to(device))
+        total = _BagSum.apply(leaf, rows.to(device), is_whole)
         total.backward(upstream.to(device))
         return total.detach(), leaf.grad
 
@@ -110,4 +112,35 @@ def test_the_native_loss_matches_float64(rank, device, mode, record_property, ba
     record_property("largest relative error of the loss", error(loss, wanted_loss))
     assert error(loss, wanted_loss) < 1e-5
     torch.testing.assert_close(gradient.cpu().double(), wanted_gradient, rtol=ONE_ROUNDING, atol=1e-6)
+    assert error(loss.roll(1, dims=1), wanted_loss) > 0.01
+
+
+@pytest.mark.parametrize("bag_size", [1, 16])
+def test_the_linear_loss(rank, device, mode, monkeypatch, record_property, bag_size):
+    monkeypatch.setattr(loss_chunks, "SMALLEST_CHUNK", 5)
+    vocab, batch, length, width = 4000, 2, 6, 64
+    hidden, weight = torch.randn(length, batch, width).bfloat16(), (torch.randn(vocab, width) / 2).bfloat16()
+    targets, weights = edge_targets((batch, length), vocab, bag_size), bag_weights("power_law", bag_size)
+    logits = hidden.double() @ weight.double().t()
+    wanted_loss, _, at_logits = loss_and_gradient(logits.transpose(0, 1), targets, weights)
+    at_logits = at_logits.transpose(0, 1).flatten(0, 1)
+    wanted_hidden = (at_logits @ weight.double()).view_as(hidden)
+    wanted_weight = at_logits.t() @ hidden.double().flatten(0, 1)
+
+    def compute():
+        leaves = [tensor.to(device, copy=True).requires_grad_() for tensor in (hidden, weight)]
+        loss, _ = vocab_parallel_linear_multi_hot_cross_entropy(
+            *leaves, targets.to(device), weights.to(device), rank.groups.tp
+        )
+        loss.sum().backward()
+        return loss.detach(), *(leaf.grad for leaf in leaves)
+
+    (loss, *gradients), is_same = twice(compute)
+    assert is_same or not mode
+    # Logits are rounded to bfloat16, and so are the gradients at them and the results.
+    errors = [
+        error(*pair) for pair in zip((loss, *gradients), (wanted_loss, wanted_hidden, wanted_weight), strict=True)
+    ]
+    record_property("largest relative error", max(errors))
+    assert max(errors) < 4 * ONE_ROUNDING
     assert error(loss.roll(1, dims=1), wanted_loss) > 0.01

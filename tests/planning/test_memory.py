@@ -37,6 +37,8 @@ ALONE = {
     "recomputed-block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "small-vocabulary": "--vocab-size 301",
     "large-vocabulary": "--vocab-size 4000",
+    "linear-loss": "--vocab-size 4000 --cross-entropy-fusion-impl linear",
+    "linear-loss-bf16": "--vocab-size 4000 --cross-entropy-fusion-impl linear --bf16",
     "superposed": "--tst-bag-size 4 --tst-step-ratio 0.5",
 }
 TOGETHER = {
