@@ -100,7 +100,7 @@ class ShiftedExperts(Row):
 
 
 def without_groups(weight, shape):
-    return weight.split((shape.query, shape.groups * shape.head_width, shape.groups * shape.head_width))
+    return weight.split((shape.query_width, shape.key_width, shape.key_width))
 
 
 def key_and_value_swapped(weight, shape):
@@ -110,7 +110,7 @@ def key_and_value_swapped(weight, shape):
 
 def heads_transposed(weight, shape):
     query, *others = settings.LLAMA.rows[2].transformation.split(weight, shape)
-    grouped = query.view(shape.groups, -1, shape.head_width, shape.hidden)
+    grouped = query.view(shape.num_query_groups, -1, shape.kv_channels, shape.hidden_size)
     return grouped.transpose(0, 1).flatten(0, 2), *others
 
 
