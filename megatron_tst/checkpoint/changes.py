@@ -1,9 +1,13 @@
-"""What may differ between a checkpoint's settings and those of the run that goes on from it."""
+"""What may differ between a checkpoint's settings and those of the run that goes on from it, and what may not."""
 
 import dataclasses
+import logging
 from typing import Any
 
-from megatron_tst.config import ModelSettings, RunConfig
+from megatron_tst.config import CheckpointSettings, ModelSettings, RunConfig, UserError
+from megatron_tst.superposition import Phase, Schedule
+
+logger = logging.getLogger(__name__)
 
 # Settings that a run may change from start to start: where it runs, what it writes, when it looks or stops.
 _FREE = {
@@ -11,7 +15,8 @@ _FREE = {
     "model.moe_token_dispatcher_type", "model.moe_grouped_gemm", "model.vocab_size", "data.data_path",
     "data.train_data_path", "data.valid_data_path", "data.tokenizer_model", "data.num_workers", "data.data_cache_path",
     "training.micro_batch_size", "training.global_batch_size", "training.train_iters", "training.eval_interval",
-    "training.eval_iters", "training.max_nan_steps", "training.use_cpu_initialization", "phases",
+    "training.eval_iters", "training.max_nan_steps", "training.use_cpu_initialization", "training.tst_trainer",
+    "phases", "megatron_lm",
 }  # fmt: skip
 # Settings that say what is trained, on what text, in which order; the others, such as rates, are free but told.
 _BINDING = {"model", "superposition", "data", "training.seed", "training.bf16", "optimizer.use_distributed_optimizer"}
@@ -106,3 +111,50 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _is_in(name: str, names: set[str]) -> bool:
     return name in names or name.partition(".")[0] in names
+
+
+def check_changes(changes: list[Change], settings: CheckpointSettings, is_main: bool) -> None:
+    """Refuse changes by which the run would be another one, and tell of the others.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for change in changes:
+        is_shape = change.name.startswith("model.") and change.name != "model.seq_length"
+        is_optimizer_shape = change.name in ("training.bf16", "optimizer.use_distributed_optimizer")
+        if change.is_binding and is_shape:
+            raise UserError(f"{change}; another model cannot load it")
+        if is_optimizer_shape and not settings.no_load_optim:
+            raise UserError(f"{change}; its optimizer state has another shape, add --no-load-optim to leave it")
+        if change.is_binding and not is_optimizer_shape and not settings.override_run_config:
+            raise UserError(f"{change}; to go on nevertheless, add --override-run-config")
+        if is_main:
+            logger.info("changed: %s", change)
+
+
+def check_phases(saved: tuple[Phase, ...], wanted: tuple[Phase, ...]) -> None:
+    """Refuse phases in the YAML file that differ in more than the length of the last.
+
+    Raises:
+        UserError: if they do.
+    """
+    kinds = [[(phase.bag_size, phase.reads_bags) for phase in phases] for phases in (saved, wanted)]
+    lengths = [[phase.num_steps for phase in phases[:-1]] for phases in (saved, wanted)]
+    if kinds[0] != kinds[1] or lengths[0] != lengths[1]:
+        raise UserError(
+            f"phases: differ from the checkpoint's {[(phase.bag_size, phase.num_steps) for phase in saved]} in more "
+            "than the steps of the last; to go on nevertheless, add --override-run-config"
+        )
+
+
+def prolonged(schedule: Schedule, num_steps: int) -> Schedule:
+    """Return the phases with the last one made longer or shorter, so that the run has ``num_steps`` steps.
+
+    Raises:
+        UserError: if there are too few.
+    """
+    *before, last = schedule.phases
+    steps = num_steps - sum(phase.num_steps for phase in before)
+    if steps < 1:
+        raise UserError(f"--train-iters {num_steps}: ends before the checkpoint's last phase begins")
+    return Schedule((*before, Phase(last.bag_size, steps, last.reads_bags)))

@@ -4,13 +4,16 @@ A field carries the name and the meaning of Megatron-LM's flag of that name; set
 with ``tst_``. On the command line the groups are flat (``--num-layers``), in YAML they are sections.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from megatron_tst.superposition import Phase, Schedule
 
+Trainer = Literal["own", "megatron-lm"]
+TRAINERS: tuple[str, ...] = get_args(Trainer)
 BagWeights = Literal["uniform", "power_law", "exponential", "first_token", "mutual_information"]
 
 
@@ -137,6 +140,8 @@ class DataSettings:
 class TrainingSettings:
     """How long, how much at a time, in which precision."""
 
+    tst_trainer: Trainer = "own"
+    """own: this project's loop. megatron-lm: Megatron-LM's trainer, with every flag it has; Python 3.12."""
     micro_batch_size: int | None = None
     """Sequences per rank in one forward pass."""
     global_batch_size: int | None = None
@@ -297,8 +302,8 @@ class LoggingSettings:
 class RunConfig:
     """All settings of a run."""
 
-    config: str | None = None
-    """A YAML file of settings; flags override it."""
+    config: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A YAML file of settings; given several times, the later wins, and flags override all."""
     model: ModelSettings = field(default_factory=ModelSettings)
     superposition: SuperpositionSettings = field(default_factory=SuperpositionSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -309,6 +314,8 @@ class RunConfig:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     phases: Annotated[tuple[Phase, ...], tyro.conf.Suppress] = ()
     """YAML only: a list of {bag_size, steps}, instead of the superposition section's two phases."""
+    megatron_lm: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    """YAML only: settings that Megatron-LM's trainer alone has, under its own names."""
 
     @property
     def schedule(self) -> Schedule:

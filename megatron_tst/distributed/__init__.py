@@ -9,6 +9,7 @@ from megatron_tst.distributed.ranks import (
     join_ranks,
     leave_ranks,
     main_rank_alone,
+    this_rank,
 )
 from megatron_tst.distributed.rng_state import seed_everything
 
@@ -23,4 +24,5 @@ __all__ = [
     "leave_ranks",
     "main_rank_alone",
     "seed_everything",
+    "this_rank",
 ]

@@ -125,10 +125,11 @@ def join_ranks(sizes: ParallelSizes, timeout_minutes: int = 30) -> Ranks:
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_minutes,
     )
-    return _this_rank()
+    return this_rank()
 
 
-def _this_rank() -> Ranks:
+def this_rank() -> Ranks:
+    """Return this process's place, once megatron-core's groups are built."""
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

@@ -75,13 +75,17 @@ class StepMetrics:
     mfu: Annotated[
         float | None, About("", "null where the card's peak is not known", "tflops_per_gpu / dense bfloat16 peak")
     ]
-    data_time_s: Annotated[float, About("s", "of a step: the main rank waits for text")]
-    forward_backward_time_s: Annotated[
-        float, About("s", "of a step: passes, with the collectives inside layers, the pipeline's sends and its bubbles")
+    data_time_s: Annotated[
+        float | None,
+        About("s", "of a step: the main rank waits for text; null with Megatron-LM's trainer, like the three below"),
     ]
-    optimizer_time_s: Annotated[float, About("s", "of a step: gradient norm and update")]
+    forward_backward_time_s: Annotated[
+        float | None,
+        About("s", "of a step: passes, with the collectives inside layers, the pipeline's sends and its bubbles"),
+    ]
+    optimizer_time_s: Annotated[float | None, About("s", "of a step: gradient norm and update")]
     communication_time_s: Annotated[
-        float, About("s", "of a step: reducing gradients and gathering parameters, as far as nothing hides it")
+        float | None, About("s", "of a step: reducing gradients and gathering parameters, as far as nothing hides it")
     ]
     data_epochs: Annotated[
         float,

@@ -1,0 +1,36 @@
+"""Megatron-LM's own trainer with bags, through its hooks: every flag it has, and Token Superposition Training.
+
+This room alone imports ``megatron.training``, which megatron-core has from 0.19 on. Its modules are imported only once
+the device is entered, since they ask for a card when they are.
+"""
+
+from collections.abc import Sequence
+
+from megatron_tst.distributed import enter_device, leave_ranks
+from megatron_tst.megatron_lm.availability import check_available
+
+__all__ = ["check_available", "train"]
+
+
+def train(argv: Sequence[str]) -> bool:
+    """Train a run as a command line says; return whether its end was reached.
+
+    Args:
+        argv: the arguments after the program's name.
+
+    Raises:
+        UserError: if Megatron-LM's trainer is not installed, or a setting, a checkpoint or a file cannot be used.
+        StoppedInSetUp: if a signal asks to stop before the first step.
+        SystemExit: with code 0 after ``--help``.
+    """
+    check_available()
+    device = enter_device()
+    if device.torch_device.type == "cpu":
+        from megatron_tst.megatron_patches.cpu import enter_cpu_card
+
+        enter_cpu_card()
+    from megatron_tst.megatron_lm.run import prepare
+
+    is_complete = prepare(argv, device).train()
+    leave_ranks()
+    return is_complete
