@@ -68,7 +68,8 @@ class Change:
 def find_changes(saved: RunConfig, wanted: RunConfig) -> list[Change]:
     """Return the settings that differ, but for those that any start may change."""
     before, now = (
-        _flat({**dataclasses.asdict(config), "model": _resolved(config.model)}) for config in (saved, wanted)
+        _flat({**dataclasses.asdict(config), "model": _resolved(config.model), "megatron_lm": None})
+        for config in (saved, wanted)
     )
     return [
         Change(name, before[name], now[name]) for name in now if before[name] != now[name] and not _is_in(name, _FREE)

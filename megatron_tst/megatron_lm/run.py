@@ -319,4 +319,6 @@ def _fill_in(args: Namespace) -> None:
         raise UserError("--train-iters None: must be given")
     args.save = args.save or str(RunDirectory(Path(args.tst_run_dir)).checkpoints)
     args.save_interval = args.save_interval or args.train_iters
+    # Rates follow from this run's settings, as in the own trainer: a longer run need not say so.
+    args.override_opt_param_scheduler = not args.use_checkpoint_opt_param_scheduler
     args.eval_interval = args.eval_interval or RunConfig().training.eval_interval
