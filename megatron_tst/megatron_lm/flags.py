@@ -11,13 +11,14 @@ import io
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
 from megatron_tst.config import RunConfig, SuperpositionSettings, UserError, config_from_mapping, find_named, read_files
 from megatron_tst.config.parse import PROGRAM
+from megatron_tst.megatron_lm.conflicts import refuse_conflicts
 from megatron_tst.megatron_patches import Libraries
 
 # Settings of the own trainer that have no counterpart here: what to say of a value other than the default.
@@ -51,7 +52,9 @@ def read_arguments(argv: Sequence[str], libraries: Libraries, has_cuda: bool) ->
         *_extra_flags(config.megatron_lm, parser, ", ".join(named.config)),
         *others,
     ]
-    args = _parse(flags)
+    # Twice: Megatron-LM's own function reads a file in place of the command line if it is told to.
+    refuse_conflicts(_parse(lambda: parser.parse_args(flags), flags))
+    args = _parse(lambda: parse_args(_add_flags), flags)
     args.tst_phases = [dataclasses.asdict(phase) for phase in config.phases]
     args.tst_preset = config.model.tst_preset
     return args
@@ -166,13 +169,13 @@ def _extra_flags(settings: Mapping[str, Any], parser: argparse.ArgumentParser, s
     return flags
 
 
-def _parse(flags: list[str]) -> Namespace:
-    """Have Megatron-LM's parser read flags; it takes them from ``sys.argv`` alone."""
+def _parse(parse: Callable[[], Namespace], flags: list[str]) -> Namespace:
+    """Have a parser read flags, from ``sys.argv`` if need be, and tell what is wrong in a line."""
     complaint = io.StringIO()
     given, sys.argv = sys.argv, [PROGRAM, *flags]
     try:
         with contextlib.redirect_stderr(complaint):
-            return parse_args(_add_flags)
+            return parse()
     except SystemExit as stop:
         if not stop.code:
             raise

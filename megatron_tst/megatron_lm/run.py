@@ -26,7 +26,6 @@ from megatron_tst.data.batches import BatchShape
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.distributed import Device, any_rank, main_rank_alone, this_rank
 from megatron_tst.distributed.signals import StopSignals
-from megatron_tst.megatron_lm.conflicts import refuse_conflicts
 from megatron_tst.megatron_lm.continuation import check_identity, find_start, remember
 from megatron_tst.megatron_lm.flags import complete, flag_parser, read_arguments
 from megatron_tst.megatron_lm.forward import ForwardStep, StepSizes
@@ -289,7 +288,6 @@ def prepare(argv: Sequence[str], device: Device) -> Run:
     args = read_arguments(argv, libraries, has_cuda=device.torch_device.type == "cuda")
     parser = flag_parser()
     args.tst_given = given_values(args, parser)
-    refuse_conflicts(args)
     _fill_in(args)
     tokenizer = find_tokenizer(args)
     vocab_size = max(args.vocab_size or 0, tokenizer.vocab_size)
