@@ -53,9 +53,10 @@ def sentences(methods: Sequence[Method]) -> Iterator[str]:
 def _other_settings(method: Method, baseline: Method) -> Iterator[str]:
     """Tell in which settings, superposition apart, a method is another than the baseline."""
     ours, theirs = (other.groups[0].runs[0].setting for other in (method, baseline))
-    differing = [flag for flag in ours if ours[flag] != theirs[flag]]
+    # Runs of Megatron-LM's trainer have the flags that they were given.
+    differing = [flag for flag in {**ours, **theirs} if ours.get(flag) != theirs.get(flag)]
     if differing:
-        told = ", ".join(f"{flag} {_value(ours[flag])} (there {_value(theirs[flag])})" for flag in differing)
+        told = ", ".join(f"{flag} {_value(ours.get(flag))} (there {_value(theirs.get(flag))})" for flag in differing)
         yield f"Settings: {method.name} differs from {baseline.name} in {told}."
     if not _TEXT.isdisjoint(differing):
         yield "Losses per token compare where text and tokenizer are the same: what follows may not hold."

@@ -1,5 +1,6 @@
 """Metrics of a run, in the file and with the names of the own trainer's."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ class RunFacts:
         log_interval: steps between lines.
         first_step: steps done already.
         gpu_hours: that these took.
+        bytes_per_target: of the validation text; None where it is not known. The main rank's alone counts.
     """
 
     schedule: Schedule
@@ -48,6 +50,7 @@ class RunFacts:
     log_interval: int
     first_step: int
     gpu_hours: float
+    bytes_per_target: float | None
 
 
 class Monitor:
@@ -171,10 +174,11 @@ class Monitor:
         if self._file is None or self._evaluated_at == self.step:
             return
         self._evaluated_at = self.step
+        per_target = facts.bytes_per_target
         metrics = ValidMetrics(
             step=self.step,
             valid_loss=loss,
-            bits_per_byte=None,
+            bits_per_byte=None if per_target is None else loss / (per_target * math.log(2)),
             data_tokens=facts.schedule.data_tokens(self.step, facts.positions_per_step),
             positions=self.step * facts.positions_per_step,
             flops=float(self.step * facts.flops_per_step),

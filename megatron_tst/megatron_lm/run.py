@@ -31,7 +31,7 @@ from megatron_tst.megatron_lm.flags import complete, flag_parser, read_arguments
 from megatron_tst.megatron_lm.forward import ForwardStep, StepSizes
 from megatron_tst.megatron_lm.model import model_config
 from megatron_tst.megatron_lm.monitor import Monitor, RunFacts
-from megatron_tst.megatron_lm.samples import TrainSamples, ValidSamples, Vocabulary
+from megatron_tst.megatron_lm.samples import TrainSamples, ValidSamples, Vocabulary, bytes_per_target
 from megatron_tst.megatron_lm.settings import given_values, run_config
 from megatron_tst.megatron_lm.stages import taking_part
 from megatron_tst.megatron_lm.tokenizer import RunTokenizer, find_tokenizer
@@ -141,6 +141,7 @@ class Run:
             log_interval=args.log_interval,
             first_step=self._start.step,
             gpu_hours=self._start.gpu_hours,
+            bytes_per_target=self._bytes_per_target(),
         )
         self._forward = ForwardStep(schedule, self._ranks, self._batch_shape, self._sizes, self._check_losses)
         self._monitor = Monitor(facts, self._directory, self._ranks, self._device)
@@ -150,6 +151,18 @@ class Run:
                 "phase %d: %d steps, bag size %d, %s data tokens, %.2f epochs of its documents",
                 index + 1, phase.num_steps, phase.bag_size, short(tokens), text.num_epochs,
             )  # fmt: skip
+
+    def _bytes_per_target(self) -> float | None:
+        """Count the validation text, on the main rank."""
+        assert self._data is not None
+        sizes, text = self._tokenizer.token_bytes, self._data.valid
+        if not self._ranks.is_main or sizes is None or text is None:
+            return None
+        return bytes_per_target(text.phases[0], sizes, self._masked_after)
+
+    @property
+    def _masked_after(self) -> int | None:
+        return self._tokenizer.eod if self.args.eod_mask_loss else None
 
     def _flops_per_step(self) -> float:
         """Return what a step takes: as the own trainer counts it where it has such models, else as Megatron-LM does."""
@@ -223,7 +236,7 @@ class Run:
             seq_length=self.args.seq_length,
             bag_size=phase.bag_size,
             weights=bag_weights(settings.loss_weights, phase.bag_size, self._device.torch_device),
-            masked_after=self._tokenizer.eod if self.args.eod_mask_loss else None,
+            masked_after=self._masked_after,
             objective=settings.tst_objective,
             reads_bags=phase.reads_bags,
         )

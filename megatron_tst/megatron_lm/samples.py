@@ -118,3 +118,20 @@ def phase_of(micro_batch: dict[str, Any], schedule: Schedule) -> Phase:
 def read_step(samples: Iterator[dict[str, Any]], num_microbatches: int) -> list[dict[str, Any]]:
     """Read all micro-batches of a step."""
     return [next(samples) for _ in range(num_microbatches)]
+
+
+def bytes_per_target(text: PhaseText, token_bytes: list[int], masked_after: int | None) -> float | None:
+    """Return the bytes of text that a target of these samples stands for on average; None where there are none.
+
+    Args:
+        text: ordinary samples.
+        token_bytes: of each id.
+        masked_after: the token after which nothing is predicted, or None.
+    """
+    sizes, num_targets, num_bytes = numpy.array(token_bytes), 0, 0
+    for index in range(len(text)):
+        row = text[index]
+        targets = row[1:] if masked_after is None else row[1:][row[:-1] != masked_after]
+        num_targets += len(targets)
+        num_bytes += int(sizes[targets].sum())
+    return num_bytes / num_targets if num_bytes else None

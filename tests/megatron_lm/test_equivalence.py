@@ -56,6 +56,8 @@ def compare(own, theirs):
     for ours, line in zip(own, theirs, strict=True):
         assert [(name, ours[name]) for name in exact if name in ours] == [(n, line[n]) for n in exact if n in line]
         assert ours.keys() == line.keys()
+        if "valid_loss" in ours:
+            assert ours["bits_per_byte"] == pytest.approx(line["bits_per_byte"], abs=TOLERANCE)
         if "lr" in ours:
             assert ours["lr"] == pytest.approx(line["lr"])
             assert ours["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
