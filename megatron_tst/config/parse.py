@@ -195,8 +195,13 @@ def _read_flags(values: Any, where: str) -> dict[str, Any]:
     """Read settings that Megatron-LM alone has: what they mean is for its own parser to say."""
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{where} {values!r}: must be a mapping of settings")
-    hints = {str(name): bool | int | float | str | tuple[bool | int | float | str, ...] | None for name in values or {}}
-    return read_fields(hints, values or {}, where)
+    read = {}
+    for name, value in (values or {}).items():
+        items = value if isinstance(value, list) else [value]
+        if not all(item is None or type(item) in (bool, int, float, str) for item in items):
+            raise UserError(f"{where}.{name} {value!r}: must be a number, text, true, false or a list of them")
+        read[str(name)] = tuple(value) if isinstance(value, list) else value
+    return read
 
 
 def _read_phases(values: Any, source: str) -> tuple[Phase, ...]:

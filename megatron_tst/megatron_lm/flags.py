@@ -48,13 +48,19 @@ def read_arguments(argv: Sequence[str], libraries: Libraries, has_cuda: bool) ->
     parser = flag_parser()
     flags = [
         *_platform_flags(libraries, has_cuda),
-        *(_flags_of(config) if is_described else ()),
+        *(_flags_of(config, libraries) if is_described else ()),
         *_extra_flags(config.megatron_lm, parser, ", ".join(named.config)),
         *others,
     ]
     # Twice: Megatron-LM's own function reads a file in place of the command line if it is told to.
-    refuse_conflicts(_parse(lambda: parser.parse_args(flags), flags))
+    parser.set_defaults(cross_entropy_fusion_impl=None)
+    typed = _parse(lambda: parser.parse_args(flags), flags)
+    refuse_conflicts(typed)
     args = _parse(lambda: parse_args(_add_flags), flags)
+    # The loss is this project's, and its kernel the best there is unless one is named. Megatron-LM's check refuses `te`
+    # on account of its own.
+    args.tst_loss = typed.cross_entropy_fusion_impl
+    args.cross_entropy_loss_fusion, args.cross_entropy_fusion_impl = False, "native"
     args.tst_phases = [dataclasses.asdict(phase) for phase in config.phases]
     args.tst_preset = config.model.tst_preset
     return args
@@ -106,9 +112,14 @@ def _platform_flags(libraries: Libraries, has_cuda: bool) -> list[str]:
     return flags
 
 
-def _flags_of(config: RunConfig) -> list[str]:
+def _flags_of(config: RunConfig, libraries: Libraries) -> list[str]:
     """Return the settings of both trainers as flags, with what the own trainer makes of those that are not given."""
     flags: list[str] = []
+    has_engine = libraries.transformer_engine is not None
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, moe_grouped_gemm=config.model.moe_grouped_gemm and has_engine),
+    )
     for section in dataclasses.fields(config):
         settings = getattr(config, section.name)
         if dataclasses.is_dataclass(settings):
@@ -121,6 +132,7 @@ def _flags_of(config: RunConfig) -> list[str]:
         flags += ["--ffn-hidden-size", str(4 * model.hidden_size)]
     if model.num_experts is not None:
         flags += ["--moe-router-dtype", "fp32", "--expert-tensor-parallel-size", "1"]
+        flags += ["--moe-permute-fusion"] if has_engine else []
     return flags
 
 

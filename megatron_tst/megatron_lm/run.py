@@ -310,12 +310,9 @@ def prepare(argv: Sequence[str], device: Device) -> Run:
         args.padded_vocab_size = padded_vocab_size(
             vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
         )
-    implementation = args.cross_entropy_fusion_impl if args.cross_entropy_loss_fusion else None
-    # The loss is this project's. Megatron-LM's parser refuses `te` on account of its own.
-    args.cross_entropy_loss_fusion, args.cross_entropy_fusion_impl = False, "native"
     complete(args)
     config = run_config(args, parser, vocab_size)
-    config = replace(config, training=replace(config.training, cross_entropy_fusion_impl=implementation))
+    config = replace(config, training=replace(config.training, cross_entropy_fusion_impl=args.tst_loss))
     check_sizes(config)
     set_global_variables(args, build_tokenizer=False)
     return Run(args, config, tokenizer, device, libraries)

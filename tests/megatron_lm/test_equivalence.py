@@ -42,9 +42,10 @@ MORE: dict[str, dict[str, Any]] = {
 def train_both(corpus, tokenizer, folder: Path, kind: dict[str, Any], *flags: str):
     config = write(folder / "run.yaml", settings(corpus, str(tokenizer.path), **kind))
     argv = ["--config", config, *flags]
-    if "num_experts" not in kind.get("model", {}):
+    model = kind.get("model", {})
+    if "num_experts" not in model and "position_embedding_type" not in model:
         return run_own(argv, folder / "own"), run_megatron_lm(argv, folder / "megatron-lm")
-    # Megatron-LM draws experts from another stream: both start from one checkpoint's weights.
+    # Experts and tables of positions are drawn from another stream there: both start from one checkpoint's weights.
     run_own([*argv, "--train-iters", "1", "--tst-steps", "1", "--lr-warmup-iters", "0"], folder / "start")
     load = ["--load", str(folder / "start" / "checkpoints"), "--finetune"]
     return run_own([*argv, *load], folder / "own"), run_megatron_lm([*argv, *load], folder / "megatron-lm")
