@@ -21,9 +21,9 @@ def main(config: RunConfig) -> int:
     if config.training.deterministic_mode:
         compute_deterministically()
     # Imported only now: megatron-core brings Transformer Engine, which reads its switches when it is imported.
-    from megatron_tst.distributed import leave_ranks
+    from megatron_tst.distributed import destroy_parallel_state
     from megatron_tst.distributed.signals import StopSignals, ignore_stop_signals
-    from megatron_tst.training import build_run, check_cluster, train
+    from megatron_tst.training import check_cluster, start_run, train
 
     signals = StopSignals()
     try:
@@ -31,8 +31,8 @@ def main(config: RunConfig) -> int:
             check_cluster(config)
             if config.parallel.preflight_only:
                 return 0
-        is_complete = train(build_run(config, signals), signals)
-        leave_ranks()
+        is_complete = train(start_run(config, signals), signals)
+        destroy_parallel_state()
         return 0 if is_complete else EXIT_RESUMABLE
     finally:
         # The exit code is decided. A scheduler that sees the first rank end signals the others, which are about to.

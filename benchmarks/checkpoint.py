@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tst.checkpoint.content import Trainables, list_all
+from megatron_tst.checkpoint.content import TrainState, list_all
 from megatron_tst.checkpoint.find import find_checkpoint
 from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.load import load_checkpoint
@@ -32,12 +32,13 @@ from megatron_tst.distributed import (
     ParallelSizes,
     enter_device,
     every_rank,
-    join_ranks,
-    main_rank_alone,
+    init_parallel_state,
+    run_on_main_rank,
     seed_everything,
 )
 from megatron_tst.megatron_patches import Libraries
 from megatron_tst.model import build_model
+from megatron_tst.shape import resolve_shape
 from megatron_tst.superposition import Phase, Schedule
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
 
@@ -51,12 +52,12 @@ class Case:
         """Build the model and its optimizer's state; the first rank's folder is used."""
         optimizer_settings = OptimizerSettings(lr=1e-3, use_distributed_optimizer=use_distributed_optimizer)
         config = RunConfig(model=model, optimizer=optimizer_settings)
-        ranks = join_ranks(ParallelSizes())
-        folder = main_rank_alone(lambda: folder)
+        ranks = init_parallel_state(ParallelSizes())
+        folder = run_on_main_rank(lambda: folder)
         seed_everything(config.training.seed)
-        chunks = build_model(config, VOCAB, ranks, Libraries())
+        chunks = build_model(config, resolve_shape(config.model, VOCAB), ranks, Libraries())
         optimizer = build_optimizer(config.optimizer, chunks, bf16=False, overlap_param_gather=False)
-        self.trainables = Trainables(chunks, optimizer, build_scheduler(config.optimizer, optimizer, 1, 1), ranks)
+        self.train_state = TrainState(chunks, optimizer, build_scheduler(config.optimizer, optimizer, 1, 1), ranks)
         self.bytes_per_parameter = 16 if use_distributed_optimizer else 12
         optimizer.step()  # with gradients of zero: Adam's moments come to be
         self.model, self.folder = model, folder
@@ -71,30 +72,32 @@ class Case:
     def written_bytes(self) -> int:
         """Bytes of the files that this rank wrote of the last checkpoint."""
         folder = self.folder / "ours" / "iter_0000001"
-        return sum(path.stat().st_size for path in folder.glob(f"__{self.trainables.ranks.rank}_*.distcp"))
+        return sum(path.stat().st_size for path in folder.glob(f"__{self.train_state.ranks.rank}_*.distcp"))
 
     @property
     def plain_file(self) -> Path:
         """What torch.save writes."""
-        return self.folder / f"plain-{self.trainables.ranks.rank}.pt"
+        return self.folder / f"plain-{self.train_state.ranks.rank}.pt"
 
     @property
     def num_bytes(self) -> int:
         """Bytes of weights and moments; where the optimizer is sharded, it has weights of its own."""
-        return self.bytes_per_parameter * sum(p.numel() for chunk in self.trainables.chunks for p in chunk.parameters())
+        return self.bytes_per_parameter * sum(
+            p.numel() for chunk in self.train_state.chunks for p in chunk.parameters()
+        )
 
     def saver(self, keep_training: bool) -> CheckpointSaver:
         """Return a saver into an empty folder."""
-        main_rank_alone(lambda: shutil.rmtree(self.folder / "ours", ignore_errors=True))
+        run_on_main_rank(lambda: shutil.rmtree(self.folder / "ours", ignore_errors=True))
         folders = CheckpointFolders(self.folder / "ours")
-        ranks = self.trainables.ranks
+        ranks = self.train_state.ranks
         return CheckpointSaver(folders, ranks, self.config_yaml, keep_training=keep_training, keep_last=None)
 
     def save(self, keep_training: bool) -> tuple[float, float]:
         """Save with ours; return the seconds that training stands still, and those until all is on disk."""
         saver = self.saver(keep_training)
         start = time.perf_counter()
-        saver.save(self.state, lambda: list_all(self.trainables, 1, self.model, 1))
+        saver.save(self.state, lambda: list_all(self.train_state, 1, self.model, 1))
         blocked = time.perf_counter() - start
         saver.finish()
         return blocked, time.perf_counter() - start
@@ -103,24 +106,24 @@ class Case:
         """Load with ours; return the seconds."""
         settings = CheckpointSettings(load=str(self.folder / "ours"), no_verify_checkpoint=not verify)
         start = time.perf_counter()
-        found = find_checkpoint(settings, self.trainables.ranks)
+        found = find_checkpoint(settings, self.train_state.ranks)
         assert found is not None
-        load_checkpoint(found, self.trainables, with_optimizer=True, with_generators=True)
+        load_checkpoint(found, self.train_state, with_optimizer=True, with_rng_states=True)
         return time.perf_counter() - start
 
     def torch_save(self) -> float:
         """Save with torch.save; return the seconds."""
-        chunk, (optimizer,) = self.trainables.chunks[0], self.trainables.optimizer.chained_optimizers
+        chunk, (optimizer,) = self.train_state.chunks[0], self.train_state.optimizer.chained_optimizers
         start = time.perf_counter()
         torch.save({"model": chunk.state_dict(), "optimizer": optimizer.optimizer.state_dict()}, self.plain_file)
         return time.perf_counter() - start
 
     def torch_load(self) -> float:
         """Load with torch.load; return the seconds."""
-        (optimizer,) = self.trainables.optimizer.chained_optimizers
+        (optimizer,) = self.train_state.optimizer.chained_optimizers
         start = time.perf_counter()
         loaded = torch.load(self.plain_file, weights_only=True)
-        self.trainables.chunks[0].load_state_dict(loaded["model"])
+        self.train_state.chunks[0].load_state_dict(loaded["model"])
         optimizer.optimizer.load_state_dict(loaded["optimizer"])
         return time.perf_counter() - start
 
@@ -186,9 +189,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         case = Case(model, Path(folder), arguments.use_distributed_optimizer)
         rows = compare(case, arguments.repeats)
-    if not case.trainables.ranks.is_main:
+    if not case.train_state.ranks.is_main:
         return
-    ranks, size = case.trainables.ranks.world_size, case.num_bytes / 2**20
+    ranks, size = case.train_state.ranks.world_size, case.num_bytes / 2**20
     print(f"{device.name}, {ranks} ranks, torch {torch.__version__}, {size:.0f} MiB of weights and moments")
     print("| way | s | MB/s | torch, s | ratio | peak, MiB | peak / written | torch, peak, MiB |")
     print("|---|---|---|---|---|---|---|---|")

@@ -9,6 +9,7 @@ it. Memory is what comes on top of the process with its libraries loaded; nobody
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -25,11 +26,12 @@ from typing import Any
 import torch
 
 from megatron_tst.config import PRESETS, DataSettings, ModelSettings, RunConfig, write_json
-from megatron_tst.conversion.saved_runs import complete_weights, find_saved_run
-from megatron_tst.conversion.settings import architecture_of, shape_of
+from megatron_tst.conversion.saved_checkpoints import complete_weights, find_saved_checkpoint
+from megatron_tst.conversion.settings import architecture_of
 from megatron_tst.conversion.tables import pieces
 from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.conversion.torch_dist import Slice, write_stacked
+from megatron_tst.shape import resolve_shape
 
 TARGETS = {"export": "hf", "copy": "copy"}
 VOCAB = 32000
@@ -43,7 +45,7 @@ SHAPES = {
 def write_checkpoint(folder: Path, settings: dict[str, Any]) -> None:
     """Write a checkpoint of random weights."""
     model = ModelSettings(**{**settings, "vocab_size": VOCAB})
-    shape = shape_of(model, VOCAB, VOCAB)
+    shape = dataclasses.replace(resolve_shape(model), padded_vocab_size=VOCAB)
     noise = torch.randn(1 << 20).bfloat16()
 
     def weight(size: tuple[int, ...]) -> Callable[[], torch.Tensor]:
@@ -62,7 +64,7 @@ def write_checkpoint(folder: Path, settings: dict[str, Any]) -> None:
 
 def export(source: Path, target: Path, max_shard_bytes: int) -> None:
     """Export the checkpoint as tools/convert_ckpt.py does with --no-verify-checkpoint."""
-    saved = find_saved_run(source, None, check=None)
+    saved = find_saved_checkpoint(source, None, check=None)
     Export(saved).write(target, saved.tokenizer, EndOfDocument(0, "<|endoftext|>"), max_shard_bytes, force=True)
 
 

@@ -182,9 +182,9 @@ def compare_loader(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
     import numpy
 
     from megatron_tst.config import DataSettings
-    from megatron_tst.data.batches import TextReader
+    from megatron_tst.data.batches import BatchLoader
     from megatron_tst.data.build import SamplePlan, build_run_data
-    from megatron_tst.data.samples import TextSpec, build_epoch
+    from megatron_tst.data.samples import DatasetSpec, build_epoch
     from megatron_tst.superposition import Phase, Schedule
 
     tokenizer, ranks = small_run(folder)
@@ -197,7 +197,7 @@ def compare_loader(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
     (share,) = plan.cache.glob("cut-*-phase0.npy")
     theirs_folder = folder / f"{dtype}-indices"
     theirs_folder.mkdir()
-    spec = TextSpec("", num_tokens, (plan.seed, 0, 0), plan.cache)
+    spec = DatasetSpec("", num_tokens, (plan.seed, 0, 0), plan.cache)
     theirs = build_epoch(part._corpus, numpy.load(share), spec, 0, tokenizer, theirs_folder)
     mapped = numpy.memmap(folder / f"{dtype}.bin", dtype=dtype, mode="r")
     plain = numpy.asarray(mapped)
@@ -212,7 +212,7 @@ def compare_loader(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
         return count * num_tokens / (time.perf_counter() - start) / 1e6
 
     def worker_rate() -> float:
-        reader = TextReader(
+        reader = BatchLoader(
             text, schedule, ranks, micro_batch_size=MICRO_BATCH, global_batch_size=MICRO_BATCH,
             vocab_size=VOCABULARY[dtype], num_workers=1,
         )  # fmt: skip
@@ -254,14 +254,14 @@ def small_run(folder: Path) -> tuple[Any, Any]:
     import torch.distributed as dist
 
     from megatron_tst.data.tokenizer import load_tokenizer, train_bpe
-    from megatron_tst.distributed import ParallelSizes, join_ranks, leave_ranks
+    from megatron_tst.distributed import ParallelSizes, destroy_parallel_state, init_parallel_state
 
     torch.set_num_threads(1)
     if dist.is_initialized():
-        leave_ranks()
+        destroy_parallel_state()
     path = folder / "tokenizer.json"
     tokenizer = load_tokenizer(str(path)) if path.exists() else train_bpe(["text"], 257, path)
-    return tokenizer, join_ranks(ParallelSizes())
+    return tokenizer, init_parallel_state(ParallelSizes())
 
 
 # ---- blend
@@ -274,7 +274,7 @@ def blend(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     from megatron_tst.config import DataSettings
-    from megatron_tst.data.batches import BatchShape, TextReader
+    from megatron_tst.data.batches import BatchLoader, BatchShape
     from megatron_tst.data.build import SamplePlan, build_run_data
     from megatron_tst.superposition import Phase, Schedule
 
@@ -291,7 +291,7 @@ def blend(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         plan = SamplePlan(tokenizer, length, batch, 1, cache)
         data = build_run_data(DataSettings(data_path=paths, split=split), schedule, 1, plan)
         built = time.perf_counter()
-        reader = TextReader(
+        reader = BatchLoader(
             data.train, schedule, ranks, micro_batch_size=batch, global_batch_size=batch, vocab_size=4096
         )
         bag_size = phases[0].bag_size

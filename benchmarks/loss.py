@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from megatron_tst.config import write_json
-from megatron_tst.distributed import ParallelSizes, enter_device, join_ranks
+from megatron_tst.distributed import ParallelSizes, enter_device, init_parallel_state
 from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import loss as loss_module
 from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device, ranks = enter_device(), join_ranks(ParallelSizes())
+    device, ranks = enter_device(), init_parallel_state(ParallelSizes())
     if arguments.te_wheel:
         use_wheel(arguments.te_wheel)
     has_te = arguments.te_wheel is not None or find_libraries().transformer_engine is not None

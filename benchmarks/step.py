@@ -20,14 +20,15 @@ import numpy
 import torch
 
 from megatron_tst.config import parse_config, write_json
-from megatron_tst.data.batches import Batch, TextReader
+from megatron_tst.data.batches import Batch, BatchLoader
 from megatron_tst.data.tokenizer import train_bpe
-from megatron_tst.distributed import leave_ranks
+from megatron_tst.distributed import destroy_parallel_state
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import build_model
 from megatron_tst.superposition import Phase, Schedule
-from megatron_tst.training import Run, build_run
-from megatron_tst.training.monitor import Monitor
+from megatron_tst.training import Run, start_run
+from megatron_tst.training.metrics_logger import MetricsLogger
 
 # isort: split
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -63,14 +64,14 @@ def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
     phase = next(i for i, p in enumerate(run.schedule.phases) if p.bag_size >= bag_size)
     text = type(run.data.train)([run.data.train.phases[phase]])
     reader = run.read(_Cut(text, run.config.model.seq_length * bag_size), schedule, num_workers=0)
-    monitor = Monitor(run)
-    monitor.progress.__enter__()
+    metrics = MetricsLogger(run)
+    metrics.progress.__enter__()
     numbers = iter(range(1, steps + 1))
 
     def step() -> None:
         number = next(numbers)
         report = run.stepper.train(run.read_step(reader, schedule.phases[0]))
-        monitor.record(number, schedule.phase_at(number - 1), report, data_s=0.0)
+        metrics.record(number, schedule.phase_at(number - 1), report)
 
     return step
 
@@ -88,7 +89,7 @@ class _Cut(torch.utils.data.Dataset):
 def bare_step(run: Run, steps: int) -> Callable[[], None]:
     """Return one step of a loop that megatron-core's own classes make, on ordinary batches."""
     sequence, batch_size = run.config.model.seq_length, run.config.training.micro_batch_size
-    chunks = build_model(run.config, run.vocab_size, run.ranks, find_libraries())
+    chunks = build_model(run.config, run.shape, run.ranks, find_libraries())
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.utils import get_model_config
 
@@ -96,9 +97,9 @@ def bare_step(run: Run, steps: int) -> Callable[[], None]:
     precision = {"bf16": True, "params_dtype": torch.bfloat16} if run.config.training.bf16 else {}
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, **precision), chunks)
     schedule, forward_backward = Schedule((Phase(1, steps),)), get_forward_backward_func()
-    reader = TextReader(
+    reader = BatchLoader(
         _Cut(run.data.train, sequence), schedule, run.ranks,
-        micro_batch_size=batch_size, global_batch_size=batch_size, vocab_size=run.vocab_size,
+        micro_batch_size=batch_size, global_batch_size=batch_size, vocab_size=run.shape.vocab_size,
     )  # fmt: skip
     shape = run.batch_shape(Phase(1, 1))
 
@@ -149,14 +150,14 @@ def main() -> None:
         files = f"--data-path {name}/corpus --tokenizer-model {name}/tokenizer.json --tst-run-dir {name}/run"
         config = parse_config([*flags, *files.split(), "--train-iters", str(2 * steps)])
         write_text(Path(name), 34 * steps * config.training.micro_batch_size * config.model.seq_length)
-        run = build_run(config)
+        run = start_run(config, StopSignals())
         rows = {
             "our loop / bare megatron-core loop": (lambda: our_step(run, 1, steps), lambda: bare_step(run, steps)),
             "superposed s = 4 / ordinary": (lambda: our_step(run, 4, steps), lambda: our_step(run, 1, steps)),
             "superposed s = 16 / ordinary": (lambda: our_step(run, 16, steps), lambda: our_step(run, 1, steps)),
         }
         results = {row: compare(first(), second(), steps) for row, (first, second) in rows.items()}
-        leave_ranks()
+        destroy_parallel_state()
     print(f"{run.device.name}, torch {torch.__version__}, {steps} steps a side")
     print("| step | first, ms | second, ms | median of ratios |\n|---|---|---|---|")
     for row, result in results.items():

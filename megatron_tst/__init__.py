@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # All settings stand here because they must be made before the first megatron-core import.
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tst.config import RunConfig, UserError, padded_vocab_size
+from megatron_tst.config import RunConfig, UserError
 from megatron_tst.data.tokenizer import load_tokenizer
 from megatron_tst.distributed import enter_device
 from megatron_tst.distributed.device import driver_version
 from megatron_tst.distributed.rendezvous import Rendezvous
 from megatron_tst.megatron_patches import find_libraries
+from megatron_tst.shape import resolve_shape
 from megatron_tst.shape.parameters import checkpoint_bytes, count_parameters
 from megatron_tst.telemetry import RunDirectory, start_log_screen
 
@@ -90,8 +91,8 @@ def _look_around(config: RunConfig, host: str) -> dict[str, Any]:
 def _checkpoint_size(config: RunConfig) -> int:
     model = config.model
     vocab = model.vocab_size or load_tokenizer(config.data.tokenizer_model or "").vocab_size
-    padded = padded_vocab_size(vocab, model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
-    return checkpoint_bytes(count_parameters(model, padded), config.training.bf16)
+    shape = resolve_shape(model, vocab, config.parallel)
+    return checkpoint_bytes(count_parameters(shape), config.training.bf16)
 
 
 def _prefixes(config: RunConfig) -> list[str]:
@@ -162,10 +163,11 @@ def _check_network(config: RunConfig, meeting: Rendezvous, hosts: list[str]) -> 
     ranks_of = defaultdict(list)
     for rank, host in enumerate(hosts):
         ranks_of[host].append(rank)
-    groups = {host: dist.new_group(ranks) for host, ranks in ranks_of.items()}
+    groups: dict[str, Any] = {host: dist.new_group(ranks) for host, ranks in ranks_of.items()}
     floor = config.parallel.preflight_min_gb_per_s
     for name, group in (("within the node", groups[hosts[meeting.rank]]), ("between nodes", dist.group.WORLD)):
-        outcome = _all_reduce_speed(group, device.torch_device, timeout) if group.size() > 1 else float("inf")
+        is_alone = dist.get_world_size(group) == 1
+        outcome = float("inf") if is_alone else _all_reduce_speed(group, device.torch_device, timeout)
         outcomes = dict(zip(hosts, meeting.gather(name, outcome), strict=True))
         failed = [f"{host}: {result}" for host, result in outcomes.items() if isinstance(result, str)]
         slow = [f"{host}: {speed:.1f} GB/s" for host, speed in outcomes.items() if not failed and speed < floor]

@@ -8,7 +8,13 @@ import torch
 from megatron_tst.data.documents import Skipped, list_inputs, read_documents
 from megatron_tst.data.preprocess import write_indexed
 from megatron_tst.data.tokenizer import Tokenizer, train_bpe
-from megatron_tst.distributed import ParallelSizes, Ranks, join_ranks, leave_ranks, seed_everything
+from megatron_tst.distributed import (
+    ParallelSizes,
+    ParallelState,
+    destroy_parallel_state,
+    init_parallel_state,
+    seed_everything,
+)
 from tests.corpora import FILES
 from tests.training.runs import real_text
 
@@ -34,13 +40,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def one_rank():
-    ranks = join_ranks(ParallelSizes())
+    ranks = init_parallel_state(ParallelSizes())
     yield ranks
-    leave_ranks()
+    destroy_parallel_state()
 
 
 @pytest.fixture
-def rank(one_rank: Ranks) -> Ranks:
+def rank(one_rank: ParallelState) -> ParallelState:
     """A world of one rank, freshly seeded."""
     seed_everything(1234)
     return one_rank

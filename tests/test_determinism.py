@@ -73,5 +73,5 @@ def test_megatron_core_finds_it_told_when_it_is_imported(tmp_path: Path, flag, f
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     code = f"VARIABLES = {VARIABLES}\n{WATCH}"
     command = [sys.executable, "-c", code, *argv]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert json.loads(done.stdout) == found, done.stderr

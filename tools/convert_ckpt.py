@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_tst.checkpoint.checksums import CHECKSUMS
-from megatron_tst.config import UserError
-from megatron_tst.conversion.saved_runs import SavedRun, check_files, find_saved_run
+from megatron_tst.checkpoint.saved_checkpoint import SavedCheckpoint
+from megatron_tst.config import UserError, require
+from megatron_tst.conversion.saved_checkpoints import check_files, find_saved_checkpoint
 from megatron_tst.conversion.settings import inexpressible
 from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.conversion.to_megatron import Import
@@ -80,7 +81,7 @@ class Conversion:
     work: Export | Import
     tokenizer: Tokenizer
     write: Callable[[Callable[[int], object]], None]
-    sides: Callable[[], tuple[SavedRun, Path]]
+    sides: Callable[[], tuple[SavedCheckpoint, Path]]
     warnings: list[str]
 
 
@@ -111,10 +112,10 @@ def _not_finite(names: list[str]) -> list[str]:
 
 
 def _to_hugging_face(arguments: argparse.Namespace) -> Conversion:
-    saved = find_saved_run(
+    saved = find_saved_checkpoint(
         arguments.load, arguments.iteration, check=None if arguments.no_verify_checkpoint else _check_files
     )
-    tokenizer = _tokenizer(arguments.tokenizer or saved.tokenizer, saved.vocab_size)
+    tokenizer = _tokenizer(arguments.tokenizer or saved.tokenizer, require("--vocab-size", saved.vocab_size))
     end = EndOfDocument(tokenizer.eod, tokenizer.decode([tokenizer.eod]))
     export = Export(saved, DTYPES.get(arguments.dtype))
     unchecked = f"{saved.folder}: has no checksums, for megatron-tst did not write it: it was converted unchecked"
@@ -127,7 +128,7 @@ def _to_hugging_face(arguments: argparse.Namespace) -> Conversion:
             arguments.save, tokenizer.path, end, max_shard_bytes, arguments.force, on_progress=advance
         ),
         sides=lambda: (saved, arguments.save),
-        warnings=[*([] if saved.has_checksums else [unchecked]), *inexpressible(saved.config.model)],
+        warnings=[*([] if saved.has_checksums else [unchecked]), *inexpressible(saved.model)],
     )
 
 
@@ -141,7 +142,7 @@ def _to_megatron(arguments: argparse.Namespace) -> Conversion:
         work=weights,
         tokenizer=tokenizer,
         write=lambda advance: weights.write(arguments.save, tokenizer.path, arguments.force, on_progress=advance),
-        sides=lambda: (find_saved_run(arguments.save, None), arguments.load),
+        sides=lambda: (find_saved_checkpoint(arguments.save, None), arguments.load),
         warnings=[],
     )
 
@@ -193,23 +194,31 @@ def _progress(title: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def _verify(
-    saved: SavedRun, hugging_face: Path, tokens: list[int], work: Export | Import, tolerance: float | None
+    saved: SavedCheckpoint, hugging_face: Path, tokens: list[int], work: Export | Import, tolerance: float | None
 ) -> None:
     from megatron_tst.config import ParallelSettings, TrainingSettings
     from megatron_tst.conversion.verify import compare_logits, load_weights, tolerance_for
-    from megatron_tst.distributed import ParallelSizes, enter_device, join_ranks, leave_ranks, seed_everything
+    from megatron_tst.distributed import (
+        ParallelSizes,
+        destroy_parallel_state,
+        enter_device,
+        init_parallel_state,
+        seed_everything,
+    )
     from megatron_tst.megatron_patches import find_libraries
     from megatron_tst.model import LossChoice, build_gpt, transformer_config
+    from megatron_tst.shape import resolve_shape
 
-    model, libraries = saved.config.model, find_libraries()
-    join_ranks(ParallelSizes())
-    seed_everything(saved.config.training.seed)
-    config = transformer_config(model, TrainingSettings(), ParallelSettings(), libraries)
+    model, libraries = saved.model, find_libraries()
+    init_parallel_state(ParallelSizes())
+    seed_everything(0)
+    shape = resolve_shape(model, saved.vocab_size)
+    config = transformer_config(model, shape, TrainingSettings(), ParallelSettings(), libraries)
     has_te = libraries.transformer_engine is not None
-    gpt = build_gpt(config, model, saved.vocab_size, LossChoice(), use_transformer_engine=has_te)
+    gpt = build_gpt(config, model, shape, LossChoice(), use_transformer_engine=has_te)
     load_weights(gpt.to(enter_device().torch_device), saved.folder)
-    found = compare_logits(gpt, hugging_face, tokens[: model.max_position_embeddings or model.seq_length])
-    leave_ranks()
+    found = compare_logits(gpt, hugging_face, tokens[: shape.max_position_embeddings])
+    destroy_parallel_state()
     found.check(tolerance_for(work.casting) if tolerance is None else tolerance)
     print(found)
 

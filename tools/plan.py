@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
     recomputed = [judge_layout(way, gpu, number, efficiency, usable) for way in recomputations(config)]
     fitting, others = search_layouts(config, gpu, number, efficiency, usable)
     limit = float("inf") if arguments.data_tokens is None else arguments.data_tokens / plan.positions
-    advices = advise(config.model, plan.num_steps, limit)
+    found_advice = advise(config.model, plan.num_steps, limit)
     assumptions = Assumptions()
     scaled = [scale_run(config, gpu, count, efficiency, usable, assumptions) for count in arguments.simulate]
     for part in (
@@ -77,7 +77,7 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
         *report.describe_memory(chosen, gpu, usable),
         *report.describe_recomputation(recomputed),
         *report.describe_layouts(chosen, distinct(fitting)[: arguments.layouts], others, efficiency, plan),
-        *report.describe_advice(advices, plan, arguments.data_tokens),
+        *report.describe_advice(found_advice, plan, arguments.data_tokens),
         *(report.describe_scaled(scaled, assumptions) if scaled else ()),
     ):
         Console().print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
@@ -88,7 +88,7 @@ def main(arguments: argparse.Namespace, argv: list[str]) -> None:
             "recomputation": [_as_json(layout) for layout in recomputed],
             "fitting": [_as_json(layout) for layout in fitting],
             "not_fitting": [_as_json(layout) for layout in others],
-            "advice": [{**dataclasses.asdict(advice), "data_ratio": advice.data_ratio} for advice in advices],
+            "advice": [{**dataclasses.asdict(advice), "data_ratio": advice.data_ratio} for advice in found_advice],
             "assumptions": dataclasses.asdict(assumptions),
             "scaled": [{**vars(run), "layout": run.layout and _as_json(run.layout)} for run in scaled],
         }

@@ -9,10 +9,58 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tst.config import RunConfig, UserError, load_config
+from megatron_tst.config.effects import TEXT, Effect, effect_of
 from megatron_tst.telemetry.metrics import read_metrics
 from megatron_tst.telemetry.run_directory import RunDirectory
 
 AXES = ("steps", "data_tokens", "flops", "gpu_hours")
+
+
+@dataclass(frozen=True)
+class Superposition:
+    """How a run superposes.
+
+    Attributes:
+        phases: bag size, whether bags are read, and fraction of the steps of each phase.
+        bag_weights: of the loss; None without bags, as the next two.
+        objective: of the loss.
+        reinitializes: whether embedding and output layer are drawn anew where bags end.
+    """
+
+    phases: tuple[tuple[int, bool, float], ...]
+    bag_weights: str | None = None
+    objective: str | None = None
+    reinitializes: bool | None = None
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """All that is counted in steps.
+
+    Attributes:
+        phases: steps of each phase.
+        warmup: of the learning rate.
+        decay_end: where its decay ends; the end of the run where None.
+        wsd_decay: of the final decay, with WSD.
+    """
+
+    phases: tuple[int, ...]
+    warmup: int
+    decay_end: int | None
+    wsd_decay: int | None
+
+
+@dataclass(frozen=True)
+class RunMethod:
+    """What runs share that differ in seed and length alone.
+
+    Attributes:
+        setting: flags with their values.
+        superposition: how they superpose.
+    """
+
+    setting: tuple[tuple[str, Any], ...]
+    superposition: Superposition
 
 
 @dataclass(frozen=True)
@@ -23,7 +71,7 @@ class RunCurve:
         name: of the run directory.
         seed: of the run.
         setting: what runs share that differ in superposition, seed and length alone: flags with their values.
-        superposition: bag sizes, with their share of the steps, the objective and the negative control.
+        superposition: how it superposes.
         length: all that is counted in steps.
         losses: next-token validation loss of each evaluation, nats per token.
         axes: where each evaluation lies on each of :data:`AXES`.
@@ -35,8 +83,8 @@ class RunCurve:
     name: str
     seed: int
     setting: Mapping[str, Any]
-    superposition: str
-    length: str
+    superposition: Superposition
+    length: RunLength
     losses: list[float]
     axes: dict[str, list[float]]
     switches: list[int]
@@ -48,9 +96,9 @@ class RunCurve:
         return self.axes[axis][-1]
 
     @property
-    def method(self) -> str:
+    def method(self) -> RunMethod:
         """What runs share that differ in seed and length alone."""
-        return f"{dict(self.setting)} {self.superposition}"
+        return RunMethod(tuple(self.setting.items()), self.superposition)
 
     @property
     def num_steps(self) -> int:
@@ -70,9 +118,9 @@ def read_curves(paths: Sequence[Path]) -> list[RunCurve]:
         UserError: as :func:`read_curve`.
     """
     curves = [read_curve(path) for path in paths]
-    kinds: dict[str, set[str]] = {}
+    kinds: dict[str, set[tuple[RunMethod, RunLength]]] = {}
     for curve in curves:
-        kinds.setdefault(curve.name, set()).add(curve.method + curve.length)
+        kinds.setdefault(curve.name, set()).add((curve.method, curve.length))
     return [
         dataclasses.replace(curve, name=f"{path.resolve().parent.name}/{curve.name}")
         if len(kinds[curve.name]) > 1
@@ -93,8 +141,8 @@ def read_curve(path: Path) -> RunCurve:
         if not file.is_file():
             raise UserError(f"{path}: holds no {file.name}")
     lines = read_metrics(directory.metrics)
-    steps = [line for line in lines if "loss" in line]
-    valid = [line for line in lines if "valid_loss" in line]
+    steps = [line for line in lines if line["kind"] == "step"]
+    valid = [line for line in lines if line["kind"] == "valid"]
     if not steps or not valid:
         raise UserError(f"{path}: has no logged step or no evaluation yet")
     config = load_config(directory.config)
@@ -124,7 +172,7 @@ def read_curve(path: Path) -> RunCurve:
         axes={axis: [line["step" if axis == "steps" else axis] for line in valid] for axis in AXES},
         switches=[before["step"] for before, _ in changes],
         bag_sizes=[steps[0]["bag_size"], *(after["bag_size"] for _, after in changes)],
-        recovery=next((dict(line) for line in reversed(lines) if "recovery_steps" in line), None),
+        recovery=next((dict(line) for line in reversed(lines) if line["kind"] == "recovery"), None),
     )
 
 
@@ -134,40 +182,44 @@ def is_decayed(config: RunConfig) -> bool:
     return optimizer.lr_decay_style == "constant" or (optimizer.lr_decay_iters or 0) <= config.schedule.num_steps
 
 
-# What changes neither the model that a run trains nor what it reads.
-_FREE = {
-    "training": ("seed", "train_iters", "micro_batch_size", "global_batch_size", "eval_interval", "eval_iters",
-                 "max_nan_steps", "recompute_granularity", "recompute_method", "recompute_num_layers",
-                 "cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "deterministic_mode"),
-    "data": ("num_workers", "data_cache_path"),
-    "optimizer": ("lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters", "use_distributed_optimizer"),
-}  # fmt: skip
-_ELSEWHERE = ("config", "parallel", "logging", "checkpoint", "superposition", "phases")
-
-
 def _setting(config: RunConfig, positions_per_step: float) -> dict[str, Any]:
     """Return what runs share that differ in superposition, seed and length alone: flags with their values."""
-    sections = {name: section for name, section in dataclasses.asdict(config).items() if name not in _ELSEWHERE}
     flags = {
-        f"--{key.replace('_', '-')}": value
-        for name, section in sections.items()
-        for key, value in section.items()
-        if key not in _FREE.get(name, ())
+        f"--{setting.name.replace('_', '-')}": _identity(value, effect)
+        for section in dataclasses.fields(RunConfig)
+        if section.name != "superposition" and dataclasses.is_dataclass(getattr(config, section.name))
+        for setting in dataclasses.fields(getattr(config, section.name))
+        if (effect := effect_of(RunConfig, f"{section.name}.{setting.name}")).is_compared
+        for value in (getattr(getattr(config, section.name), setting.name),)
     }
-    return {"positions per step": positions_per_step, "--finetune": config.checkpoint.finetune, **flags}
+    others = {f"--{name.replace('_', '-')}": value for name, value in config.megatron_lm.items()}
+    return {"positions per step": positions_per_step, "--finetune": config.checkpoint.finetune, **flags, **others}
 
 
-def _superposition(config: RunConfig) -> str:
-    """Return how a run superposes: its phases by their share of the steps, and the objective of those with bags."""
-    total = config.schedule.num_steps
-    shares = [(phase.bag_size, phase.reads_bags, round(phase.num_steps / total, 2)) for phase in config.schedule.phases]
-    settings = config.superposition
-    method = settings.loss_weights, settings.tst_objective, settings.tst_reinitialize_at_switch
-    is_superposed = any(bag_size > 1 for bag_size, _, _ in shares)
-    return repr((shares, method if is_superposed else None))
+def _identity(value: Any, effect: Effect) -> Any:
+    """Return what a value is compared by: files by their names, for a corpus may lie under another mount elsewhere."""
+    if effect != TEXT or not isinstance(value, str | tuple):
+        return value
+    return Path(value).name if isinstance(value, str) else tuple(Path(part).name for part in value)
 
 
-def _length(config: RunConfig) -> str:
+def _superposition(config: RunConfig) -> Superposition:
+    """Return how a run superposes; what only the loss of bags depends on is left out where there are no bags."""
+    total, settings = config.schedule.num_steps, config.superposition
+    phases = tuple(
+        (phase.bag_size, phase.reads_bags, round(phase.num_steps / total, 2)) for phase in config.schedule.phases
+    )
+    if all(phase.bag_size == 1 for phase in config.schedule.phases):
+        return Superposition(phases)
+    return Superposition(phases, settings.loss_weights, settings.tst_objective, settings.tst_reinitialize_at_switch)
+
+
+def _length(config: RunConfig) -> RunLength:
     """Return all that is counted in steps."""
-    optimizer, phases = config.optimizer, [phase.num_steps for phase in config.schedule.phases]
-    return repr((phases, optimizer.lr_warmup_iters, optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters))
+    optimizer = config.optimizer
+    return RunLength(
+        tuple(phase.num_steps for phase in config.schedule.phases),
+        optimizer.lr_warmup_iters,
+        optimizer.lr_decay_iters,
+        optimizer.lr_wsd_decay_iters,
+    )

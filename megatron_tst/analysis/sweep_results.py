@@ -1,5 +1,6 @@
 """What the ends of a grid's runs show: losses over seeds, and differences from the baseline seed by seed."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +11,19 @@ from megatron_tst.analysis.compare import Estimate
 from megatron_tst.analysis.curves import RunCurve, read_curve
 from megatron_tst.analysis.sweep import PhaseShares
 from megatron_tst.config import RunConfig, UserError, load_config
+from megatron_tst.config.effects import TEXT, effect_of
 from megatron_tst.telemetry import RunDirectory
 
 # Settings that decide which tokens a loss is the mean of: with others, losses do not compare.
-_TEXT = ("--data-path", "--train-data-path", "--valid-data-path", "--split", "--tokenizer-model", "--vocab-size")
+_TEXT = (
+    "--split",
+    *(
+        f"--{setting.name.replace('_', '-')}"
+        for section in ("model", "data")
+        for setting in dataclasses.fields(getattr(RunConfig(), section))
+        if effect_of(RunConfig, f"{section}.{setting.name}") == TEXT
+    ),
+)
 BAG_WEIGHTS = "--tst-bag-weights"
 # Columns that follow from the number of steps, as long as each keeps its share of them.
 _COUNTED = ("--lr-warmup-iters", "--lr-decay-iters", "--lr-wsd-decay-iters")
@@ -144,18 +154,27 @@ def differences(runs: Mapping[int, SweepResult], others: Mapping[int, SweepResul
     return {seed: run.curve.final_loss - others[seed].curve.final_loss for seed, run in runs.items() if seed in others}
 
 
+@dataclass(frozen=True)
+class _Key:
+    """What the runs of one setting share."""
+
+    phases: PhaseShares
+    rest: tuple[tuple[str, Any], ...]
+    superposition: tuple[tuple[str, Any], ...]
+
+
 def gather(results: Sequence[SweepResult]) -> list[SweepSetting]:
     """Sort the runs of a grid into settings, baselines first.
 
     Raises:
         UserError: if two runs read other text, or have the same setting and seed.
     """
-    found: dict[str, dict[int, SweepResult]] = {}
+    found: dict[_Key, dict[int, SweepResult]] = {}
     for result in sorted(results, key=lambda result: (result.phases, result.curve.seed)):
         for flag in _TEXT:
             if result.rest[flag] != results[0].rest[flag]:
                 raise UserError(f"{result.name}: differs from {results[0].name} in {flag}; its loss is of other tokens")
-        key = repr((result.phases, result.rest, result.superposition))
+        key = _Key(result.phases, tuple(result.rest.items()), tuple(result.superposition.items()))
         twin = found.setdefault(key, {}).setdefault(result.curve.seed, result)
         if twin is not result:
             raise UserError(f"{result.name}: has the setting and seed of {twin.name}")
@@ -189,8 +208,8 @@ def _is_baseline(result: SweepResult, of: SweepResult) -> bool:
 def _varied(results: Sequence[SweepResult]) -> list[str]:
     """Return the names of what differs: of superposition among runs with bags, of all else among all runs."""
     bags = [result for result in results if result.phases]
-    names = [name for name in results[0].superposition if len({repr(run.superposition[name]) for run in bags}) > 1]
-    names += [name for name in results[0].rest if len({repr(run.rest[name]) for run in results}) > 1]
+    names = [name for name in results[0].superposition if len({run.superposition[name] for run in bags}) > 1]
+    names += [name for name in results[0].rest if len({run.rest[name] for run in results}) > 1]
     return [name for name in names if name not in _COUNTED or "steps" not in names]
 
 

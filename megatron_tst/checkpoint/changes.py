@@ -5,30 +5,11 @@ import logging
 from typing import Any
 
 from megatron_tst.config import CheckpointSettings, ModelSettings, RunConfig, UserError
+from megatron_tst.config.effects import effect_of
+from megatron_tst.shape import resolve_shape
 from megatron_tst.superposition import Phase, Schedule
 
 logger = logging.getLogger(__name__)
-
-# Settings that a run may change from start to start: where it runs, what it writes, when it looks or stops.
-_FREE = {
-    "config", "checkpoint", "logging", "parallel", "model.tst_preset", "model.make_vocab_size_divisible_by",
-    "model.moe_token_dispatcher_type", "model.moe_grouped_gemm", "model.vocab_size", "data.data_path",
-    "data.train_data_path", "data.valid_data_path", "data.tokenizer_model", "data.num_workers", "data.data_cache_path",
-    "training.micro_batch_size", "training.global_batch_size", "training.train_iters", "training.eval_interval",
-    "training.eval_iters", "training.max_nan_steps", "training.use_cpu_initialization", "training.tst_trainer",
-    "phases", "megatron_lm",
-}  # fmt: skip
-# Settings that say what is trained, on what text, in which order; the others, such as rates, are free but told.
-_BINDING = {"model", "superposition", "data", "training.seed", "training.bf16", "optimizer.use_distributed_optimizer"}
-_TUNABLE = {
-    "model.attention_dropout", "model.hidden_dropout", "model.moe_aux_loss_coeff", "model.moe_z_loss_coeff",
-    "model.moe_expert_capacity_factor", "model.moe_token_drop_policy", "model.init_method_std",
-}  # fmt: skip
-# Settings of the model that concern its training alone: with others, the same weights compute the same.
-_OF_TRAINING = {
-    "model.seq_length", "model.init_method_std", "model.attention_dropout", "model.hidden_dropout",
-    "model.moe_aux_loss_coeff", "model.moe_z_loss_coeff",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +34,12 @@ class Change:
     @property
     def is_binding(self) -> bool:
         """Whether the run would be another one."""
-        return _is_in(self.name, _BINDING) and self.name not in _TUNABLE
+        return effect_of(RunConfig, self.name).is_binding
 
     @property
     def alters_model(self) -> bool:
         """Whether the same weights would compute something else, if they can be loaded at all."""
-        return self.name.startswith("model.") and self.name not in _OF_TRAINING
+        return effect_of(RunConfig, self.name).alters_function
 
     def __str__(self) -> str:
         """Say it in a line."""
@@ -66,13 +47,15 @@ class Change:
 
 
 def find_changes(saved: RunConfig, wanted: RunConfig) -> list[Change]:
-    """Return the settings that differ, but for those that any start may change."""
+    """Return the settings that differ, except those that any start may change."""
     before, now = (
         _flat({**dataclasses.asdict(config), "model": _resolved(config.model), "megatron_lm": None})
         for config in (saved, wanted)
     )
     return [
-        Change(name, before[name], now[name]) for name in now if before[name] != now[name] and not _is_in(name, _FREE)
+        Change(name, before[name], now[name])
+        for name in now
+        if before[name] != now[name] and effect_of(RunConfig, name).is_reported
     ]
 
 
@@ -81,20 +64,19 @@ def _resolved(model: ModelSettings) -> dict[str, Any]:
 
     So two ways to write one model, such as with --kv-channels and without, are no change.
     """
-    heads, hidden = model.num_attention_heads or 1, model.hidden_size or 0
-    ffn = model.ffn_hidden_size or 4 * hidden
+    # What belongs to a vocabulary is compared with the checkpoint's tensors, not here.
+    shape = resolve_shape(model, vocab_size=1)
     has_experts, has_capacity = model.num_experts is not None, model.moe_expert_capacity_factor is not None
-    has_rope, has_table = (model.position_embedding_type == kind for kind in ("rope", "learned_absolute"))
     return {
         **dataclasses.asdict(model),
         "group_query_attention": None,
-        "num_query_groups": model.num_query_groups if model.group_query_attention else heads,
-        "kv_channels": model.kv_channels or hidden // heads,
-        "max_position_embeddings": (model.max_position_embeddings or model.seq_length) if has_table else None,
-        "rotary_base": model.rotary_base if has_rope else None,
-        "rotary_percent": model.rotary_percent if has_rope else None,
-        "ffn_hidden_size": None if has_experts else ffn,
-        "moe_ffn_hidden_size": (model.moe_ffn_hidden_size or ffn) if has_experts else None,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "max_position_embeddings": shape.max_position_embeddings if shape.has_position_table else None,
+        "rotary_base": model.rotary_base if shape.has_rope else None,
+        "rotary_percent": model.rotary_percent if shape.has_rope else None,
+        "ffn_hidden_size": None if has_experts else shape.ffn_hidden_size,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size if has_experts else None,
         "moe_router_topk": model.moe_router_topk if has_experts else None,
         "moe_token_drop_policy": model.moe_token_drop_policy if has_capacity else None,
     }
@@ -108,10 +90,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def _is_in(name: str, names: set[str]) -> bool:
-    return name in names or name.partition(".")[0] in names
 
 
 def check_changes(changes: list[Change], settings: CheckpointSettings, is_main: bool) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE
 from megatron_tst.config import UserError
-from megatron_tst.distributed import Ranks, every_rank
+from megatron_tst.distributed import ParallelState, every_rank
 from megatron_tst.megatron_patches.safe_checkpoint import METADATA
 from megatron_tst.megatron_patches.shard_writer import sha256
 
@@ -44,7 +44,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
-def find_damage(folder: Path, ranks: Ranks) -> str | None:
+def find_damage(folder: Path, ranks: ParallelState) -> str | None:
     """Compare a checkpoint's files with their checksums, each rank a share of them.
 
     Collective: every rank of the world calls it.

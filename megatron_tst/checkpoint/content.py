@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_tst.config import ModelSettings
-from megatron_tst.distributed import Ranks
-from megatron_tst.distributed.rng_state import generator_states, restore_generator_states
+from megatron_tst.distributed import ParallelState
+from megatron_tst.distributed.rng_state import get_rng_states, set_rng_states
 
 FORMAT_VERSION = 3.0  # Megatron-LM's number for the order of the query, key and value rows
 # How optimizer state is laid out: like the parameters, so that any layout can load it.
@@ -29,7 +30,7 @@ _GROUP_STATE = ("params", "step")
 
 
 @dataclass(frozen=True)
-class Trainables:
+class TrainState:
     """What training changes.
 
     Attributes:
@@ -39,14 +40,14 @@ class Trainables:
         ranks: this rank's place.
     """
 
-    chunks: list[torch.nn.Module]
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    ranks: Ranks
+    ranks: ParallelState
 
 
 @torch.no_grad()
-def gather_weights(trainables: Trainables) -> None:
+def gather_weights(train_state: TrainState) -> None:
     """Complete this rank's weights, for whoever reads them outside a forward pass.
 
     With ``--overlap-param-gather`` a step leaves each rank the new weights of its own shard of the optimizer alone; the
@@ -54,36 +55,36 @@ def gather_weights(trainables: Trainables) -> None:
 
     Collective: every rank of the world calls it.
     """
-    for chunk in trainables.chunks:
-        if chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
-            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+    for chunk in train_state.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
-def list_model(trainables: Trainables) -> dict[str, Any]:
+def list_model(train_state: TrainState) -> dict[str, Any]:
     """Return the shards of this rank's weights: ``model``, or ``model0`` and on where the pipeline is interleaved."""
-    metadata = {**CONTENT_METADATA, "dp_cp_group": trainables.ranks.groups.dp_cp}
-    shards = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in trainables.chunks]  # type: ignore[operator]
+    metadata = {**CONTENT_METADATA, "dp_cp_group": train_state.ranks.groups.dp_cp}
+    shards = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in train_state.chunks]
     return {"model": shards[0]} if len(shards) == 1 else {f"model{index}": shard for index, shard in enumerate(shards)}
 
 
-def list_optimizer(trainables: Trainables, model: dict[str, Any], is_loading: bool) -> Any:
+def list_optimizer(train_state: TrainState, model: dict[str, Any], is_loading: bool) -> Any:
     """Return the shards of this rank's optimizer state.
 
     Args:
-        trainables: what training changes.
+        train_state: what training changes.
         model: as :func:`list_model` returns it.
         is_loading: whether the state is about to be overwritten.
     """
-    metadata = {**CONTENT_METADATA, "dp_cp_group": trainables.ranks.groups.dp_cp}
-    return trainables.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    metadata = {**CONTENT_METADATA, "dp_cp_group": train_state.ranks.groups.dp_cp}
+    return train_state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 
 
-def list_generators(ranks: Ranks) -> ShardedObject:
+def list_rng_states(ranks: ParallelState) -> ShardedObject:
     """Return the states of this rank's generators.
 
     Data-parallel ranks draw from the same streams, so one of them is enough, unless they hold different experts.
     """
-    states = [generator_states()]
+    states = [get_rng_states()]
     place, sizes = (ranks.pp_rank, ranks.tp_rank), (ranks.pp_size, ranks.tp_size)
     group = ranks.groups.dp_cp
     if ranks.ep_size > 1:
@@ -91,24 +92,24 @@ def list_generators(ranks: Ranks) -> ShardedObject:
     return ShardedObject("rng_state", states, sizes, place, replica_id=group.rank())
 
 
-def list_all(trainables: Trainables, step: int, model: ModelSettings, samples: int) -> dict[str, Any]:
+def list_all(train_state: TrainState, step: int, model: ModelSettings, samples: int) -> dict[str, Any]:
     """Return all that a checkpoint holds.
 
     Collective: every rank of the world calls it.
 
     Args:
-        trainables: what training changes.
+        train_state: what training changes.
         step: optimizer steps done.
         model: its shape, for Megatron-LM's ``args``.
         samples: sequences read, likewise.
     """
-    gather_weights(trainables)
-    shards, ranks = list_model(trainables), trainables.ranks
+    gather_weights(train_state)
+    shards, ranks = list_model(train_state), train_state.ranks
     return {
         **shards,
-        "optimizer": list_optimizer(trainables, shards, is_loading=False),
-        "opt_param_scheduler": trainables.scheduler.state_dict(),
-        "rng_state": list_generators(ranks),
+        "optimizer": list_optimizer(train_state, shards, is_loading=False),
+        "opt_param_scheduler": train_state.scheduler.state_dict(),
+        "rng_state": list_rng_states(ranks),
         "iteration": step,
         "checkpoint_version": FORMAT_VERSION,
         "args": Namespace(
@@ -125,32 +126,32 @@ def list_all(trainables: Trainables, step: int, model: ModelSettings, samples: i
     }
 
 
-def put_model(trainables: Trainables, loaded: dict[str, Any]) -> None:
+def put_model(train_state: TrainState, loaded: dict[str, Any]) -> None:
     """Give the model the loaded weights."""
-    for index, chunk in enumerate(trainables.chunks):
-        weights = loaded["model" if len(trainables.chunks) == 1 else f"model{index}"]
-        chunk.module.load_state_dict(weights)  # type: ignore[union-attr]
+    for index, chunk in enumerate(train_state.chunks):
+        weights = loaded["model" if len(train_state.chunks) == 1 else f"model{index}"]
+        chunk.module.load_state_dict(weights)
 
 
-def put_optimizer(trainables: Trainables, shards: Any, own: Any, saved: Any) -> None:
+def put_optimizer(train_state: TrainState, shards: Any, own: Any, saved: Any) -> None:
     """Give the optimizer the loaded state; rates, betas and decay stay those of this run.
 
     How many optimizers megatron-core chains, and so the layout of what is not sharded, depends on the parallel layout:
     of that, the step count alone is taken from the checkpoint.
 
     Args:
-        trainables: what training changes.
+        train_state: what training changes.
         shards: the loaded shards, where :func:`list_optimizer` listed them.
         own: what :func:`without_shards` left of that list.
         saved: what the checkpoint holds of the optimizer beside shards.
     """
-    groups = trainables.optimizer.param_groups
+    groups = train_state.optimizer.param_groups
     settings = [{name: value for name, value in group.items() if name not in _GROUP_STATE} for group in groups]
     state = _filled(own, shards)
     _set_step_counts(state, saved)
     with torch.no_grad():
-        trainables.optimizer.load_state_dict(state)
-    for group, setting in zip(trainables.optimizer.param_groups, settings, strict=True):
+        train_state.optimizer.load_state_dict(state)
+    for group, setting in zip(train_state.optimizer.param_groups, settings, strict=True):
         group.update(setting)
 
 
@@ -177,8 +178,8 @@ def _filled(own: Any, shards: Any) -> Any:
         inner = shards if isinstance(shards, dict) else {}
         return {name: _filled(item, inner.get(name)) for name, item in own.items()}
     if isinstance(own, list):
-        inner = shards if isinstance(shards, list) else [None] * len(own)
-        return [_filled(item, shard) for item, shard in zip(own, inner, strict=True)]
+        parts = shards if isinstance(shards, list) else [None] * len(own)
+        return [_filled(item, part) for item, part in zip(own, parts, strict=True)]
     return own
 
 
@@ -211,6 +212,6 @@ def _find(state: Any, name: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def put_generators(loaded: list[dict[str, Any]]) -> None:
+def put_rng_states(loaded: list[dict[str, Any]]) -> None:
     """Put this rank's generators back to where they were."""
-    restore_generator_states(loaded[0])
+    set_rng_states(loaded[0])

@@ -1,76 +1,20 @@
 """Finding the checkpoint to start from: which step is meant, whether it is whole, and what it knows of its run."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tst.checkpoint.checksums import find_damage, is_written_here
 from megatron_tst.checkpoint.folders import TRACKER, CheckpointFolders
-from megatron_tst.checkpoint.run_state import (
-    CONFIG,
-    RUN_STATE,
-    RunState,
-    read_run_state,
-    read_saved_arguments,
-    read_saved_config,
-)
-from megatron_tst.checkpoint.stock_arguments import find_foreign, model_settings
-from megatron_tst.config import CheckpointSettings, RunConfig, UserError
-from megatron_tst.distributed import Ranks, main_rank_alone
-from megatron_tst.megatron_patches.safe_checkpoint import METADATA, read_metadata
+from megatron_tst.checkpoint.run_state import RUN_STATE
+from megatron_tst.checkpoint.saved_checkpoint import SavedCheckpoint, open_checkpoint
+from megatron_tst.config import CheckpointSettings, UserError
+from megatron_tst.distributed import ParallelState, run_on_main_rank
+from megatron_tst.megatron_patches.safe_checkpoint import METADATA
 
 logger = logging.getLogger(__name__)
-_TOKEN_TABLE = "embedding.word_embeddings.weight"
 
 
-@dataclass(frozen=True)
-class FoundCheckpoint:
-    """A checkpoint to start from.
-
-    Attributes:
-        folder: of it.
-        state: where its run stood; None for weights that are not of a run of ours.
-        config: the settings of its run, or of the model alone; None where they are not known.
-        foreign: arguments of Megatron-LM's by which its model computes what none here does.
-    """
-
-    folder: Path
-    state: RunState | None
-    config: RunConfig | None
-    foreign: tuple[str, ...] = ()
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Tokens of its vocabulary, before padding; None where that is not known."""
-        if self.state is not None:
-            return self.state.vocab_size
-        return self.config.model.vocab_size if self.config is not None else None
-
-    @property
-    def num_embedding_rows(self) -> int:
-        """Rows of its table of token embeddings, padding included.
-
-        Raises:
-            UserError: if it has no such table.
-        """
-        return count_embedding_rows(self.folder)
-
-
-def count_embedding_rows(folder: Path) -> int:
-    """Return the rows of a checkpoint's table of token embeddings, padding included.
-
-    Raises:
-        UserError: if it has no such table.
-    """
-    table = read_metadata(folder).state_dict_metadata.get(_TOKEN_TABLE)
-    if not isinstance(table, TensorStorageMetadata):
-        raise UserError(f"{folder}: holds no {_TOKEN_TABLE}")
-    return int(table.size[0])
-
-
-def find_checkpoint(settings: CheckpointSettings, ranks: Ranks) -> FoundCheckpoint | None:
+def find_checkpoint(settings: CheckpointSettings, ranks: ParallelState) -> SavedCheckpoint | None:
     """Find the checkpoint that ``--load`` asks for; one that is damaged is passed over for the one before.
 
     Collective: every rank of the world calls it.
@@ -86,13 +30,13 @@ def find_checkpoint(settings: CheckpointSettings, ranks: Ranks) -> FoundCheckpoi
         return None
     folders = CheckpointFolders(Path(settings.load))
     # One rank looks and all believe it: a network file system may show ranks different things for a while.
-    candidates = main_rank_alone(lambda: _candidates(folders, settings.ckpt_step))
+    candidates = run_on_main_rank(lambda: _candidates(folders, settings.ckpt_step))
     for folder, is_checkable in candidates:
         damage = find_damage(folder, ranks) if is_checkable and not settings.no_verify_checkpoint else None
         if ranks.is_main and not is_checkable:
             logger.info("%s: has no checksums, for megatron-tst did not write it: it is loaded unchecked", folder)
         if damage is None:
-            return main_rank_alone(lambda folder=folder: _open(folder, settings.finetune))  # type: ignore[misc]
+            return run_on_main_rank(lambda folder=folder: _open(folder, settings.finetune))  # type: ignore[misc]
         if ranks.is_main:
             logger.warning("WARNING: %s; it is left as it is, and the checkpoint before it is tried", damage)
     if candidates:
@@ -154,14 +98,8 @@ def refuse_other_folder(path: Path, step_flag: str) -> None:
             raise UserError(f"--load {path}: {reason}")
 
 
-def _open(folder: Path, weights_only: bool) -> FoundCheckpoint:
-    if (folder / RUN_STATE).exists():
-        return FoundCheckpoint(folder, read_run_state(folder), read_saved_config(folder))
-    if not weights_only:
+def _open(folder: Path, weights_only: bool) -> SavedCheckpoint:
+    saved = open_checkpoint(folder)
+    if saved.state is None and not weights_only:
         raise UserError(f"--load {folder}: has no {RUN_STATE}: only its weights can be used, add --finetune")
-    if (folder / CONFIG).exists():
-        return FoundCheckpoint(folder, None, read_saved_config(folder))
-    arguments = read_saved_arguments(folder)
-    if arguments is None:
-        return FoundCheckpoint(folder, None, None)
-    return FoundCheckpoint(folder, None, RunConfig(model=model_settings(arguments)), tuple(find_foreign(arguments)))
+    return saved

@@ -14,18 +14,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tst.checkpoint.content import (
-    Trainables,
-    list_generators,
+    TrainState,
     list_model,
     list_optimizer,
-    put_generators,
+    list_rng_states,
     put_model,
     put_optimizer,
+    put_rng_states,
     without_shards,
 )
-from megatron_tst.checkpoint.find import FoundCheckpoint
+from megatron_tst.checkpoint.saved_checkpoint import SavedCheckpoint
 from megatron_tst.config import UserError
-from megatron_tst.distributed import Ranks, every_rank
+from megatron_tst.distributed import ParallelState, every_rank
 from megatron_tst.megatron_patches.common_state import read_common_state
 from megatron_tst.megatron_patches.safe_checkpoint import read_metadata, safe_loading
 from megatron_tst.megatron_patches.versions import reads_alone
@@ -34,7 +34,7 @@ _Result = TypeVar("_Result")
 
 
 def load_checkpoint(
-    found: FoundCheckpoint, trainables: Trainables, *, with_optimizer: bool, with_generators: bool
+    found: SavedCheckpoint, train_state: TrainState, *, with_optimizer: bool, with_rng_states: bool
 ) -> None:
     """Put a checkpoint's content into a model, its optimizer and this rank's generators.
 
@@ -42,40 +42,40 @@ def load_checkpoint(
 
     Args:
         found: what to load.
-        trainables: what to put it into.
+        train_state: what to put it into.
         with_optimizer: whether to load optimizer state; else the optimizer starts from the loaded weights.
-        with_generators: whether to load generators; left as they are where the parallel layout is another.
+        with_rng_states: whether to load generators; left as they are where the parallel layout is another.
 
     Raises:
         UserError: on every rank, if the checkpoint holds another model, or one rank cannot read its share.
     """
-    model = list_model(trainables)
+    model = list_model(train_state)
     wanted: dict[str, Any] = dict(model)
     absent = _take_absent_states(model, _together(lambda: _read_contents(found.folder), found.folder))
     if with_optimizer:
         # Under a name of its own: the checkpoint's plain values, of perhaps another layout, come back as "optimizer".
-        wanted["optimizer_shards"] = list_optimizer(trainables, model, is_loading=True)
+        wanted["optimizer_shards"] = list_optimizer(train_state, model, is_loading=True)
         own = without_shards(wanted["optimizer_shards"])
-    with_generators = with_generators and found.state is not None and found.state.layout == trainables.ranks.layout
-    if with_generators:
-        wanted["rng_state"] = list_generators(trainables.ranks)
+    with_rng_states = with_rng_states and found.state is not None and found.state.layout == train_state.ranks.layout
+    if with_rng_states:
+        wanted["rng_state"] = list_rng_states(train_state.ranks)
     try:
         with safe_loading():
-            loaded = dist_checkpointing.load(wanted, str(found.folder), _sharing(trainables.ranks))
+            loaded = dist_checkpointing.load(wanted, str(found.folder), _sharing(train_state.ranks))
     except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
         raise UserError(f"--load {found.folder}: cannot be loaded: {_reason(error)}", own_rank=True) from error
     for part, names in absent.items():
         loaded[part].update(dict.fromkeys(names))
-    put_model(trainables, loaded)
+    put_model(train_state, loaded)
     if with_optimizer:
-        put_optimizer(trainables, loaded["optimizer_shards"], own, loaded["optimizer"])
+        put_optimizer(train_state, loaded["optimizer_shards"], own, loaded["optimizer"])
     else:
-        trainables.optimizer.reload_model_params()
-    if with_generators:
-        put_generators(loaded["rng_state"])
+        train_state.optimizer.reload_model_params()
+    if with_rng_states:
+        put_rng_states(loaded["rng_state"])
 
 
-def _sharing(ranks: Ranks) -> FullyParallelLoadStrategyWrapper:
+def _sharing(ranks: ParallelState) -> FullyParallelLoadStrategyWrapper:
     """Let data-parallel ranks share the reading of what they all need, and hand it on to each other.
 
     Tensors travel one at a time, by broadcast: the other ways hold all of them twice, or gather tensors of unequal
@@ -85,7 +85,7 @@ def _sharing(ranks: Ranks) -> FullyParallelLoadStrategyWrapper:
     return FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp, exchange_algo="broadcast")
 
 
-class _LoadTogether(TorchDistLoadShardedStrategy):
+class _LoadTogether(TorchDistLoadShardedStrategy):  # type: ignore[misc]
     """Reads a rank's share, and fails on every rank if one cannot read its own.
 
     From 0.17 on megatron-core does not ask the other ranks, which wait for what the failed one was to hand on.

@@ -18,7 +18,7 @@ from megatron_tst.checkpoint.content import CONTENT_METADATA
 from megatron_tst.checkpoint.folders import CheckpointFolders, writing
 from megatron_tst.checkpoint.run_state import RunState, read_run_state, write_run_state
 from megatron_tst.config import UserError
-from megatron_tst.distributed import Ranks, every_rank, main_rank_alone
+from megatron_tst.distributed import ParallelState, every_rank, run_on_main_rank
 from megatron_tst.distributed.main_rank_files import failing_together
 from megatron_tst.megatron_patches.common_state import COMMON_STATE, write_common_state
 from megatron_tst.megatron_patches.shard_writer import InPlaceSaveStrategy, ShardWriting, planning_for_threads
@@ -44,7 +44,13 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, folders: CheckpointFolders, ranks: Ranks, config_yaml: str, *, keep_training: bool, keep_last: int | None
+        self,
+        folders: CheckpointFolders,
+        ranks: ParallelState,
+        config_yaml: str,
+        *,
+        keep_training: bool,
+        keep_last: int | None,
     ) -> None:
         """Prepare to save.
 
@@ -80,7 +86,7 @@ class CheckpointSaver:
         """
         self.finish()
         started_s, step = time.perf_counter(), state.iteration
-        main_rank_alone(lambda: self.folders.begin(step))
+        run_on_main_rank(lambda: self.folders.begin(step))
         with self._abandoning(step), planning_for_threads(), failing_together():
             request = self._plan(step, list_content())
         self._is_validated = True
@@ -113,7 +119,7 @@ class CheckpointSaver:
             with failing_together():
                 written = pending.writing.finish()
             digests = {name: digest for part in every_rank(written) for name, digest in part.items()}
-            main_rank_alone(lambda: self._publish(pending, digests))
+            run_on_main_rank(lambda: self._publish(pending, digests))
 
     def _plan(self, step: int, content: dict[str, Any]) -> AsyncRequest:
         """Write what is not sharded, and plan to write the shards, which only the plan holds on to afterwards."""
@@ -127,7 +133,7 @@ class CheckpointSaver:
             content_metadata=CONTENT_METADATA,
             **save_settings(),
         )
-        main_rank_alone(lambda: self._write_common_state(step, content))
+        run_on_main_rank(lambda: self._write_common_state(step, content))
         return request
 
     def _write_common_state(self, step: int, content: dict[str, Any]) -> None:

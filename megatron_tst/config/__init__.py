@@ -1,6 +1,6 @@
 """What a run is: settings from a YAML file and flags, and every rule that ties them together."""
 
-from megatron_tst.config.errors import EXIT_CODE, EXIT_RESUMABLE, DivergedError, StoppedInSetUp, UserError
+from megatron_tst.config.errors import EXIT_CODE, EXIT_RESUMABLE, DivergedError, StoppedInSetUp, UserError, require
 from megatron_tst.config.parse import (
     config_from_mapping,
     dump_config,
@@ -13,7 +13,7 @@ from megatron_tst.config.parse import (
     read_files,
 )
 from megatron_tst.config.presets import PRESETS
-from megatron_tst.config.rules import check_config, check_layout, check_sizes, global_batch_size, padded_vocab_size
+from megatron_tst.config.rules import check_config, check_layout, check_sizes, global_batch_size
 from megatron_tst.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -53,9 +53,9 @@ __all__ = [
     "global_batch_size",
     "load_config",
     "load_config_text",
-    "padded_vocab_size",
     "parse_config",
     "read_config",
     "read_files",
+    "require",
     "write_json",
 ]

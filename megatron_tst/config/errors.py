@@ -1,5 +1,7 @@
 """The errors that are the user's to mend, and what a run's exit code says."""
 
+from typing import TypeVar
+
 EXIT_CODE = 2  # a setting or a file cannot be used
 EXIT_DIVERGED = 3  # loss or gradient stayed not finite
 EXIT_RESUMABLE = 75  # stopped before the end, with all saved: start it again with --load (EX_TEMPFAIL of sysexits.h)
@@ -31,6 +33,20 @@ class StoppedInSetUp(BaseException):
     """
 
     exit_code = EXIT_RESUMABLE
+
+
+_Value = TypeVar("_Value")
+
+
+def require(flag: str, value: _Value | None) -> _Value:
+    """Return a setting that has no default.
+
+    Raises:
+        UserError: if it was not given.
+    """
+    if value is None:
+        raise UserError(f"{flag} None: must be given")
+    return value
 
 
 class DivergedError(UserError):

@@ -1,9 +1,8 @@
 """Every rule that ties settings together, and the values that follow from them."""
 
-import math
 from collections.abc import Iterator
 
-from megatron_tst.config.errors import UserError
+from megatron_tst.config.errors import UserError, require
 from megatron_tst.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -57,8 +56,7 @@ def global_batch_size(training: TrainingSettings, parallel: ParallelSettings, dp
         UserError: if they do not fill whole micro-batches on ``dp_size`` data-parallel ranks, or not as many as
             interleaved stages take turns with.
     """
-    assert training.micro_batch_size is not None
-    per_pass = training.micro_batch_size * dp_size
+    per_pass = require("--micro-batch-size", training.micro_batch_size) * dp_size
     size = training.global_batch_size or per_pass
     if size % per_pass:
         raise UserError(
@@ -72,12 +70,6 @@ def global_batch_size(training: TrainingSettings, parallel: ParallelSettings, dp
             f"must be a multiple of --pipeline-model-parallel-size {stages}"
         )
     return size
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
-    """Return the vocabulary rounded up to a multiple of ``divisible_by * tp_size``, as Megatron-LM does."""
-    multiple = divisible_by * tp_size
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 def check_sizes(config: RunConfig) -> None:

@@ -1,7 +1,8 @@
 """What a run is: one frozen dataclass per group of settings.
 
 A field carries the name and the meaning of Megatron-LM's flag of that name; settings of this project's own start
-with ``tst_``. On the command line the groups are flat (``--num-layers``), in YAML they are sections.
+with ``tst_``. On the command line the groups are flat (``--num-layers``), in YAML they are sections. What a different
+value means for a run stands in the field's metadata, or in that of its section.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,18 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
+from megatron_tst.config.effects import (
+    COMPUTATION,
+    LENGTH,
+    METHOD,
+    MODEL,
+    NOTHING,
+    ROUTING,
+    RUN,
+    TEXT,
+    TUNING,
+    having,
+)
 from megatron_tst.superposition import Phase, Schedule
 
 Trainer = Literal["own", "megatron-lm"]
@@ -21,7 +34,7 @@ BagWeights = Literal["uniform", "power_law", "exponential", "first_token", "mutu
 class ModelSettings:
     """Shape of the transformer."""
 
-    tst_preset: str | None = None
+    tst_preset: str | None = field(default=None, metadata=having(NOTHING))
     """A published shape: 270m, 600m, 3b or 10b-a1b. Sets the fields below; YAML and flags override it."""
     num_layers: int | None = None
     """Transformer layers."""
@@ -37,7 +50,7 @@ class ModelSettings:
     """Key-value heads, with --group-query-attention."""
     kv_channels: int | None = None
     """Width of one head; hidden size / heads where not given."""
-    seq_length: int | None = None
+    seq_length: int | None = field(default=None, metadata=having(METHOD))
     """Positions per sequence, L, in every phase; a superposed sequence holds L x bag size data tokens."""
     max_position_embeddings: int | None = None
     """Positions the model can embed; --seq-length where not given."""
@@ -59,15 +72,15 @@ class ModelSettings:
     """Leave out the biases of linear layers."""
     qk_layernorm: bool = False
     """Normalise queries and keys per head."""
-    attention_dropout: float = 0.1
+    attention_dropout: float = field(default=0.1, metadata=having(TUNING))
     """Dropout of attention probabilities."""
-    hidden_dropout: float = 0.1
+    hidden_dropout: float = field(default=0.1, metadata=having(TUNING))
     """Dropout of embeddings and sublayer outputs."""
-    init_method_std: float = 0.02
+    init_method_std: float = field(default=0.02, metadata=having(TUNING))
     """Standard deviation of the initial weights."""
-    vocab_size: int | None = None
+    vocab_size: int | None = field(default=None, metadata=having(TEXT))
     """Vocabulary before padding; the tokenizer's where not given."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = field(default=128, metadata=having(NOTHING))
     """Pad the vocabulary to a multiple of this times the tensor-parallel size."""
     num_experts: int | None = None
     """Experts of a mixture-of-experts layer; a dense model where not given."""
@@ -75,17 +88,17 @@ class ModelSettings:
     """Inner width of one expert."""
     moe_router_topk: int = 2
     """Experts per position."""
-    moe_aux_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: float = field(default=0.0, metadata=having(TUNING))
     """Weight of the load-balancing loss."""
-    moe_z_loss_coeff: float | None = None
+    moe_z_loss_coeff: float | None = field(default=None, metadata=having(TUNING))
     """Weight of the router's z-loss."""
-    moe_expert_capacity_factor: float | None = None
+    moe_expert_capacity_factor: float | None = field(default=None, metadata=having(ROUTING))
     """Most positions of a rank's micro-batch that an expert takes, over an equal share; no limit where not given."""
-    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    moe_token_drop_policy: Literal["probs", "position"] = field(default="probs", metadata=having(ROUTING))
     """Whom a full expert takes: the positions most probable to it, or the first."""
-    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "allgather"
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = field(default="allgather", metadata=having(NOTHING))
     """How positions reach their experts."""
-    moe_grouped_gemm: bool = False
+    moe_grouped_gemm: bool = field(default=False, metadata=having(NOTHING))
     """Run all local experts in one grouped multiplication (Transformer Engine)."""
 
 
@@ -118,21 +131,21 @@ class SuperpositionSettings:
 class DataSettings:
     """What is read."""
 
-    data_path: tuple[str, ...] = ()
+    data_path: tuple[str, ...] = field(default=(), metadata=having(TEXT))
     """Prefixes of .bin/.idx files, or weight and prefix in turn for a blend; --split cuts off validation."""
-    train_data_path: tuple[str, ...] = ()
+    train_data_path: tuple[str, ...] = field(default=(), metadata=having(TEXT))
     """Training data apart from validation data, instead of --data-path."""
-    valid_data_path: tuple[str, ...] = ()
+    valid_data_path: tuple[str, ...] = field(default=(), metadata=having(TEXT))
     """Validation data, with --train-data-path."""
     split: str = "969,30,1"
     """Shares of the documents of --data-path for training, validation and test, in file order."""
-    tokenizer_model: str | None = None
+    tokenizer_model: str | None = field(default=None, metadata=having(TEXT))
     """A Hugging Face tokenizer.json, or a folder that holds one."""
     eod_mask_loss: bool = False
     """Take no loss on end-of-document tokens."""
-    num_workers: int = 2
+    num_workers: int = field(default=2, metadata=having(NOTHING))
     """Processes that read ahead on each reading rank; 0 reads in the training process."""
-    data_cache_path: str | None = None
+    data_cache_path: str | None = field(default=None, metadata=having(NOTHING))
     """Where document and sample indices are kept; the run directory where not given."""
 
 
@@ -140,41 +153,41 @@ class DataSettings:
 class TrainingSettings:
     """How long, how much at a time, in which precision."""
 
-    tst_trainer: Trainer = "own"
+    tst_trainer: Trainer = field(default="own", metadata=having(NOTHING))
     """own: this project's loop. megatron-lm: Megatron-LM's trainer, with every flag it has; Python 3.12."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = field(default=None, metadata=having(NOTHING))
     """Sequences per rank in one forward pass."""
-    global_batch_size: int | None = None
+    global_batch_size: int | None = field(default=None, metadata=having(NOTHING))
     """Sequences per optimizer step over all ranks; one micro-batch per data-parallel rank where not given."""
-    train_iters: int | None = None
+    train_iters: int | None = field(default=None, metadata=having(NOTHING))
     """Optimizer steps of the run."""
-    seed: int = 1234
+    seed: int = field(default=1234, metadata=having(RUN))
     """Seed of weights, dropout and data order."""
-    bf16: bool = False
+    bf16: bool = field(default=False, metadata=having(METHOD))
     """Compute in bfloat16 with float32 main weights."""
     accumulate_allreduce_grads_in_fp32: bool = False
     """Accumulate and reduce gradients in float32 with --bf16."""
     attention_softmax_in_fp32: bool = False
     """Compute attention probabilities in float32."""
-    recompute_granularity: Literal["selective", "full"] | None = None
+    recompute_granularity: Literal["selective", "full"] | None = field(default=None, metadata=having(COMPUTATION))
     """Recompute activations in the backward pass: parts of a layer, or all of it."""
-    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = field(default=None, metadata=having(COMPUTATION))
     """With full recomputation: which layers."""
-    recompute_num_layers: int | None = None
+    recompute_num_layers: int | None = field(default=None, metadata=having(COMPUTATION))
     """With full recomputation: layers per recomputed chunk."""
-    cross_entropy_loss_fusion: bool = False
+    cross_entropy_loss_fusion: bool = field(default=False, metadata=having(COMPUTATION))
     """Taken for Megatron-LM's command lines; the loss is always one fused pass, whatever the bag size."""
-    cross_entropy_fusion_impl: Literal["te", "native"] | None = None
+    cross_entropy_fusion_impl: Literal["te", "native"] | None = field(default=None, metadata=having(COMPUTATION))
     """Kernel of the loss: Transformer Engine's, or torch operations; Transformer Engine's where it is installed."""
-    deterministic_mode: bool = False
+    deterministic_mode: bool = field(default=False, metadata=having(COMPUTATION))
     """Compute in a fixed order, so that a run gives the same bits again on CUDA too; slower."""
-    use_cpu_initialization: bool = False
+    use_cpu_initialization: bool = field(default=False, metadata=having(NOTHING))
     """Initialise weights on the CPU: the same weights for every tensor-parallel size."""
-    max_nan_steps: int = 3
+    max_nan_steps: int = field(default=3, metadata=having(NOTHING))
     """Steps in a row whose loss or gradient is not finite, and which are not applied, before the run stops."""
-    eval_interval: int = 1000
+    eval_interval: int = field(default=1000, metadata=having(NOTHING))
     """Steps between next-token evaluations; the last step always evaluates."""
-    eval_iters: int = 100
+    eval_iters: int = field(default=100, metadata=having(NOTHING))
     """Global batches per evaluation; 0 for none."""
 
 
@@ -222,13 +235,13 @@ class OptimizerSettings:
     """Learning rate at the end."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: int | None = field(default=None, metadata=having(LENGTH))
     """Step at which the decay ends; --train-iters where not given."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: int = field(default=0, metadata=having(LENGTH))
     """Steps of linear warm-up."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """With WSD: shape of the final decay."""
-    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_iters: int | None = field(default=None, metadata=having(LENGTH))
     """With WSD: steps of the final decay."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices."""
@@ -240,7 +253,7 @@ class OptimizerSettings:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm."""
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: bool = field(default=False, metadata=having(RUN))
     """Shard optimizer state over data-parallel ranks."""
 
 
@@ -302,19 +315,20 @@ class LoggingSettings:
 class RunConfig:
     """All settings of a run."""
 
-    config: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    config: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=(), metadata=having(NOTHING))
     """A YAML file of settings; given several times, the later wins, and flags override all."""
-    model: ModelSettings = field(default_factory=ModelSettings)
-    superposition: SuperpositionSettings = field(default_factory=SuperpositionSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    parallel: ParallelSettings = field(default_factory=ParallelSettings)
-    logging: LoggingSettings = field(default_factory=LoggingSettings)
-    phases: Annotated[tuple[Phase, ...], tyro.conf.Suppress] = ()
+    model: ModelSettings = field(default_factory=ModelSettings, metadata=having(MODEL))
+    superposition: SuperpositionSettings = field(default_factory=SuperpositionSettings, metadata=having(METHOD))
+    data: DataSettings = field(default_factory=DataSettings, metadata=having(METHOD))
+    training: TrainingSettings = field(default_factory=TrainingSettings, metadata=having(TUNING))
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings, metadata=having(NOTHING))
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings, metadata=having(TUNING))
+    parallel: ParallelSettings = field(default_factory=ParallelSettings, metadata=having(NOTHING))
+    logging: LoggingSettings = field(default_factory=LoggingSettings, metadata=having(NOTHING))
+    # The schedule that was saved is what a run continues, and what is compared.
+    phases: Annotated[tuple[Phase, ...], tyro.conf.Suppress] = field(default=(), metadata=having(NOTHING))
     """YAML only: a list of {bag_size, steps}, instead of the superposition section's two phases."""
-    megatron_lm: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    megatron_lm: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict, metadata=having(TUNING))
     """YAML only: settings that Megatron-LM's trainer alone has, under its own names."""
 
     @property

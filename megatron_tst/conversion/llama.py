@@ -10,13 +10,13 @@ from megatron_tst.conversion.tables import (
     Row,
 )
 
-FIRST = (Row(EMBEDDING, ("model.embed_tokens.weight",), ("padded_vocab_size", "hidden"), VOCABULARY),)
+FIRST = (Row(EMBEDDING, ("model.embed_tokens.weight",), ("padded_vocab_size", "hidden_size"), VOCABULARY),)
 
 ATTENTION = (
     Row(
         "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
         ("model.layers.{layer}.input_layernorm.weight",),
-        ("hidden",),
+        ("hidden_size",),
     ),
     Row(
         "decoder.layers.self_attention.linear_qkv.weight",
@@ -25,13 +25,13 @@ ATTENTION = (
             "model.layers.{layer}.self_attn.k_proj.weight",
             "model.layers.{layer}.self_attn.v_proj.weight",
         ),
-        ("query_key_value", "hidden"),
+        ("query_key_value_width", "hidden_size"),
         QUERY_KEY_VALUE,
     ),
     Row(
         "decoder.layers.self_attention.linear_proj.weight",
         ("model.layers.{layer}.self_attn.o_proj.weight",),
-        ("hidden", "query"),
+        ("hidden_size", "query_width"),
     ),
 )
 
@@ -39,20 +39,24 @@ FEED_FORWARD = (
     Row(
         "decoder.layers.mlp.linear_fc1.layer_norm_weight",
         ("model.layers.{layer}.post_attention_layernorm.weight",),
-        ("hidden",),
+        ("hidden_size",),
     ),
     Row(
         "decoder.layers.mlp.linear_fc1.weight",
         ("model.layers.{layer}.mlp.gate_proj.weight", "model.layers.{layer}.mlp.up_proj.weight"),
-        ("gate_up", "hidden"),
+        ("gate_up_width", "hidden_size"),
         GATE_UP,
     ),
-    Row("decoder.layers.mlp.linear_fc2.weight", ("model.layers.{layer}.mlp.down_proj.weight",), ("hidden", "ffn")),
+    Row(
+        "decoder.layers.mlp.linear_fc2.weight",
+        ("model.layers.{layer}.mlp.down_proj.weight",),
+        ("hidden_size", "ffn_hidden_size"),
+    ),
 )
 
 LAST = (
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
-    Row(HEAD, ("lm_head.weight",), ("padded_vocab_size", "hidden"), VOCABULARY),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden_size",)),
+    Row(HEAD, ("lm_head.weight",), ("padded_vocab_size", "hidden_size"), VOCABULARY),
 )
 
 LLAMA = Architecture(

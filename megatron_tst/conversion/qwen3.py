@@ -7,12 +7,12 @@ HEAD_NORMS = (
     Row(
         "decoder.layers.self_attention.q_layernorm.weight",
         ("model.layers.{layer}.self_attn.q_norm.weight",),
-        ("head_width",),
+        ("kv_channels",),
     ),
     Row(
         "decoder.layers.self_attention.k_layernorm.weight",
         ("model.layers.{layer}.self_attn.k_norm.weight",),
-        ("head_width",),
+        ("kv_channels",),
     ),
 )
 

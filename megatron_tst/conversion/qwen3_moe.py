@@ -8,22 +8,22 @@ EXPERTS = (
     Row(
         "decoder.layers.pre_mlp_layernorm.weight",
         ("model.layers.{layer}.post_attention_layernorm.weight",),
-        ("hidden",),
+        ("hidden_size",),
     ),
-    Row("decoder.layers.mlp.router.weight", ("model.layers.{layer}.mlp.gate.weight",), ("experts", "hidden")),
+    Row("decoder.layers.mlp.router.weight", ("model.layers.{layer}.mlp.gate.weight",), ("num_experts", "hidden_size")),
     Row(
         "decoder.layers.mlp.experts.experts.linear_fc1.weight",
         (
             "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
             "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
         ),
-        ("expert_gate_up", "hidden"),
+        ("expert_gate_up_width", "hidden_size"),
         GATE_UP,
     ),
     Row(
         "decoder.layers.mlp.experts.experts.linear_fc2.weight",
         ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
-        ("hidden", "expert_ffn"),
+        ("hidden_size", "moe_ffn_hidden_size"),
     ),
 )
 

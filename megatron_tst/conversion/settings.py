@@ -8,8 +8,9 @@ from megatron_tst.config import ModelSettings, RunConfig, UserError, check_layou
 from megatron_tst.conversion.llama import LLAMA
 from megatron_tst.conversion.qwen3 import QWEN3
 from megatron_tst.conversion.qwen3_moe import QWEN3_MOE
-from megatron_tst.conversion.tables import Architecture, Shape
+from megatron_tst.conversion.tables import Architecture
 from megatron_tst.conversion.tokenizer_files import TokenIds
+from megatron_tst.shape import resolve_shape
 
 ARCHITECTURES = (LLAMA, QWEN3, QWEN3_MOE)
 
@@ -89,30 +90,6 @@ def inexpressible(model: ModelSettings) -> list[str]:
     ]
 
 
-def shape_of(model: ModelSettings, vocab_size: int, padded_vocab_size: int) -> Shape:
-    """Return the sizes that a model's weights follow from.
-
-    Args:
-        model: complete settings.
-        vocab_size: tokens of the vocabulary.
-        padded_vocab_size: rows of the checkpoint's embedding.
-    """
-    assert model.num_layers and model.hidden_size and model.num_attention_heads
-    ffn = model.ffn_hidden_size or 4 * model.hidden_size
-    return Shape(
-        layers=model.num_layers,
-        hidden=model.hidden_size,
-        heads=model.num_attention_heads,
-        groups=model.num_query_groups if model.group_query_attention else model.num_attention_heads,
-        head_width=model.kv_channels or model.hidden_size // model.num_attention_heads,
-        ffn=ffn,
-        experts=model.num_experts or 0,
-        expert_ffn=model.moe_ffn_hidden_size or ffn,
-        vocab_size=vocab_size,
-        padded_vocab_size=padded_vocab_size,
-    )
-
-
 def config_json(model: ModelSettings, vocab_size: int, token_ids: TokenIds, dtype: str) -> dict[str, Any]:
     """Write settings as the contents of config.json, in the keys that all versions of transformers read.
 
@@ -126,17 +103,17 @@ def config_json(model: ModelSettings, vocab_size: int, token_ids: TokenIds, dtyp
         UserError: naming a setting that no architecture has.
     """
     architecture = architecture_of(model)
-    shape = shape_of(model, vocab_size, vocab_size)
+    shape = resolve_shape(model, vocab_size)
     values = {
         **{setting: getattr(model, setting) for setting in (*SHARED_SETTINGS, *architecture.settings)},
-        "ffn_hidden_size": shape.ffn,
-        "num_query_groups": shape.groups,
-        "kv_channels": shape.head_width,
-        "max_position_embeddings": model.max_position_embeddings or model.seq_length,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "max_position_embeddings": shape.max_position_embeddings,
         "vocab_size": vocab_size,
     }
-    if shape.experts:
-        values["moe_ffn_hidden_size"] = shape.expert_ffn
+    if shape.num_experts:
+        values["moe_ffn_hidden_size"] = shape.moe_ffn_hidden_size
     keys = {**SHARED_SETTINGS, **architecture.settings}
     return {
         "architectures": [architecture.name],
@@ -144,7 +121,7 @@ def config_json(model: ModelSettings, vocab_size: int, token_ids: TokenIds, dtyp
         **{key: values[setting] for setting, key in keys.items()},
         "rope_theta": float(model.rotary_base),
         "rope_scaling": None,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "tie_word_embeddings": shape.is_tied,
         **SHARED_ALWAYS,
         **architecture.always,
         **architecture.stated,

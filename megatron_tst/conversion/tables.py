@@ -12,54 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes that the shapes of all weights follow from.
-
-    Attributes:
-        layers: transformer layers.
-        hidden: width of the residual stream, D.
-        heads: query heads, G Q.
-        groups: key-value heads, G.
-        head_width: width of a head, E.
-        ffn: inner width of the dense feed-forward network, F.
-        experts: experts per layer; 0 in a dense model.
-        expert_ffn: inner width of an expert.
-        vocab_size: tokens of the vocabulary, V.
-        padded_vocab_size: rows of the checkpoint's embedding, Vp.
-    """
-
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    head_width: int
-    ffn: int
-    experts: int
-    expert_ffn: int
-    vocab_size: int
-    padded_vocab_size: int
-
-    @property
-    def query(self) -> int:
-        """Width of all query heads."""
-        return self.heads * self.head_width
-
-    @property
-    def query_key_value(self) -> int:
-        """Width of all query, key and value heads."""
-        return (self.heads + 2 * self.groups) * self.head_width
-
-    @property
-    def gate_up(self) -> int:
-        """Width of a dense network's gate and up projections together."""
-        return 2 * self.ffn
-
-    @property
-    def expert_gate_up(self) -> int:
-        """Width of an expert's gate and up projections together."""
-        return 2 * self.expert_ffn
+from megatron_tst.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -71,24 +24,24 @@ class Transformation:
         join: its inverse.
     """
 
-    split: Callable[[Tensor, Shape], Sequence[Tensor]]
-    join: Callable[[Sequence[Tensor], Shape], Tensor]
+    split: Callable[[Tensor, ModelShape], Sequence[Tensor]]
+    join: Callable[[Sequence[Tensor], ModelShape], Tensor]
 
 
-def _split_query_key_value(weight: Tensor, shape: Shape) -> Sequence[Tensor]:
+def _split_query_key_value(weight: Tensor, shape: ModelShape) -> Sequence[Tensor]:
     """``[G (Q + 2) E, D]`` to ``[G Q E, D]``, ``[G E, D]``, ``[G E, D]``."""
-    per_group = shape.heads // shape.groups
-    grouped = weight.view(shape.groups, per_group + 2, shape.head_width, shape.hidden)
+    per_group = shape.num_attention_heads // shape.num_query_groups
+    grouped = weight.view(shape.num_query_groups, per_group + 2, shape.kv_channels, shape.hidden_size)
     return [heads.flatten(0, 2) for heads in torch.split(grouped, [per_group, 1, 1], dim=1)]
 
 
-def _join_query_key_value(weights: Sequence[Tensor], shape: Shape) -> Tensor:
+def _join_query_key_value(weights: Sequence[Tensor], shape: ModelShape) -> Tensor:
     """The inverse: each key-value head's queries, then its key and its value."""
-    grouped = [heads.view(shape.groups, -1, shape.head_width, shape.hidden) for heads in weights]
+    grouped = [heads.view(shape.num_query_groups, -1, shape.kv_channels, shape.hidden_size) for heads in weights]
     return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
-def _pad_vocabulary(weights: Sequence[Tensor], shape: Shape) -> Tensor:
+def _pad_vocabulary(weights: Sequence[Tensor], shape: ModelShape) -> Tensor:
     """``[V, D]`` to ``[Vp, D]`` with rows of zeros."""
     return torch.nn.functional.pad(weights[0], (0, 0, 0, shape.padded_vocab_size - shape.vocab_size))
 
@@ -106,7 +59,7 @@ class Row:
     Attributes:
         megatron: key in a checkpoint, where all layers (and experts) are stacked on leading axes.
         hugging_face: names of the weights it becomes, one set per ``{layer}`` and ``{expert}``.
-        size: of one layer's (one expert's) weight in the checkpoint, in attributes of :class:`Shape`.
+        size: of one layer's (one expert's) weight in the checkpoint, in attributes of :class:`ModelShape`.
         transformation: between the two.
     """
 
@@ -115,16 +68,16 @@ class Row:
     size: tuple[str, ...]
     transformation: Transformation = SAME
 
-    def stacked(self, shape: Shape) -> tuple[int, ...]:
+    def stacked(self, shape: ModelShape) -> tuple[int, ...]:
         """Return the lengths of the leading axes: of layers, and of experts."""
-        axes = {"{layer}": shape.layers, "{expert}": shape.experts}
+        axes = {"{layer}": shape.num_layers, "{expert}": shape.num_experts}
         return tuple(length for axis, length in axes.items() if axis in self.hugging_face[0])
 
-    def megatron_size(self, shape: Shape) -> tuple[int, ...]:
+    def megatron_size(self, shape: ModelShape) -> tuple[int, ...]:
         """Return the size of one layer's (one expert's) weight in the checkpoint."""
         return tuple(getattr(shape, name) for name in self.size)
 
-    def hugging_face_sizes(self, shape: Shape) -> list[tuple[int, ...]]:
+    def hugging_face_sizes(self, shape: ModelShape) -> list[tuple[int, ...]]:
         """Return the sizes of the weights it becomes."""
         weight = torch.empty(self.megatron_size(shape), device="meta")
         return [tuple(part.shape) for part in self.transformation.split(weight, shape)]
@@ -172,11 +125,11 @@ EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
 
 
-def pieces(rows: Sequence[Row], shape: Shape) -> Iterator[tuple[Row, tuple[int, ...]]]:
+def pieces(rows: Sequence[Row], shape: ModelShape) -> Iterator[tuple[Row, tuple[int, ...]]]:
     """Walk through a model layer by layer: each row, and the index of one weight on its leading axes."""
     for layered, group in itertools.groupby(rows, lambda row: bool(row.stacked(shape))):
         neighbours = list(group)
-        for layer in range(shape.layers) if layered else [None]:
+        for layer in range(shape.num_layers) if layered else [None]:
             for row in neighbours:
                 lengths = row.stacked(shape)
                 inner = itertools.product(*map(range, lengths[1:]))

@@ -1,5 +1,6 @@
 """From a checkpoint to a Hugging Face folder."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -10,15 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tst.config import UserError
+from megatron_tst.checkpoint.saved_checkpoint import SavedCheckpoint
+from megatron_tst.config import UserError, require
 from megatron_tst.conversion.casting import Casting
 from megatron_tst.conversion.safetensors_files import Weight, write_shards
-from megatron_tst.conversion.saved_runs import SavedRun
-from megatron_tst.conversion.settings import architecture_of, config_json, shape_of
-from megatron_tst.conversion.tables import EMBEDDING, Row, Shape, pieces
+from megatron_tst.conversion.settings import architecture_of, config_json
+from megatron_tst.conversion.tables import EMBEDDING, Row, pieces
 from megatron_tst.conversion.tokenizer_files import complete_tokenizer, copy_tokenizer, read_token_ids
 from megatron_tst.conversion.torch_dist import Index, StackedWeights
 from megatron_tst.conversion.whole_folder import whole_folder
+from megatron_tst.shape import ModelShape, resolve_shape
 
 # Tensors of a checkpoint that are not the model's.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -40,7 +42,7 @@ class Export:
         casting: what became of their values.
     """
 
-    def __init__(self, saved: SavedRun, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, saved: SavedCheckpoint, dtype: torch.dtype | None = None) -> None:
         """Compare the checkpoint with the table of its architecture.
 
         Args:
@@ -50,8 +52,8 @@ class Export:
         Raises:
             UserError: if no architecture fits, or a weight is missing, not in the table, or of another size.
         """
-        self._model = saved.config.model
-        self._vocab_size = saved.vocab_size
+        self._model = saved.model
+        self._vocab_size = require("--vocab-size", saved.vocab_size)
         self._stored = StackedWeights(saved.folder)
         self._folder, self.casting = saved.folder, Casting(dtype)
         tied = not self._model.untie_embeddings_and_output_weights
@@ -98,13 +100,15 @@ class Export:
             )
             write_shards(folder, self.weights, tensors, max_shard_bytes, on_progress)
 
-    def _check(self, folder: Path) -> Shape:
+    def _check(self, folder: Path) -> ModelShape:
         stored = {key: entry for key, entry in self._stored.entries.items() if not _OPTIMIZER.match(key)}
         table = {row.megatron for row in self._rows}
         for key in sorted(stored.keys() ^ table):
             where = "is not in the table of its architecture" if key in stored else "is missing"
             raise UserError(f"{folder}: {key}: {where}, {architecture_of(self._model).name}")
-        shape = shape_of(self._model, self._vocab_size, stored[EMBEDDING].size[0])
+        shape = dataclasses.replace(
+            resolve_shape(self._model, self._vocab_size), padded_vocab_size=stored[EMBEDDING].size[0]
+        )
         for row in self._rows:
             wanted = (*row.stacked(shape), *row.megatron_size(shape))
             if tuple(stored[row.megatron].size) != wanted:

@@ -15,12 +15,13 @@ from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.config import DataSettings, RunConfig, TrainingSettings, UserError
 from megatron_tst.conversion.casting import Casting
 from megatron_tst.conversion.safetensors_files import SafetensorsFolder
-from megatron_tst.conversion.saved_runs import complete_weights
-from megatron_tst.conversion.settings import read_config_json, shape_of
+from megatron_tst.conversion.saved_checkpoints import complete_weights
+from megatron_tst.conversion.settings import read_config_json
 from megatron_tst.conversion.tables import Row, pieces
 from megatron_tst.conversion.tokenizer_files import GENERATION, copy_tokenizer, write_token_ids
 from megatron_tst.conversion.torch_dist import Index, Slice, write_stacked
 from megatron_tst.conversion.whole_folder import whole_folder
+from megatron_tst.shape import resolve_shape
 
 # Buffers that old versions of transformers saved with the weights; they follow from rope_theta.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -57,12 +58,8 @@ class Import:
         if not isinstance(contents, dict):
             raise UserError(f"--load {source}: is not a Hugging Face folder: config.json holds no object")
         architecture, self.model, self._token_ids = read_config_json(contents, str(path))
-        assert self.model.vocab_size
-        multiple = self.model.make_vocab_size_divisible_by
-        self._shape = shape_of(
-            self.model, self.model.vocab_size, math.ceil(self.model.vocab_size / multiple) * multiple
-        )
-        self._tied = not self.model.untie_embeddings_and_output_weights
+        self._shape = resolve_shape(self.model)
+        self._tied = self._shape.is_tied
         self._rows = architecture.rows_of(self._tied)
         self._source, self.casting = source, Casting(dtype)
         self._given = SafetensorsFolder(source)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
 
 from megatron_tst.config import UserError
 from megatron_tst.conversion.casting import Casting
@@ -66,7 +67,7 @@ class Difference:
             raise DifferentLogitsError(f"--verify: {self}: more than {limit}")
 
 
-def load_weights(model: torch.nn.Module, folder: Path) -> None:
+def load_weights(model: GPTModel, folder: Path) -> None:
     """Load a checkpoint's weights by megatron-core's own reader, which knows nothing of the conversion.
 
     Args:

@@ -52,7 +52,7 @@ def open_unpacked(raw: io.BufferedReader, file: Path) -> io.BufferedReader:
         raise UnreadableArchiveError(f"is not {named}, as its name says" if head else f"is empty, and no {named}")
     unpacked = raw
     if kind == GZIP:
-        unpacked = io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
+        unpacked = io.BufferedReader(gzip.GzipFile(fileobj=raw))
     elif kind == ZSTANDARD:
         unpacked = io.BufferedReader(_Chunks(_unpack_zstandard(raw)))
     elif kind is not None:

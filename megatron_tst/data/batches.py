@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tst.config import UserError
-from megatron_tst.data.samples import RunText
-from megatron_tst.distributed import Ranks
+from megatron_tst.data.samples import RunDataset
+from megatron_tst.distributed import ParallelState
 from megatron_tst.distributed.signals import ignore_stop_signals
 from megatron_tst.superposition import Schedule, fold_labels, fold_tokens, row_weights, slide_labels
 
@@ -109,7 +109,7 @@ class _MicroBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, schedule: Schedule, first_step: int, micro_batch_size: int, global_batch_size: int, ranks: Ranks
+        self, schedule: Schedule, first_step: int, micro_batch_size: int, global_batch_size: int, ranks: ParallelState
     ) -> None:
         self.schedule, self.first_step, self.ranks = schedule, first_step, ranks
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
@@ -123,7 +123,7 @@ class _MicroBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
                 yield [(point.index, index) for index in range(first, first + size)]
 
 
-class TextReader:
+class BatchLoader:
     """Reads this rank's micro-batches of text, from one step on, in order.
 
     Only the first tensor-parallel rank of a stage that owns text opens the corpora; it hands the text to its group.
@@ -131,9 +131,9 @@ class TextReader:
 
     def __init__(
         self,
-        text: RunText,
+        text: RunDataset,
         schedule: Schedule,
-        ranks: Ranks,
+        ranks: ParallelState,
         *,
         micro_batch_size: int,
         global_batch_size: int,

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from megatron_tst.config import DataSettings, UserError
 from megatron_tst.data.cache import cached, read_array, save_array
 from megatron_tst.data.corpus import Corpus, check_apart, open_blend, split_documents
-from megatron_tst.data.cut import cut_documents, quotas
-from megatron_tst.data.samples import EpochedText, PhaseText, RunText, TextSpec, blend_order
+from megatron_tst.data.document_split import DocumentSplit, split_into_phases, token_budgets
+from megatron_tst.data.samples import CorpusDataset, DatasetSpec, PhaseDataset, RunDataset, blend_order
 from megatron_tst.data.tokenizer import Tokenizer
 from megatron_tst.superposition import Phase, Schedule
 
@@ -25,41 +25,17 @@ class RunData:
     Attributes:
         train: the samples of each phase.
         valid: ordinary samples to evaluate on, or None.
-        cuts: how each training corpus was dealt to the phases.
+        splits: how the documents of each training corpus are split among the phases.
     """
 
-    train: RunText
-    valid: RunText | None
-    cuts: list["SourceCut"]
-
-
-@dataclass(frozen=True)
-class SourceCut:
-    """How one corpus of a blend was dealt: all that the samples of every phase follow from, with the seed.
-
-    Attributes:
-        prefix: path of its files, without the ending.
-        weight: in the blend.
-        documents: first document that was dealt, and one past the last.
-        fingerprint: of the corpus, wherever it lies.
-        quotas: data tokens that each phase owns.
-    """
-
-    prefix: str
-    weight: float
-    documents: tuple[int, int]
-    fingerprint: str
-    quotas: tuple[int, ...]
-
-    def is_of(self, other: "SourceCut") -> bool:
-        """Whether the other was dealt from the same documents, with the same weight."""
-        facts = [(cut.weight, tuple(cut.documents), cut.fingerprint) for cut in (self, other)]
-        return facts[0] == facts[1]
+    train: RunDataset
+    valid: RunDataset | None
+    splits: list[DocumentSplit]
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A corpus and the range of its documents that is dealt."""
+    """A corpus and the range of its documents that the phases read."""
 
     corpus: Corpus
     start: int
@@ -68,14 +44,14 @@ class _Source:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """How shares and samples are made, the same for training and validation.
+    """How documents are split and samples are made, the same for training and validation.
 
     Attributes:
         tokenizer: for the end-of-document token.
         seq_length: positions per sequence, L; a sample holds L x bag size + 1 tokens.
         global_batch_size: sequences per step.
-        seed: of the cut and of all orders.
-        cache: folder for cuts and indices.
+        seed: of the split and of all orders.
+        cache: folder for splits and indices.
     """
 
     tokenizer: Tokenizer
@@ -90,29 +66,29 @@ def build_run_data(
     schedule: Schedule,
     eval_iters: int,
     plan: SamplePlan,
-    continued: list[SourceCut] | None = None,
+    continued: list[DocumentSplit] | None = None,
 ) -> RunData:
-    """Cut the corpora into the phases' shares and build every phase's samples.
+    """Split the corpora's documents among the phases and build every phase's samples.
 
-    Collective: every rank of the world calls it; the main rank cuts and writes indices, the others read them.
+    Collective: every rank of the world calls it; the main rank splits and writes indices, the others read them.
 
     Args:
         settings: which corpora.
         schedule: the phases.
         eval_iters: global batches of one evaluation; 0 for none.
         plan: how samples are made.
-        continued: the cut of the run that this one goes on from; its phases keep their documents.
+        continued: the splits of the run that this one continues; its phases keep their documents.
 
     Raises:
-        UserError: if a corpus cannot be read, is too small, or is not the one that was cut.
+        UserError: if a corpus cannot be read, is too small, or is not the one that was split.
     """
     train, valid = _sources(settings)
     validation = None
     if eval_iters and valid:
         batches = min(eval_iters, _whole_batches(valid, plan))
-        validation = RunText(_build_phases(valid, (Phase(1, batches),), "valid", plan)[0])
-    phases, cuts = _build_phases(train, schedule.phases, "train", plan, continued)
-    return RunData(RunText(phases), validation, cuts)
+        validation = RunDataset(_build_phases(valid, (Phase(1, batches),), "valid", plan)[0])
+    phases, splits = _build_phases(train, schedule.phases, "train", plan, continued)
+    return RunData(RunDataset(phases), validation, splits)
 
 
 def _sources(settings: DataSettings) -> tuple[list[_Source], list[_Source]]:
@@ -155,88 +131,90 @@ def _build_phases(
     phases: tuple[Phase, ...],
     name: str,
     plan: SamplePlan,
-    continued: list[SourceCut] | None = None,
-) -> tuple[list[PhaseText], list[SourceCut]]:
+    continued: list[DocumentSplit] | None = None,
+) -> tuple[list[PhaseDataset], list[DocumentSplit]]:
     weights = [source.corpus.weight for source in sources]
     orders = []
     for phase in phases:
         samples = phase.num_steps * plan.global_batch_size
         digest = _digest(weights, samples)
         orders.append(blend_order(weights, samples, plan.cache / f"blend-{digest}.npy"))
-    parts: list[list[EpochedText]] = [[] for _ in phases]
+    parts: list[list[CorpusDataset]] = [[] for _ in phases]
     tokens = [plan.seq_length * phase.tokens_per_position for phase in phases]
     counts_by_source = [[int((order["part"] == number).sum()) for order in orders] for number in range(len(sources))]
-    cuts = [
-        _plan_cut(source, [count * size + 1 for count, size in zip(counts, tokens, strict=True)])
+    splits = [
+        _plan_split(source, [count * size + 1 for count, size in zip(counts, tokens, strict=True)])
         for source, counts in zip(sources, counts_by_source, strict=True)
     ]
     if continued is not None:
-        cuts = _same_corpora(cuts, continued)
-    for number, (source, counts, cut) in enumerate(zip(sources, counts_by_source, cuts, strict=True)):
-        shares, digest = _deal(source, cut, number, plan)
-        for index, (share, count, size) in enumerate(zip(shares, counts, tokens, strict=True)):
-            spec = TextSpec(
+        splits = _continue_splits(splits, continued)
+    for number, (source, counts, split) in enumerate(zip(sources, counts_by_source, splits, strict=True)):
+        documents_by_phase, digest = _split(source, split, number, plan)
+        for index, (documents, count, size) in enumerate(zip(documents_by_phase, counts, tokens, strict=True)):
+            spec = DatasetSpec(
                 name=f"{name}-phase{index}-corpus{number}-{size}tokens-{digest}",
                 num_tokens=size,
                 seed=(plan.seed, number, index),
                 cache=plan.cache,
             )
-            parts[index].append(EpochedText(source.corpus, share, spec, count, plan.tokenizer))
-    return [PhaseText(part, order) for part, order in zip(parts, orders, strict=True)], cuts
+            parts[index].append(CorpusDataset(source.corpus, documents, spec, count, plan.tokenizer))
+    return [PhaseDataset(part, order) for part, order in zip(parts, orders, strict=True)], splits
 
 
-def _plan_cut(source: _Source, budgets: list[int]) -> SourceCut:
-    """Say how one source is to be dealt, given the data tokens that each phase wants to read of it."""
+def _plan_split(source: _Source, wanted: list[int]) -> DocumentSplit:
+    """Plan how one source is split, given the data tokens that each phase wants to read of it."""
     lengths = source.corpus.lengths[source.start : source.stop]
     num_tokens = int(lengths.sum(dtype=numpy.int64))
-    owned = quotas(budgets, num_tokens, int(lengths.max()))
+    budgets = token_budgets(wanted, num_tokens, int(lengths.max()))
     # Beginning and end stand for the corpus: a path may come to hold another one.
     ends = [lengths[:_ENDS].tobytes(), lengths[-_ENDS:].tobytes()]
     ends += [source.corpus.indexed[document][:_ENDS].tobytes() for document in (source.start, source.stop - 1)]
-    return SourceCut(
+    return DocumentSplit(
         prefix=str(Path(source.corpus.prefix).resolve()),
         weight=source.corpus.weight,
         documents=(source.start, source.stop),
         fingerprint=_digest(num_tokens, *ends),
-        quotas=tuple(owned),
+        token_budgets=tuple(budgets),
     )
 
 
-def _same_corpora(planned: list[SourceCut], continued: list[SourceCut]) -> list[SourceCut]:
-    """Return the cut to continue, at the places where its corpora lie now.
+def _continue_splits(planned: list[DocumentSplit], continued: list[DocumentSplit]) -> list[DocumentSplit]:
+    """Return the splits to continue, with the paths where their corpora lie now.
 
     Raises:
         UserError: if they are not the same corpora.
     """
-    for number, cut in enumerate(planned):
-        if len(planned) != len(continued) or not cut.is_of(continued[number]):
+    for number, split in enumerate(planned):
+        if len(planned) != len(continued) or not split.is_of(continued[number]):
             raise UserError(
-                f"--data-path {cut.prefix}: is not the corpus, share of it or weight that the checkpoint was trained "
+                f"--data-path {split.prefix}: is not the corpus, part of it or weight that the checkpoint was trained "
                 "on; to go on with other text, add --override-run-config"
             )
-    return [replace(cut, quotas=tuple(old.quotas)) for cut, old in zip(planned, continued, strict=True)]
+    return [replace(split, token_budgets=old.token_budgets) for split, old in zip(planned, continued, strict=True)]
 
 
-def _deal(source: _Source, cut: SourceCut, number: int, plan: SamplePlan) -> tuple[list[NDArray[numpy.int32]], str]:
-    """Deal one source's documents to the phases.
+def _split(
+    source: _Source, split: DocumentSplit, number: int, plan: SamplePlan
+) -> tuple[list[NDArray[numpy.int32]], str]:
+    """Return the documents of each phase, and a digest of everything that they follow from.
 
-    The shares lie in the cache, mapped into memory by every rank. Returns them with a digest of all they follow from.
+    They lie in the cache, where the main rank writes them and every rank maps them into memory.
     """
-    owned = list(cut.quotas)
-    digest = _digest(cut, plan.seed, number)
-
-    paths = [plan.cache / f"cut-{digest}-phase{index}.npy" for index in range(len(owned))]
+    digest = _digest(split, plan.seed, number)
+    paths = [plan.cache / f"split-{digest}-phase{index}.npy" for index in range(len(split.token_budgets))]
 
     def load() -> list[NDArray[numpy.int32]] | None:
-        """Map the shares into memory; None where one of them is missing or damaged."""
+        """Map the documents into memory; None if a file is missing or damaged."""
         whole = [array for array in map(read_array, paths) if array is not None]
         return whole if len(whole) == len(paths) else None
 
     def write() -> None:
-        """Cut the corpus."""
-        shares = cut_documents(source.corpus.lengths, source.start, source.stop, owned, plan.seed + number)
-        for path, share in zip(paths, shares, strict=True):
-            save_array(path, share.documents)
+        """Split the corpus."""
+        parts = split_into_phases(
+            source.corpus.lengths, source.start, source.stop, list(split.token_budgets), plan.seed + number
+        )
+        for path, part in zip(paths, parts, strict=True):
+            save_array(path, part.documents)
 
     return cached(load, write, plan.cache), digest
 

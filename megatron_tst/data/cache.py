@@ -12,7 +12,7 @@ import numpy
 from numpy.typing import NDArray
 
 from megatron_tst.config import UserError
-from megatron_tst.distributed import main_rank_alone
+from megatron_tst.distributed import run_on_main_rank
 
 logger = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -42,7 +42,7 @@ def cached(load: Callable[[], _Found | None], write: Callable[[], None], cache: 
         except OSError as error:
             raise UserError(f"--data-cache-path {cache}: cannot be written: {error.strerror or error}") from error
 
-    main_rank_alone(write_missing)
+    run_on_main_rank(write_missing)
     found = load()
     if found is None:
         raise UserError(

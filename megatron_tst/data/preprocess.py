@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def _learn(files: list[Path], json_key: str, vocab_size: int) -> str:
 
 def _encode_all(
     documents: Iterable[Document], tokenizer: Tokenizer, append_eod: bool, workers: int
-) -> Iterator[_Encoded]:
+) -> Generator[_Encoded, None, None]:
     end = tokenizer.eod if append_eod else None
     if workers == 1:
         return (_encode(batch, tokenizer, end) for batch in _batches(documents))

@@ -22,7 +22,7 @@ from megatron_tst.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class TextSpec:
+class DatasetSpec:
     """What the samples of one share look like.
 
     Attributes:
@@ -53,7 +53,7 @@ class EpochIndex:
     shuffle_index: NDArray[Any]
 
 
-class EpochedText:
+class CorpusDataset:
     """The samples of one share of one corpus, epoch after epoch.
 
     Attributes:
@@ -61,7 +61,7 @@ class EpochedText:
     """
 
     def __init__(
-        self, corpus: Corpus, documents: NDArray[numpy.int32], spec: TextSpec, num_samples: int, tokenizer: Tokenizer
+        self, corpus: Corpus, documents: NDArray[numpy.int32], spec: DatasetSpec, num_samples: int, tokenizer: Tokenizer
     ) -> None:
         """Build the indices of every epoch that ``num_samples`` need.
 
@@ -100,7 +100,7 @@ class EpochedText:
 
 
 def build_epoch(
-    corpus: Corpus, documents: NDArray[numpy.int32], spec: TextSpec, epoch: int, tokenizer: Tokenizer, folder: Path
+    corpus: Corpus, documents: NDArray[numpy.int32], spec: DatasetSpec, epoch: int, tokenizer: Tokenizer, folder: Path
 ) -> GPTDataset:
     """Have megatron-core cut one epoch over a share into samples, and write the indices into an empty folder."""
     config = GPTDatasetConfig(
@@ -120,7 +120,7 @@ def build_epoch(
 
 
 def _index_epoch(
-    corpus: Corpus, documents: NDArray[numpy.int32], spec: TextSpec, epoch: int, tokenizer: Tokenizer
+    corpus: Corpus, documents: NDArray[numpy.int32], spec: DatasetSpec, epoch: int, tokenizer: Tokenizer
 ) -> EpochIndex:
     # megatron-core names cached indices by everything but the documents they are made from, takes a half-written file
     # for a whole one, and unpickles what it finds: each share and epoch has a folder of its own, which is moved into
@@ -141,7 +141,7 @@ def _index_epoch(
         """Build the indices in a folder beside their place, and move it there."""
         save_folder(
             folder,
-            lambda new: build_epoch(corpus, documents, spec, epoch, tokenizer, new),  # type: ignore[arg-type,return-value]
+            lambda new: build_epoch(corpus, documents, spec, epoch, tokenizer, new),
             lambda: load() is not None,
         )
 
@@ -174,7 +174,7 @@ def blend_order(weights: list[float], num_samples: int, path: Path) -> NDArray[A
     return cached(lambda: read_array(path), write, path.parent)
 
 
-class PhaseText(torch.utils.data.Dataset[NDArray[Any]]):
+class PhaseDataset(torch.utils.data.Dataset[NDArray[Any]]):
     """The samples of one phase, blended from its shares of all corpora.
 
     Attributes:
@@ -182,7 +182,7 @@ class PhaseText(torch.utils.data.Dataset[NDArray[Any]]):
         order: of the blend, as :func:`blend_order` returns it.
     """
 
-    def __init__(self, parts: list[EpochedText], order: NDArray[Any]) -> None:
+    def __init__(self, parts: list[CorpusDataset], order: NDArray[Any]) -> None:
         """Hold shares and order."""
         self.parts = parts
         self.order = order
@@ -194,7 +194,8 @@ class PhaseText(torch.utils.data.Dataset[NDArray[Any]]):
     def __getitem__(self, index: int) -> NDArray[Any]:
         """Return the text of a sample, ``[T + 1]`` in the integers of its corpus."""
         part, place = self.order[index]
-        return self.parts[part][place]
+        text: NDArray[Any] = self.parts[part][place]
+        return text
 
     @property
     def num_epochs(self) -> float:
@@ -203,14 +204,15 @@ class PhaseText(torch.utils.data.Dataset[NDArray[Any]]):
         return max(float(count) / part.samples_per_epoch for count, part in zip(read, self.parts, strict=True))
 
 
-class RunText(torch.utils.data.Dataset[NDArray[Any]]):
+class RunDataset(torch.utils.data.Dataset[NDArray[Any]]):
     """The samples of all phases, named by phase and index: one loader serves the whole run."""
 
-    def __init__(self, phases: list[PhaseText]) -> None:
+    def __init__(self, phases: list[PhaseDataset]) -> None:
         """Hold the phases' samples."""
         self.phases = phases
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
         """Return the text of sample ``(phase, index)``, ``[T + 1]`` in the integers of its corpus."""
         phase, index = key
-        return self.phases[phase][index]
+        text: NDArray[Any] = self.phases[phase][index]
+        return text

@@ -67,7 +67,9 @@ class Tokenizer:
             lengths = numpy.fromiter(map(len, encoded), numpy.int64, len(encoded))
             return numpy.fromiter(itertools.chain.from_iterable(encoded), numpy.uint32, lengths.sum()), lengths
         ids, ends = self._fast.encode_batch_flat(texts)
-        return numpy.frombuffer(ids, numpy.uint32), numpy.diff(numpy.frombuffer(ends, numpy.int64))
+        return numpy.frombuffer(ids, numpy.uint32), numpy.diff(numpy.frombuffer(ends, numpy.int64)).astype(
+            numpy.int64, copy=False
+        )
 
     @functools.cached_property
     def _fast(self) -> fastokens.Tokenizer | None:
@@ -84,8 +86,8 @@ class Tokenizer:
         sizes = [0] * self.vocab_size
         for token, number in self._model.get_vocab(with_added_tokens=True).items():
             sizes[number] = len(token)
-        for number, token in added.items():
-            sizes[number] = 0 if token.special else len(token.content.encode())
+        for number, special in added.items():
+            sizes[number] = 0 if special.special else len(special.content.encode())
         return sizes
 
     def decode(self, ids: list[int]) -> str:

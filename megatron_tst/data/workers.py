@@ -6,7 +6,7 @@ import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -89,7 +89,7 @@ def ask_one(answer: Callable[[Any], Any], request: Any) -> Any:
         return worker.ask(request)
 
 
-def ask_all(answer: Callable[[Any], Any], requests: Iterable[Any], count: int) -> Iterator[Any]:
+def ask_all(answer: Callable[[Any], Any], requests: Iterable[Any], count: int) -> Generator[Any, None, None]:
     """Call a function for each request in several processes; the answers come in the order of the requests.
 
     Close the iterator where it is not read to its end: it stops the processes.

@@ -1,28 +1,28 @@
 """The device and the ranks of a run: process groups, rank 0 and the others, rendezvous, signals, RNG state."""
 
 from megatron_tst.distributed.device import Device, enter_device
-from megatron_tst.distributed.ranks import (
+from megatron_tst.distributed.parallel_state import (
     ParallelSizes,
-    Ranks,
+    ParallelState,
     any_rank,
+    destroy_parallel_state,
     every_rank,
-    join_ranks,
-    leave_ranks,
-    main_rank_alone,
-    this_rank,
+    get_parallel_state,
+    init_parallel_state,
+    run_on_main_rank,
 )
 from megatron_tst.distributed.rng_state import seed_everything
 
 __all__ = [
     "Device",
     "ParallelSizes",
-    "Ranks",
+    "ParallelState",
     "any_rank",
+    "destroy_parallel_state",
     "enter_device",
     "every_rank",
-    "join_ranks",
-    "leave_ranks",
-    "main_rank_alone",
+    "get_parallel_state",
+    "init_parallel_state",
+    "run_on_main_rank",
     "seed_everything",
-    "this_rank",
 ]

@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tst.distributed.ranks import every_rank
+from megatron_tst.distributed.parallel_state import every_rank
 from megatron_tst.megatron_patches.common_state import COMMON_STATE
 from megatron_tst.megatron_patches.safe_checkpoint import METADATA
 from megatron_tst.megatron_patches.shard_writer import refusal

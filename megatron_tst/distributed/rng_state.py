@@ -21,7 +21,7 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
 
-def generator_states() -> dict[str, Any]:
+def get_rng_states() -> dict[str, Any]:
     """Return the states of this rank's generators, under Megatron-LM's names."""
     return {
         "random_rng_state": random.getstate(),
@@ -32,8 +32,8 @@ def generator_states() -> dict[str, Any]:
     }
 
 
-def restore_generator_states(states: dict[str, Any]) -> None:
-    """Put this rank's generators back to where :func:`generator_states` found them."""
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Put this rank's generators back to where :func:`get_rng_states` found them."""
     random.setstate(states["random_rng_state"])
     numpy.random.set_state(states["np_rng_state"])
     torch.set_rng_state(states["torch_rng_state"])

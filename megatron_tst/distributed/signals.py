@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from megatron_tst.config import StoppedInSetUp
-from megatron_tst.distributed.ranks import any_rank, is_alone
+from megatron_tst.distributed.parallel_state import any_rank, is_alone
 
 # SIGTERM comes from schedulers and shells, SIGUSR1 from SLURM's --signal=USR1@600.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -6,7 +6,7 @@ the device is entered, since they ask for a card when they are.
 
 from collections.abc import Sequence
 
-from megatron_tst.distributed import enter_device, leave_ranks
+from megatron_tst.distributed import destroy_parallel_state, enter_device
 from megatron_tst.megatron_lm.availability import check_available
 
 __all__ = ["check_available", "train"]
@@ -32,5 +32,5 @@ def train(argv: Sequence[str]) -> bool:
     from megatron_tst.megatron_lm.run import prepare
 
     is_complete = prepare(argv, device).train()
-    leave_ranks()
+    destroy_parallel_state()
     return is_complete

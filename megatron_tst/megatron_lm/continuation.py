@@ -20,7 +20,7 @@ from megatron_tst.checkpoint.run_state import (
     read_saved_config,
 )
 from megatron_tst.config import RunConfig, UserError, dump_config, load_config_text
-from megatron_tst.data.build import SourceCut
+from megatron_tst.data.document_split import DocumentSplit
 from megatron_tst.superposition import Schedule
 
 logger = logging.getLogger(__name__)
@@ -35,14 +35,14 @@ class Start:
         schedule: the phases to run.
         step: optimizer steps done already.
         gpu_hours: that these took.
-        cuts: how the text was dealt to the phases, where that is to be continued.
+        splits: how the documents are split among the phases, where that is to be continued.
         state: of the checkpoint to go on from, or None.
     """
 
     schedule: Schedule
     step: int = 0
     gpu_hours: float = 0.0
-    cuts: list[SourceCut] | None = None
+    splits: list[DocumentSplit] | None = None
     state: RunState | None = None
 
 
@@ -65,8 +65,8 @@ def find_start(args: Namespace, config: RunConfig) -> Start:
         start = Start(config.schedule, state.iteration, state.gpu_hours, state=state)
     else:
         check_phases(saved.phases, config.phases)
-        cuts = [SourceCut(**source) for source in state.sources]
-        start = Start(prolonged(state.schedule, args.train_iters), state.iteration, state.gpu_hours, cuts, state)
+        splits = [DocumentSplit.from_saved(source) for source in state.sources]
+        start = Start(prolonged(state.schedule, args.train_iters), state.iteration, state.gpu_hours, splits, state)
     if start.schedule.num_steps < state.iteration:
         raise UserError(f"--train-iters {args.train_iters}: {folders.of(step)} has {state.iteration} steps done")
     return start
@@ -92,7 +92,7 @@ def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: in
         UserError: naming the first thing that differs.
     """
     state = start.state
-    if state is None or start.cuts is None:
+    if state is None or start.splits is None:
         return
     instead = "to go on nevertheless, add --override-run-config"
     if state.vocab_size != vocab_size:

@@ -19,7 +19,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_tst.data.batches import Batch, BatchShape, make_batch, slice_for_context_parallel
-from megatron_tst.distributed import Ranks
+from megatron_tst.distributed import ParallelState
 from megatron_tst.megatron_lm.samples import phase_of, read_step
 from megatron_tst.superposition import Phase, Schedule
 
@@ -60,7 +60,7 @@ class ForwardStep:
     def __init__(
         self,
         schedule: Schedule,
-        ranks: Ranks,
+        ranks: ParallelState,
         batch_shape: Callable[[Phase], BatchShape],
         sizes: Callable[[bool], StepSizes],
         check: Callable[[Tensor], None],

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tst.config import UserError
-from megatron_tst.distributed import Device, Ranks, main_rank_alone
+from megatron_tst.distributed import Device, ParallelState, run_on_main_rank
 from megatron_tst.distributed.device import peak_memory_bytes
 from megatron_tst.shape.flops import peak_tflops
 from megatron_tst.superposition import Schedule
@@ -60,7 +60,7 @@ class Monitor:
         step: steps done.
     """
 
-    def __init__(self, facts: RunFacts, directory: RunDirectory, ranks: Ranks, device: Device) -> None:
+    def __init__(self, facts: RunFacts, directory: RunDirectory, ranks: ParallelState, device: Device) -> None:
         """Open the metrics file.
 
         Collective: every rank of the world calls it.
@@ -71,7 +71,7 @@ class Monitor:
         self.step = facts.first_step
         self._facts, self._ranks, self._device = facts, ranks, device
         self._path = directory.metrics
-        main_rank_alone(self._touch)
+        run_on_main_rank(self._touch)
         self._file = MetricsFile(self._path) if ranks.is_main else None
         lines = read_metrics(self._path) if ranks.is_main else []
         self._switches = SwitchWatch(facts.schedule.ends, lines)

@@ -21,10 +21,10 @@ from torch import Tensor
 from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.stock_arguments import find_foreign
-from megatron_tst.config import RunConfig, UserError, check_sizes, dump_config, padded_vocab_size
+from megatron_tst.config import RunConfig, UserError, check_sizes, dump_config
 from megatron_tst.data.batches import BatchShape
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
-from megatron_tst.distributed import Device, any_rank, main_rank_alone, this_rank
+from megatron_tst.distributed import Device, any_rank, get_parallel_state, run_on_main_rank
 from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.megatron_lm.continuation import check_identity, find_start, remember
 from megatron_tst.megatron_lm.flags import complete, flag_parser, read_arguments
@@ -38,7 +38,7 @@ from megatron_tst.megatron_lm.tokenizer import RunTokenizer, find_tokenizer
 from megatron_tst.megatron_patches import Libraries, find_libraries
 from megatron_tst.megatron_patches.versions import check_transformer_engine
 from megatron_tst.model import loss_choice
-from megatron_tst.shape import step_flops
+from megatron_tst.shape import pad_vocabulary, resolve_shape, step_flops
 from megatron_tst.superposition import Phase, bag_weights
 from megatron_tst.telemetry import RunDirectory, short, start_log_screen, versions
 
@@ -73,12 +73,12 @@ class Run:
             StoppedInSetUp: if a signal asks to stop.
         """
         self._signals.listen()
-        self._ranks = this_rank()
+        self._ranks = get_parallel_state()
         if self._ranks.is_main:
             start_log_screen()
             # Megatron-LM sends every line that reaches the root to the screen.
             logging.getLogger("megatron_tst").propagate = False
-        self._start = main_rank_alone(self._take_place)
+        self._start = run_on_main_rank(self._take_place)
         self._signals.check()
 
     def _take_place(self) -> Any:
@@ -109,7 +109,7 @@ class Run:
         if self._data is None:
             cache = Path(args.data_cache_path or self._directory.index_cache)
             plan = SamplePlan(self._tokenizer, args.seq_length, args.global_batch_size, args.seed, cache)  # type: ignore[arg-type]
-            self._data = build_run_data(config.data, self._start.schedule, args.eval_iters, plan, self._start.cuts)
+            self._data = build_run_data(config.data, self._start.schedule, args.eval_iters, plan, self._start.splits)
             self._signals.check()
         vocabulary = Vocabulary(config.model.vocab_size or 0)
         is_read = self._ranks.owns_text
@@ -168,7 +168,7 @@ class Run:
         """Return what a step takes: as the own trainer counts it where it has such models, else as Megatron-LM does."""
         args = self.args
         if args.hybrid_layer_pattern is None and not find_foreign(vars(args)):
-            return step_flops(self.config.model, args.padded_vocab_size, args.global_batch_size)
+            return step_flops(resolve_shape(self.config.model, parallel=self.config.parallel), args.global_batch_size)
         return float(training.num_floating_point_operations(args, args.global_batch_size))
 
     def stepped(
@@ -183,7 +183,8 @@ class Run:
 
     def is_save_due(self, step: int) -> bool:
         """Whether a phase ends: the checkpoint of a switch is always kept."""
-        return step in self._start.schedule.ends[:-1]  # after the last one Megatron-LM saves by itself
+        ends: tuple[int, ...] = self._start.schedule.ends
+        return step in ends[:-1]  # after the last one Megatron-LM saves by itself
 
     def is_stop_asked(self) -> bool:
         """Whether a signal reached any rank.
@@ -205,7 +206,7 @@ class Run:
             vocab_size=self.config.model.vocab_size or 0,
             tokenizer=self._tokenizer.name,
             tokenizer_sha256=self._tokenizer.sha256,
-            sources=[asdict(cut) for cut in self._data.cuts],
+            sources=[asdict(split) for split in self._data.splits],
             layout=self._ranks.layout,
             is_permanent=step in schedule.ends,
             versions=versions(),
@@ -224,7 +225,7 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether all steps are done."""
-        return self._monitor.step >= self._start.schedule.num_steps
+        return bool(self._monitor.step >= self._start.schedule.num_steps)
 
     def forward_step(self, samples: Any, model: torch.nn.Module, *_: Any) -> Any:
         """Run the next micro-batch through the model; Megatron-LM's ``forward_step_func``."""
@@ -307,9 +308,8 @@ def prepare(argv: Sequence[str], device: Device) -> Run:
     if args.vocab_size is not None and args.vocab_size < tokenizer.vocab_size:
         raise UserError(f"--vocab-size {args.vocab_size}: must be at least the tokenizer's {tokenizer.vocab_size}")
     if args.padded_vocab_size is None:
-        args.padded_vocab_size = padded_vocab_size(
-            vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
-        )
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        args.padded_vocab_size = pad_vocabulary(vocab_size, multiple)
     complete(args)
     config = run_config(args, parser, vocab_size)
     config = replace(config, training=replace(config.training, cross_entropy_fusion_impl=args.tst_loss))

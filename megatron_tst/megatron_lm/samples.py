@@ -14,7 +14,7 @@ from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
 from megatron_tst.config import UserError
-from megatron_tst.data.samples import PhaseText, RunText
+from megatron_tst.data.samples import PhaseDataset, RunDataset
 from megatron_tst.superposition import Phase, Schedule
 
 # Validation is read from its start at every evaluation, as often as there are any.
@@ -51,7 +51,7 @@ class TrainSamples(torch.utils.data.Dataset[dict[str, Any]]):
     split = Split.train
 
     def __init__(
-        self, text: RunText, schedule: Schedule, global_batch_size: int, vocabulary: Vocabulary, is_read: bool
+        self, text: RunDataset, schedule: Schedule, global_batch_size: int, vocabulary: Vocabulary, is_read: bool
     ) -> None:
         """Hold the text.
 
@@ -82,7 +82,7 @@ class ValidSamples(torch.utils.data.Dataset[dict[str, Any]]):
 
     split = Split.valid
 
-    def __init__(self, text: PhaseText, vocabulary: Vocabulary, is_read: bool) -> None:
+    def __init__(self, text: PhaseDataset, vocabulary: Vocabulary, is_read: bool) -> None:
         """Hold the text.
 
         Args:
@@ -120,7 +120,7 @@ def read_step(samples: Iterator[dict[str, Any]], num_microbatches: int) -> list[
     return [next(samples) for _ in range(num_microbatches)]
 
 
-def bytes_per_target(text: PhaseText, token_bytes: list[int], masked_after: int | None) -> float | None:
+def bytes_per_target(text: PhaseDataset, token_bytes: list[int], masked_after: int | None) -> float | None:
     """Return the bytes of text that a target of these samples stands for on average; None where there are none.
 
     Args:

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from argparse import Namespace
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from megatron_tst.config import RunConfig, UserError
 from megatron_tst.config.fields import read_fields
@@ -20,13 +20,15 @@ def run_config(args: Namespace, parser: argparse.ArgumentParser, vocab_size: int
         parser: of all flags.
         vocab_size: tokens of the vocabulary, before padding, where it is known.
     """
-    config, known = RunConfig(), set()
+    config = RunConfig()
+    known: set[str] = set()
     for section in dataclasses.fields(config):
-        settings = getattr(config, section.name)
+        settings: Any = getattr(config, section.name)
         if dataclasses.is_dataclass(settings):
             values = _values(settings, args, parser)
             known |= {f"--{name.replace('_', '-')}" for name in values}
-            config = dataclasses.replace(config, **{section.name: dataclasses.replace(settings, **values)})  # type: ignore[type-var]
+            changed: dict[str, Any] = {section.name: dataclasses.replace(cast(Any, settings), **values)}
+            config = dataclasses.replace(config, **changed)
     model = dataclasses.replace(config.model, vocab_size=vocab_size or config.model.vocab_size, tst_preset=None)
     return dataclasses.replace(
         config,

@@ -166,7 +166,7 @@ def _pieces(buffer: Any, parameter: Tensor, group_size: int) -> dict[int, tuple[
 
 def _like(shard: Any, name: str, tensor: Tensor, replica_id: tuple[int, ...]) -> Any:
     """Return a shard of a parameter's state, placed like the parameter's own."""
-    changes = {"key": f"optimizer.state.{name}.{shard.key}", "data": tensor.view(shard.data.shape)}
+    changes: dict[str, Any] = {"key": f"optimizer.state.{name}.{shard.key}", "data": tensor.view(shard.data.shape)}
     if not isinstance(shard, ShardedTensorFactory):
         changes["dtype"] = tensor.dtype
     return replace(shard, **changes, replica_id=replica_id)

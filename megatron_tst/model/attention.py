@@ -81,7 +81,9 @@ class ScaledDotProductAttention(torch.nn.Module):
         # torch cannot make the mask inside every mode (one that counts FLOPs, say), and a square one needs none.
         is_square = query.shape[0] == key.shape[0]
         context = torch.nn.functional.scaled_dot_product_attention(
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             attn_mask=None if is_square else causal_lower_right(query.shape[0], key.shape[0]),
             is_causal=is_square,
             dropout_p=self.dropout if self.training else 0.0,

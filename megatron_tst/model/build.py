@@ -7,23 +7,29 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings, padded_vocab_size
-from megatron_tst.distributed import Ranks
+from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings
+from megatron_tst.distributed import ParallelState
 from megatron_tst.megatron_patches import Libraries
 from megatron_tst.megatron_patches.versions import without_cuda_graphs
 from megatron_tst.model.gpt import TSTGPTModel
 from megatron_tst.model.layers import block_spec
 from megatron_tst.model.loss import LossChoice, LossImplementation
 from megatron_tst.model.te_loss import load_kernel
+from megatron_tst.shape import ModelShape, virtual_stages
 
 
 def transformer_config(
-    model: ModelSettings, training: TrainingSettings, parallel: ParallelSettings, libraries: Libraries
+    model: ModelSettings,
+    shape: ModelShape,
+    training: TrainingSettings,
+    parallel: ParallelSettings,
+    libraries: Libraries,
 ) -> TransformerConfig:
     """Translate settings into megatron-core's configuration.
 
     Args:
-        model: the shape.
+        model: its settings.
+        shape: the sizes that follow from them.
         training: precision, recomputation, initialisation.
         parallel: the layout.
         libraries: what fused kernels can come from.
@@ -31,8 +37,8 @@ def transformer_config(
     has_te = libraries.transformer_engine is not None
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     return TransformerConfig(
-        **_shape(model),
-        **_mixture_of_experts(model, has_te),
+        **_layers(model, shape),
+        **_mixture_of_experts(model, shape, has_te),
         bf16=training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -45,7 +51,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=_virtual_stages(model, parallel),
+        virtual_pipeline_model_parallel_size=virtual_stages(shape.num_layers, parallel),
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=1,
@@ -61,14 +67,14 @@ def transformer_config(
     )
 
 
-def _shape(model: ModelSettings) -> dict[str, Any]:
+def _layers(model: ModelSettings, shape: ModelShape) -> dict[str, Any]:
     return {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_query_groups if model.group_query_attention else None,
-        "kv_channels": model.kv_channels,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
         "normalization": model.normalization,
         "layernorm_epsilon": model.norm_epsilon,
         "gated_linear_unit": model.swiglu,
@@ -81,14 +87,12 @@ def _shape(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _mixture_of_experts(model: ModelSettings, has_te: bool) -> dict[str, Any]:
+def _mixture_of_experts(model: ModelSettings, shape: ModelShape, has_te: bool) -> dict[str, Any]:
     if model.num_experts is None:
         return {}
-    assert model.hidden_size
     return {
         "num_moe_experts": model.num_experts,
-        # megatron-core takes the same where it is not given, and warns.
-        "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
         "moe_router_topk": model.moe_router_topk,
         # The softmax runs over the chosen experts, so their probabilities sum to 1.
         "moe_router_pre_softmax": False,
@@ -104,18 +108,10 @@ def _mixture_of_experts(model: ModelSettings, has_te: bool) -> dict[str, Any]:
     }
 
 
-def _virtual_stages(model: ModelSettings, parallel: ParallelSettings) -> int | None:
-    per_stage = parallel.num_layers_per_virtual_pipeline_stage
-    if per_stage is None:
-        return None
-    assert model.num_layers is not None
-    return model.num_layers // parallel.pipeline_model_parallel_size // per_stage
-
-
 def build_gpt(
     config: TransformerConfig,
     model: ModelSettings,
-    vocab_size: int,
+    shape: ModelShape,
     loss: LossChoice,
     use_transformer_engine: bool,
     *,
@@ -128,8 +124,8 @@ def build_gpt(
 
     Args:
         config: megatron-core's configuration.
-        model: vocabulary, positions and head.
-        vocab_size: tokens of the vocabulary before padding.
+        model: how positions enter.
+        shape: vocabulary, positions and head.
         loss: which loss to compute from labels.
         use_transformer_engine: whether to use its layers.
         pre_process: whether the stage embeds.
@@ -137,22 +133,22 @@ def build_gpt(
         vp_stage: the virtual stage, where stages are interleaved.
         model_class: the class to build.
     """
-    padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, config.tensor_model_parallel_size)
-    return model_class(
+    stage: TSTGPTModel = model_class(
         config=config,
         transformer_layer_spec=block_spec(config, use_transformer_engine, vp_stage),
-        vocab_size=padded,
-        real_vocab_size=vocab_size,
+        vocab_size=shape.padded_vocab_size,
+        real_vocab_size=shape.vocab_size,
         loss=loss,
-        max_sequence_length=model.max_position_embeddings or model.seq_length,
+        max_sequence_length=shape.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=shape.is_tied,
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+    return stage
 
 
 def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
@@ -179,21 +175,23 @@ def reduce_experts_apart(chunk: torch.nn.Module) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Libraries) -> list[torch.nn.Module]:
+def build_model(
+    run: RunConfig, shape: ModelShape, ranks: ParallelState, libraries: Libraries
+) -> list[DistributedDataParallel]:
     """Build this rank's model chunks: one, or one per virtual pipeline stage.
 
     Collective: every rank of the world calls it.
 
     Args:
         run: the settings.
-        vocab_size: tokens of the vocabulary before padding.
+        shape: the sizes of its model on this layout.
         ranks: this rank's place.
         libraries: what fused kernels can come from.
 
     Returns:
         Chunks wrapped in megatron-core's Float16Module (with bf16) and DistributedDataParallel.
     """
-    config = transformer_config(run.model, run.training, run.parallel, libraries)
+    config = transformer_config(run.model, shape, run.training, run.parallel, libraries)
     virtual = config.virtual_pipeline_model_parallel_size
     last = (virtual or 1) - 1
     chunks = []
@@ -201,7 +199,7 @@ def build_model(run: RunConfig, vocab_size: int, ranks: Ranks, libraries: Librar
         chunk = build_gpt(
             config,
             run.model,
-            vocab_size,
+            shape,
             loss_choice(run, libraries),
             use_transformer_engine=libraries.transformer_engine is not None,
             pre_process=ranks.is_first_stage and stage == 0,

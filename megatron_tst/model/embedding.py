@@ -3,7 +3,7 @@
 Shape letters: B sequences, L positions, S bag size, N = B L bags, D hidden, Vp local vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -57,14 +57,14 @@ class VocabParallelBagEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
     def forward(self, input_: Tensor) -> Tensor:
         """Embed tokens ``[B, L]`` or bags ``[B, L, S]``."""
         if input_.dim() == 2:
-            return super().forward(input_)
+            return cast(Tensor, super().forward(input_))
         batch, positions, bag_size = input_.shape
         rows_NS = input_.reshape(-1, bag_size) - self.vocab_start_index
-        sum_BLD = _BagSum.apply(self.weight, rows_NS).view(batch, positions, -1)
+        sum_BLD = cast(Tensor, _BagSum.apply(self.weight, rows_NS)).view(batch, positions, -1)
         # The sum stays in float32 across the ranks' partial sums: the mean is then rounded once, whatever tp is.
         if self.reduce_scatter_embeddings:
             sum_LBD = sum_BLD.transpose(0, 1).contiguous()
             reduced = reduce_scatter_to_sequence_parallel_region(sum_LBD, group=self.tp_group)
         else:
             reduced = reduce_from_tensor_model_parallel_region(sum_BLD, group=self.tp_group)
-        return (reduced / bag_size).to(self.weight.dtype)
+        return cast(Tensor, (reduced / bag_size).to(self.weight.dtype))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_tst.config import RunConfig, UserError, check_layout, global_batch_size
-from megatron_tst.planning.memory import Memory, data_parallel_size, pipeline_memory
+from megatron_tst.planning.memory import Memory, data_parallel_size, micro_batch_size, pipeline_memory, shape_of
 from megatron_tst.planning.step_time import StepTime, estimate_step
 from megatron_tst.shape.hardware import Gpu
 
@@ -91,17 +91,12 @@ def _check(config: RunConfig, num_gpus: int) -> None:
 
 def recomputations(config: RunConfig) -> list[RunConfig]:
     """Return a run with each way to recompute activations: none, of attention alone, of every layer."""
-    ways = ((None, None, None), ("selective", None, None), ("full", "uniform", 1))
-    return [_with_recomputation(config, *way) for way in ways]
-
-
-def _with_recomputation(
-    config: RunConfig, granularity: str | None, method: str | None, layers: int | None
-) -> RunConfig:
-    training = dataclasses.replace(
-        config.training, recompute_granularity=granularity, recompute_method=method, recompute_num_layers=layers
+    none = dataclasses.replace(
+        config.training, recompute_granularity=None, recompute_method=None, recompute_num_layers=None
     )
-    return dataclasses.replace(config, training=training)
+    selective = dataclasses.replace(none, recompute_granularity="selective")
+    full = dataclasses.replace(none, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return [dataclasses.replace(config, training=training) for training in (none, selective, full)]
 
 
 def search_layouts(
@@ -148,19 +143,18 @@ def distinct(layouts: Sequence[Layout]) -> list[Layout]:
 
 def _by_speed(layout: Layout) -> tuple[float, float]:
     """Faster first; of equals the larger micro-batch, whose multiplications are larger."""
-    assert layout.step and layout.config.training.micro_batch_size
-    return round(layout.step.total, 9), -layout.config.training.micro_batch_size
+    assert layout.step
+    return round(layout.step.total, 9), -micro_batch_size(layout.config)
 
 
 def _candidates(config: RunConfig, gpu: Gpu, num_gpus: int) -> Iterator[RunConfig]:
-    model = config.model
-    assert model.num_layers
+    shape = shape_of(config)
     tensor = [size for size in (1, 2, 4, 8) if size <= min(gpu.per_node, num_gpus)]
-    pipeline = [size for size in _divisors(model.num_layers) if size <= num_gpus]
-    experts = [size for size in _divisors(model.num_experts or 1) if size <= num_gpus]
+    pipeline = [size for size in _divisors(shape.num_layers) if size <= num_gpus]
+    experts = [size for size in _divisors(shape.num_experts or 1) if size <= num_gpus]
     none, _, full = recomputations(config)
     for tp, pp, ep, micro, start in itertools.product(tensor, pipeline, experts, MICRO_BATCHES, (none, full)):
-        for per_chunk in _chunks(model.num_layers // pp, pp):
+        for per_chunk in _chunks(shape.num_layers // pp, pp):
             parallel = dataclasses.replace(
                 config.parallel,
                 tensor_model_parallel_size=tp,

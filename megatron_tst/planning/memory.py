@@ -4,10 +4,11 @@ A number has 2 bytes in bfloat16, else 4. Activations are counted per position, 
 backward pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
-from megatron_tst.config import ModelSettings, RunConfig, TrainingSettings, padded_vocab_size
+from megatron_tst.config import RunConfig, TrainingSettings, require
+from megatron_tst.shape import ModelShape, resolve_shape, virtual_stages
 from megatron_tst.shape.parameters import parameter_parts
 
 FLOAT32_BYTES = 4
@@ -54,22 +55,20 @@ def pipeline_memory(config: RunConfig, num_gpus: int, fused: bool = True) -> lis
 
 
 def _stage_memory(config: RunConfig, num_gpus: int, stage: int, fused: bool) -> Memory:
-    model, training, parallel = config.model, config.training, config.parallel
+    shape, training, parallel = shape_of(config), config.training, config.parallel
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    assert model.num_layers and model.hidden_size and model.seq_length and training.micro_batch_size
     shared, experts = stage_parameters(config, stage)
-    layers = model.num_layers // pp
-    positions = training.micro_batch_size * model.seq_length // cp
+    positions = micro_batch_size(config) * shape.seq_length // cp
     width = _number_bytes(training)
     under_way = micro_batches_under_way(config, num_gpus, stage)
-    kept, passing = stage_activations(model, training, layers, tp if parallel.sequence_parallel else 1, tp, fused)
+    kept, passing = stage_activations(shape, training, tp if parallel.sequence_parallel else 1, tp, fused)
     is_last = stage == pp - 1
-    logits = _vocabulary(config) // tp * width if is_last else 0
-    head = _head_activation(model, width, tp if parallel.sequence_parallel else 1, fused) if is_last else 0
+    logits = shape.padded_vocab_size // tp * width if is_last else 0
+    head = _head_activation(shape, width, tp if parallel.sequence_parallel else 1, fused) if is_last else 0
     return Memory(
         weights=(shared + experts) * width,
         gradients=(shared + experts) * gradient_bytes(training),
@@ -82,11 +81,10 @@ def _stage_memory(config: RunConfig, num_gpus: int, stage: int, fused: bool) -> 
 
 def stage_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
     """Return the parameters that one rank of a pipeline stage holds: those outside experts, and its experts'."""
-    model, parallel = config.model, config.parallel
-    assert model.num_layers
-    parts = parameter_parts(model, _vocabulary(config))
+    shape, parallel = shape_of(config), config.parallel
+    parts = parameter_parts(shape)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layers = model.num_layers // pp
+    layers = shape.layers_per_stage
     shared = layers * (parts.layer_matrices // tp + parts.layer_copied)
     is_first, is_last = stage == 0, stage == pp - 1
     if is_first:
@@ -94,7 +92,7 @@ def stage_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
     if is_last:
         shared += parts.last_norm
         # A tied output weight is a copy of the embedding where they lie on different stages.
-        shared += parts.table // tp if model.untie_embeddings_and_output_weights or not is_first else 0
+        shared += parts.table // tp if not (shape.is_tied and is_first) else 0
     return shared, layers * parts.layer_experts // parallel.expert_model_parallel_size
 
 
@@ -124,27 +122,35 @@ def micro_batches_under_way(config: RunConfig, num_gpus: int, stage: int) -> flo
     parallel = config.parallel
     pp = parallel.pipeline_model_parallel_size
     count = num_micro_batches(config, num_gpus)
-    chunks = virtual_chunks(config)
+    chunks = virtual_stages(require("--num-layers", config.model.num_layers), parallel) or 1
     if chunks == 1:
         return min(count, pp - stage)
     return min(count * chunks, 2 * (pp - stage - 1) + (chunks - 1) * pp + 1) / chunks
 
 
-def virtual_chunks(config: RunConfig) -> int:
-    """Return the chunks of layers that each stage holds: 1 without interleaving."""
-    per_chunk = config.parallel.num_layers_per_virtual_pipeline_stage
-    assert config.model.num_layers
-    if per_chunk is None:
-        return 1
-    return config.model.num_layers // config.parallel.pipeline_model_parallel_size // per_chunk
+def shape_of(config: RunConfig) -> ModelShape:
+    """Return the sizes of a run's model on its layout."""
+    return resolve_shape(config.model, parallel=config.parallel)
+
+
+def micro_batch_size(config: RunConfig) -> int:
+    """Return the sequences of one forward pass.
+
+    Raises:
+        UserError: if they are not given.
+    """
+    return require("--micro-batch-size", config.training.micro_batch_size)
 
 
 def num_micro_batches(config: RunConfig, num_gpus: int) -> int:
     """Return the micro-batches that one rank runs per step."""
-    training = config.training
-    assert training.micro_batch_size
-    per_pass = training.micro_batch_size * data_parallel_size(config, num_gpus)
-    return max((training.global_batch_size or per_pass) // per_pass, 1)
+    per_pass = micro_batch_size(config) * data_parallel_size(config, num_gpus)
+    return max(sequences_per_step(config, num_gpus) // per_pass, 1)
+
+
+def sequences_per_step(config: RunConfig, num_gpus: int) -> int:
+    """Return the global batch: as given, or one micro-batch per replica of the model."""
+    return config.training.global_batch_size or micro_batch_size(config) * data_parallel_size(config, num_gpus)
 
 
 def data_parallel_size(config: RunConfig, num_gpus: int) -> int:
@@ -156,7 +162,7 @@ def data_parallel_size(config: RunConfig, num_gpus: int) -> int:
 
 
 def stage_activations(
-    model: ModelSettings, training: TrainingSettings, layers: int, sp: int, tp: int, fused: bool
+    shape: ModelShape, training: TrainingSettings, sp: int, tp: int, fused: bool
 ) -> tuple[float, float]:
     """Return the bytes per position that a stage keeps per micro-batch, and that one layer's backward pass adds.
 
@@ -164,22 +170,19 @@ def stage_activations(
     walked back.
 
     Args:
-        model: the shape.
+        shape: the sizes of the model on its layout.
         training: precision and recomputation.
-        layers: of the stage.
         sp: ranks that share what lies between the matrices: tp with sequence parallelism, else 1.
         tp: ranks that share the matrices.
         fused: whether layers are Transformer Engine's.
     """
-    assert model.hidden_size
-    width = _number_bytes(training)
-    layer = sum(layer_activations(model, width, sp, tp, fused).values())
-    gradients = _gradients_of_a_layer(model, width, sp, tp)
+    width, layers = _number_bytes(training), shape.layers_per_stage
+    layer = sum(layer_activations(shape, width, sp, tp, fused).values())
+    gradients = _gradients_of_a_layer(shape, width, sp, tp)
     if training.recompute_granularity != "full":
         return layers * layer, gradients
-    assert training.recompute_num_layers
-    chunk_input = width * model.hidden_size / sp
-    chunk = min(training.recompute_num_layers, layers)
+    chunk_input = width * shape.hidden_size / sp
+    chunk = min(training.recompute_num_layers or 1, layers)
     if training.recompute_method == "block":
         # Layers that are not recomputed are walked back first; what they kept is gone before others are made again.
         recomputed = layer if chunk == layers else 0
@@ -187,42 +190,37 @@ def stage_activations(
     return -(-layers // chunk) * chunk_input, chunk * layer + gradients
 
 
-def layer_activations(model: ModelSettings, width: int, sp: int, tp: int, fused: bool) -> dict[str, float]:
+def layer_activations(shape: ModelShape, width: int, sp: int, tp: int, fused: bool) -> dict[str, float]:
     """Return what one layer keeps for its backward pass, in bytes per position, by part.
 
     Nothing is kept twice: the output of attention is the input of its projection. Values keep the whole of the mixed
     projection they were cut from. Dropout is not counted.
 
     Args:
-        model: the shape.
+        shape: the sizes of the model.
         width: bytes of a number.
         sp: ranks that share what lies between the matrices.
         tp: ranks that share the matrices.
         fused: whether layers are Transformer Engine's; torch's norms keep two float32 copies instead of their input,
             and its gated unit keeps each factor.
     """
-    assert model.hidden_size and model.num_attention_heads
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    head_width = model.kv_channels or hidden // heads
-    queries = heads * head_width
-    keys = head_width * (model.num_query_groups if model.group_query_attention else heads)
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    queries, keys = shape.query_width, shape.key_width
     norm = width * hidden + FLOAT32_BYTES if fused else 2 * FLOAT32_BYTES * hidden + FLOAT32_BYTES
     parts = {
         "norms": 2 * (norm + width * hidden) / sp,
-        "mixed projection": width * (queries + 2 * keys) / tp,
-        "rotated queries and keys": width * (queries + keys) / tp if model.position_embedding_type == "rope" else 0.0,
+        "mixed projection": width * shape.query_key_value_width / tp,
+        "rotated queries and keys": width * (queries + keys) / tp if shape.has_rope else 0.0,
         "attention": (width * queries + FLOAT32_BYTES * heads) / tp,
     }
-    if model.qk_layernorm:
+    if shape.has_qk_norms:
         parts["norms of queries and keys"] = _head_norms(queries, keys, heads, width, fused) / tp
-    if model.num_experts:
-        inner = model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * hidden
-        routed = model.moe_router_topk * width * (hidden + inner * _inner_copies(model, fused, weighted=True))
-        parts["experts"] = routed / sp
-        parts["router"] = (9 * model.num_experts + 28 * model.moe_router_topk) / sp
+    inner = shape.inner_width * _inner_copies(shape, fused)
+    if shape.num_experts:
+        parts["experts"] = shape.moe_router_topk * width * (hidden + inner) / sp
+        parts["router"] = (9 * shape.num_experts + 28 * shape.moe_router_topk) / sp
     else:
-        inner = model.ffn_hidden_size or 4 * hidden
-        parts["MLP"] = width * inner * _inner_copies(model, fused, weighted=False) / tp
+        parts["MLP"] = width * inner / tp
     return parts
 
 
@@ -235,45 +233,35 @@ def _head_norms(queries: int, keys: int, heads: int, width: int, fused: bool) ->
     return FLOAT32_BYTES * (copies + queries + keys)
 
 
-def _inner_copies(model: ModelSettings, fused: bool, weighted: bool) -> int:
+def _inner_copies(shape: ModelShape, fused: bool) -> int:
     """Return the F-wide numbers that an MLP keeps: a gated unit has two inputs and one output."""
-    if not model.swiglu:
+    if not shape.is_gated:
         return 2
     # Unfused: the two inputs, both factors of the product and its result, which an expert multiplies by its weight.
-    return 3 if fused else (6 if weighted else 5)
+    return 3 if fused else (6 if shape.num_experts else 5)
 
 
-def _head_activation(model: ModelSettings, width: int, sp: int, fused: bool) -> float:
+def _head_activation(shape: ModelShape, width: int, sp: int, fused: bool) -> float:
     """Return what the last norm and the output layer keep, in bytes per position."""
-    assert model.hidden_size
-    norm = width * model.hidden_size if fused else 2 * FLOAT32_BYTES * model.hidden_size
-    return (norm + width * model.hidden_size) / sp
+    norm = width * shape.hidden_size if fused else 2 * FLOAT32_BYTES * shape.hidden_size
+    return (norm + width * shape.hidden_size) / sp
 
 
-def _gradients_of_a_layer(model: ModelSettings, width: int, sp: int, tp: int) -> float:
+def _gradients_of_a_layer(shape: ModelShape, width: int, sp: int, tp: int) -> float:
     """Return the gradients that are alive together when a layer's backward pass begins: of its output and the MLP's.
 
     Later ones take the place of activations that are done with.
     """
-    assert model.hidden_size
-    inner = (model.moe_ffn_hidden_size if model.num_experts else None) or model.ffn_hidden_size or 4 * model.hidden_size
-    wide = inner * model.moe_router_topk / sp if model.num_experts else inner / tp
-    return width * (wide + model.hidden_size / sp)
+    inner = shape.inner_width
+    wide = inner * shape.moe_router_topk / sp if shape.num_experts else inner / tp
+    return width * (wide + shape.hidden_size / sp)
 
 
 def _number_bytes(training: TrainingSettings) -> int:
     return 2 if training.bf16 else FLOAT32_BYTES
 
 
-def _vocabulary(config: RunConfig) -> int:
-    model = config.model
-    assert model.vocab_size
-    return padded_vocab_size(
-        model.vocab_size, model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
-    )
-
-
-def describe_parts(memories: list[Memory]) -> Iterator[tuple[str, list[float]]]:
+def describe_parts(memories: Sequence[Memory]) -> Iterator[tuple[str, list[float]]]:
     """Yield each part's name and its GiB on every stage, the total last."""
     for name in (*(part.name for part in fields(Memory)), "total"):
         yield name, [getattr(memory, name) / 2**30 for memory in memories]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from megatron_tst.config import RunConfig, UserError, check_sizes, padded_vocab_size
-from megatron_tst.planning.memory import data_parallel_size
+from megatron_tst.config import RunConfig, UserError, check_sizes
+from megatron_tst.planning.memory import sequences_per_step, shape_of
 from megatron_tst.planning.published import implied_mfu
-from megatron_tst.shape import step_flops
+from megatron_tst.planning.step_time import run_step_flops
 from megatron_tst.shape.hardware import Gpu
 from megatron_tst.shape.parameters import count_parameters
 from megatron_tst.telemetry import RunDirectory, read_metrics
@@ -108,8 +108,7 @@ def complete(config: RunConfig, num_gpus: int) -> RunConfig:
         if not value or value < 0:
             raise UserError(f"{flag} {value}: a plan needs a number above 0, in the YAML file or as a flag")
     check_sizes(config)
-    assert training.micro_batch_size
-    batch = training.global_batch_size or training.micro_batch_size * data_parallel_size(config, num_gpus)
+    batch = sequences_per_step(config, num_gpus)
     if batch < 1:
         raise UserError(f"--num-gpus {num_gpus}: is fewer than tp x pp x cp of the configured layout")
     return dataclasses.replace(config, training=dataclasses.replace(training, global_batch_size=batch))
@@ -127,12 +126,9 @@ def make_plan(config: RunConfig, gpu: Gpu, num_gpus: int, speed: Speed) -> Plan:
     Raises:
         UserError: if the phases make no schedule.
     """
-    model, batch = config.model, config.training.global_batch_size
-    assert model.vocab_size and batch and model.seq_length
-    tp = config.parallel.tensor_model_parallel_size
-    padded = padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, tp)
-    flops_per_step = step_flops(model, padded, batch)
-    positions_per_step = batch * model.seq_length
+    shape = shape_of(config)
+    flops_per_step = run_step_flops(config, num_gpus)
+    positions_per_step = sequences_per_step(config, num_gpus) * shape.seq_length
     try:
         schedule = config.schedule
     except ValueError as error:
@@ -149,8 +145,8 @@ def make_plan(config: RunConfig, gpu: Gpu, num_gpus: int, speed: Speed) -> Plan:
     )
     gpu_hours = schedule.num_steps * flops_per_step / (gpu.peak_tflops * 1e12 * speed.mfu) / 3600
     return Plan(
-        parameters=count_parameters(model, padded),
-        active_parameters=count_parameters(model, padded, active=True),
+        parameters=count_parameters(shape),
+        active_parameters=count_parameters(shape, active=True),
         phases=phases,
         flops_per_step=flops_per_step,
         speed=speed,
@@ -171,7 +167,7 @@ def find_speed(config: RunConfig, gpu: Gpu, mfu: float | None, measured: Path | 
         return Speed(mfu, "given")
     if measured is not None:
         metrics = RunDirectory(measured).metrics
-        lines = [line for line in read_metrics(metrics) if "loss" in line] if metrics.is_file() else []
+        lines = [line for line in read_metrics(metrics) if line["kind"] == "step"] if metrics.is_file() else []
         if not lines:
             raise UserError(f"--measured {measured}: holds no run with a logged step")
         tflops = median(line["tflops_per_gpu"] for line in lines)

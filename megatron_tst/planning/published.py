@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_tst.config import PRESETS, ModelSettings
+from megatron_tst.shape import resolve_shape
 from megatron_tst.shape.flops import PASSES, forward_flops_per_sequence
 from megatron_tst.shape.hardware import GPUS
 from megatron_tst.shape.parameters import count_parameters
@@ -141,8 +142,8 @@ def _rows(table: str) -> list[Mapping[str, str]]:
 
 def flops_per_position(model: ModelSettings) -> float:
     """Return the floating-point operations of training on one position."""
-    assert model.vocab_size and model.seq_length
-    return PASSES * forward_flops_per_sequence(model, model.vocab_size) / model.seq_length
+    shape = resolve_shape(model)
+    return PASSES * forward_flops_per_sequence(shape) / shape.seq_length
 
 
 def implied_mfu(model: ModelSettings) -> tuple[float, str]:
@@ -202,14 +203,14 @@ def advise(model: ModelSettings, num_steps: int, max_data_ratio: float = math.in
         (grid for grid in grids() if grid.bag_weights == "uniform"),
         key=lambda grid: (_size_distance(model, grid.preset), abs(math.log(grid.num_steps / num_steps))),
     )
-    advices = [
+    found_advice = [
         Advice(f"the grid {grid.name}", point.bag_size, point.step_ratio, grid.baseline - point.final_loss)
         for point in sorted(grid.points, key=lambda point: point.final_loss)
     ]
-    affordable = [advice for advice in advices if advice.data_ratio <= max_data_ratio]
+    affordable = [advice for advice in found_advice if advice.data_ratio <= max_data_ratio]
     if not affordable:
         return []
-    rank = "best of" if affordable[0] == advices[0] else "best for the data at hand of"
+    rank = "best of" if affordable[0] == found_advice[0] else "best for the data at hand of"
     best = dataclasses.replace(affordable[0], source=f"{rank} {affordable[0].source}")
     as_good = [advice for advice in affordable if advice.gain >= best.gain - NOISE_NATS]
     frugal = min(as_good, key=lambda advice: advice.data_ratio)
@@ -240,5 +241,4 @@ def _own_setting(model: ModelSettings, grid: Grid) -> Advice | None:
 
 def _size_distance(model: ModelSettings, preset: str) -> float:
     other = ModelSettings(**PRESETS[preset])
-    assert model.vocab_size and other.vocab_size
-    return abs(math.log(count_parameters(model, model.vocab_size) / count_parameters(other, other.vocab_size)))
+    return abs(math.log(count_parameters(resolve_shape(model)) / count_parameters(resolve_shape(other))))

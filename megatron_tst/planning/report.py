@@ -115,15 +115,15 @@ def describe_layouts(
         yield f"  {len(group):5d}  {'such as ' if len(set(group)) > 1 else ''}{group[0]}"
 
 
-def describe_advice(advices: Sequence[Advice], plan: Plan, data_tokens: float | None) -> Iterator[RenderableType]:
+def describe_advice(found_advice: Sequence[Advice], plan: Plan, data_tokens: float | None) -> Iterator[RenderableType]:
     """Tell which bag size and step ratio the paper's runs advise, what they cost in text, and whether that is there."""
     table = Table("s", "r", "data tokens", "gain, nats", "from", title="\nBag size and step ratio, from the paper")
-    for advice in advices:
+    for advice in found_advice:
         tokens = f"{short(advice.data_ratio * plan.positions)} ({advice.data_ratio:.2f} x)"
         table.add_row(str(advice.bag_size), f"{advice.step_ratio:g}", tokens, f"{advice.gain:.3f}", advice.source)
     if data_tokens is not None and plan.data_tokens > data_tokens:
         yield f"\nThe run as configured reads {short(plan.data_tokens)} data tokens; {short(data_tokens)} are at hand."
-    if not advices:
+    if not found_advice:
         yield "\nFor so few data tokens the paper has no run with bags of text: see --tst-superpose output."
         return
     yield table

@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from megatron_tst.config import RunConfig, padded_vocab_size
+from megatron_tst.config import RunConfig
 from megatron_tst.planning.layouts import Layout, group_refusals, search_layouts
+from megatron_tst.planning.memory import shape_of
 from megatron_tst.shape.hardware import Gpu
 from megatron_tst.shape.parameters import checkpoint_bytes, count_parameters
 
@@ -70,10 +71,8 @@ def scale_run(
     if not fitting:
         return ScaledRun(num_gpus, None, group_refusals(others)[0][0])
     step = fitting[0].step
-    assert step and config.model.vocab_size
-    model = config.model
-    padded = padded_vocab_size(config.model.vocab_size, model.make_vocab_size_divisible_by, 1)
-    size = checkpoint_bytes(count_parameters(model, padded), config.training.bf16)
+    assert step
+    size = checkpoint_bytes(count_parameters(shape_of(fitting[0].config)), config.training.bf16)
     speed = min(assumptions.storage_gb_per_s, assumptions.storage_gb_per_s_per_node * num_gpus / gpu.per_node)
     checkpoint_s = size / (speed * 1e9)
     mtbf_s = assumptions.mtbf_gpu_hours * 3600 / num_gpus

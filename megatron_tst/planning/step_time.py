@@ -10,15 +10,23 @@ Letters: m micro-batches, P stages, v chunks per stage, D hidden, k experts per 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_tst.config import RunConfig, padded_vocab_size
+from megatron_tst.config import RunConfig
 from megatron_tst.planning.memory import (
     data_parallel_size,
     gradient_bytes,
+    micro_batch_size,
     num_micro_batches,
+    sequences_per_step,
+    shape_of,
     stage_parameters,
-    virtual_chunks,
 )
-from megatron_tst.shape.flops import PASSES, attention_flops_per_sequence, forward_flops_per_sequence
+from megatron_tst.shape.flops import (
+    PASSES,
+    attention_flops_per_sequence,
+    forward_flops_per_sequence,
+    head_flops_per_sequence,
+    step_flops,
+)
 from megatron_tst.shape.hardware import Gpu
 
 # Passes of hidden states over the tensor-parallel ranks, per block (attention, MLP) and micro-batch. With sequence
@@ -64,7 +72,7 @@ def estimate_step(config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float)
         num_gpus: ranks in all.
         efficiency: share of the card's peak that multiplications run at.
     """
-    flops = step_flops(config)
+    flops = run_step_flops(config, num_gpus)
     compute = (1 + _recomputed(config) / PASSES) * flops / (num_gpus * gpu.peak_tflops * 1e12 * efficiency)
     count, stages = num_micro_batches(config, num_gpus), config.parallel.pipeline_model_parallel_size
     volumes = communication_volumes(config, num_gpus)
@@ -79,17 +87,16 @@ def estimate_step(config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float)
     inside = sum(time for name, time in times.items() if name not in (*REDUCTIONS, *GATHERS))
     return StepTime(
         compute=compute,
-        bubble=compute * (stages - 1) / (count * virtual_chunks(config)),
+        bubble=compute * (stages - 1) / (count * shape_of(config).num_virtual_stages),
         exposed=inside + max(reduction - hidden_reduction, 0.0) + max(gather - hidden_gather, 0.0),
         volumes=volumes,
         times=times,
     )
 
 
-def step_flops(config: RunConfig) -> int:
+def run_step_flops(config: RunConfig, num_gpus: int) -> int:
     """Return the model FLOPs of a step over all ranks."""
-    assert config.training.global_batch_size
-    return PASSES * config.training.global_batch_size * forward_flops_per_sequence(config.model, _vocabulary(config))
+    return step_flops(shape_of(config), sequences_per_step(config, num_gpus))
 
 
 def calibrate(config: RunConfig, gpu: Gpu, num_gpus: int, mfu: float) -> float:
@@ -98,7 +105,7 @@ def calibrate(config: RunConfig, gpu: Gpu, num_gpus: int, mfu: float) -> float:
     An MFU counts bubbles and communication too, so it is lower than this share. Where communication alone takes
     longer than such a step, multiplications are taken to run at the peak.
     """
-    wanted = step_flops(config) / (num_gpus * gpu.peak_tflops * 1e12 * mfu)
+    wanted = run_step_flops(config, num_gpus) / (num_gpus * gpu.peak_tflops * 1e12 * mfu)
     low, high = mfu, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -109,21 +116,17 @@ def calibrate(config: RunConfig, gpu: Gpu, num_gpus: int, mfu: float) -> float:
 
 def _recomputed(config: RunConfig) -> float:
     """Return the share of a forward pass that is run again in the backward pass."""
-    training, model = config.training, config.model
-    assert model.num_layers
-    forward = forward_flops_per_sequence(model, _vocabulary(config))
+    training, shape = config.training, shape_of(config)
+    forward = forward_flops_per_sequence(shape)
     if training.recompute_granularity == "selective":
-        return model.num_layers * attention_flops_per_sequence(model) / forward
+        return shape.num_layers * attention_flops_per_sequence(shape) / forward
     if training.recompute_granularity is None:
         return 0.0
     share = 1.0
     if training.recompute_method == "block":
-        assert training.recompute_num_layers
-        share = min(training.recompute_num_layers * config.parallel.pipeline_model_parallel_size / model.num_layers, 1)
-    assert model.hidden_size and model.seq_length
+        share = min((training.recompute_num_layers or 1) / shape.layers_per_stage, 1)
     # The head is not of the layers.
-    head = 2 * model.seq_length * model.hidden_size * _vocabulary(config)
-    return share * (forward - head) / forward
+    return share * (forward - head_flops_per_sequence(shape)) / forward
 
 
 def communication_volumes(config: RunConfig, num_gpus: int) -> dict[str, float]:
@@ -139,26 +142,25 @@ def communication_volumes(config: RunConfig, num_gpus: int) -> dict[str, float]:
         gradient reduction       bytes of the gradients * (n - 1) / n, twice where the optimizer is not distributed
         parameter all-gather     bytes of the weights * (n - 1) / n, with a distributed optimizer
     """
-    model, training, parallel = config.model, config.training, config.parallel
-    assert model.num_layers and model.hidden_size and model.seq_length and training.micro_batch_size
+    shape, training, parallel = shape_of(config), config.training, config.parallel
     tp, pp, ep = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.expert_model_parallel_size,
     )
-    count, layers, width = num_micro_batches(config, num_gpus), model.num_layers // pp, 2 if training.bf16 else 4
-    positions = training.micro_batch_size * model.seq_length // parallel.context_parallel_size
-    hidden = positions * model.hidden_size * width
-    blocks = 1 if model.num_experts else 2
+    count, layers, width = num_micro_batches(config, num_gpus), shape.layers_per_stage, 2 if training.bf16 else 4
+    positions = micro_batch_size(config) * shape.seq_length // parallel.context_parallel_size
+    hidden = positions * shape.hidden_size * width
+    blocks = 1 if shape.num_experts else 2
     is_split = parallel.sequence_parallel
     passes = SEQUENCE_PARALLEL_COLLECTIVES if is_split else TENSOR_PARALLEL_COLLECTIVES
     volumes = {
         "tensor parallel": count * layers * blocks * passes * hidden * _others(tp),
-        "pipeline": count * virtual_chunks(config) * 2 * hidden / (tp if is_split else 1) * _others(pp),
+        "pipeline": count * shape.num_virtual_stages * 2 * hidden / (tp if is_split else 1) * _others(pp),
     }
-    if model.num_experts:
-        is_gathered = model.moe_token_dispatcher_type == "allgather"
-        exchanged = ep - 1 if is_gathered else model.moe_router_topk * _others(ep)
+    if shape.num_experts:
+        is_gathered = config.model.moe_token_dispatcher_type == "allgather"
+        exchanged = ep - 1 if is_gathered else shape.moe_router_topk * _others(ep)
         volumes["expert exchange"] = count * layers * EXPERT_EXCHANGES * hidden / tp * exchanged
     replicas = data_parallel_size(config, num_gpus) * parallel.context_parallel_size
     is_sharded = config.optimizer.use_distributed_optimizer
@@ -199,11 +201,3 @@ def _bandwidths(config: RunConfig, gpu: Gpu, num_gpus: int) -> dict[str, float]:
 def _others(group: int) -> float:
     """Return the share of a group's data that lies on its other ranks."""
     return (group - 1) / group
-
-
-def _vocabulary(config: RunConfig) -> int:
-    model = config.model
-    assert model.vocab_size
-    return padded_vocab_size(
-        model.vocab_size, model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
-    )

@@ -3,7 +3,7 @@
 A superposed step runs the transformer over the same positions as an ordinary one, so the bag size does not appear.
 """
 
-from megatron_tst.config import ModelSettings
+from megatron_tst.shape.model_shape import ModelShape
 
 # The backward pass multiplies once more for the inputs' gradients and once more for the weights'.
 PASSES = 3
@@ -15,14 +15,17 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def attention_flops_per_sequence(model: ModelSettings) -> int:
+def attention_flops_per_sequence(shape: ModelShape) -> int:
     """Return what scores and values of one layer take in a forward pass over one sequence, causal."""
-    assert model.hidden_size and model.num_attention_heads and model.seq_length
-    queries = model.num_attention_heads * (model.kv_channels or model.hidden_size // model.num_attention_heads)
-    return 2 * 2 * (model.seq_length * (model.seq_length + 1) // 2) * queries
+    return 2 * 2 * (shape.seq_length * (shape.seq_length + 1) // 2) * shape.query_width
 
 
-def forward_flops_per_sequence(model: ModelSettings, padded_vocab_size: int) -> int:
+def head_flops_per_sequence(shape: ModelShape) -> int:
+    """Return what the output layer takes in a forward pass over one sequence."""
+    return 2 * shape.seq_length * shape.hidden_size * shape.padded_vocab_size
+
+
+def forward_flops_per_sequence(shape: ModelShape) -> int:
     """Return the multiply-adds, times two, of one forward pass over one sequence.
 
     With L positions, hidden D, heads H of width E, K key-value heads, inner width F, vocabulary V::
@@ -33,30 +36,19 @@ def forward_flops_per_sequence(model: ModelSettings, padded_vocab_size: int) -> 
         head         2 L D V
 
     Look-ups, norms, activations and the loss are not counted.
-
-    Args:
-        model: the shape.
-        padded_vocab_size: V, as the head computes it.
     """
-    assert model.num_layers and model.hidden_size and model.num_attention_heads and model.seq_length
-    length, hidden = model.seq_length, model.hidden_size
-    head_width = model.kv_channels or hidden // model.num_attention_heads
-    queries = model.num_attention_heads * head_width
-    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
-    projections = 2 * length * hidden * (queries + 2 * groups * head_width) + 2 * length * queries * hidden
-    attention = attention_flops_per_sequence(model)
-    matrices = 3 if model.swiglu else 2
-    inner = model.ffn_hidden_size or 4 * hidden
-    if model.num_experts:
-        inner = (model.moe_ffn_hidden_size or inner) * model.moe_router_topk
-    mlp = 2 * length * hidden * inner * matrices
-    router = 2 * length * hidden * (model.num_experts or 0)
-    return model.num_layers * (projections + attention + mlp + router) + 2 * length * hidden * padded_vocab_size
+    length, hidden = shape.seq_length, shape.hidden_size
+    projections = 2 * length * hidden * shape.query_key_value_width + 2 * length * shape.query_width * hidden
+    inner = shape.inner_width * (shape.moe_router_topk if shape.num_experts else 1)
+    mlp = 2 * length * hidden * inner * (3 if shape.is_gated else 2)
+    router = 2 * length * hidden * shape.num_experts
+    layer = projections + attention_flops_per_sequence(shape) + mlp + router
+    return shape.num_layers * layer + head_flops_per_sequence(shape)
 
 
-def step_flops(model: ModelSettings, padded_vocab_size: int, global_batch_size: int) -> int:
+def step_flops(shape: ModelShape, global_batch_size: int) -> int:
     """Return the floating-point operations of one optimizer step over all ranks, in either phase."""
-    return PASSES * global_batch_size * forward_flops_per_sequence(model, padded_vocab_size)
+    return PASSES * global_batch_size * forward_flops_per_sequence(shape)
 
 
 def peak_tflops(device_name: str) -> float | None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from megatron_tst.config import UserError, write_json
 from megatron_tst.telemetry.outputs import write_whole
@@ -35,6 +35,7 @@ class About:
 class StepMetrics:
     """One logged optimizer step. Times and speeds are means over the steps since the line before."""
 
+    kind: ClassVar[str] = "step"
     step: Annotated[int, About("steps", "1-based, after the update")]
     phase: Annotated[int, About("", "0-based")]
     bag_size: Annotated[int, About("data tokens", "s of the phase: data tokens per bag")]
@@ -49,7 +50,8 @@ class StepMetrics:
     ]
     lr: Annotated[float, About("", "highest learning rate of this step")]
     lr_by_group: Annotated[
-        dict[str, float], About("", "learning rate of each group of parameters; vectors are not decayed")
+        dict[str, float],
+        About("", "learning rate of each group of parameters, `decay` and `no_decay` by their weight decay"),
     ]
     grad_norm: Annotated[float, About("", "global norm of the gradient before clipping", "sqrt(sum of squares)")]
     data_tokens: Annotated[
@@ -104,6 +106,7 @@ class StepMetrics:
 class ValidMetrics:
     """One evaluation."""
 
+    kind: ClassVar[str] = "valid"
     step: Annotated[int, About("steps", "updates done")]
     valid_loss: Annotated[float, About("nats per token", "next-token cross-entropy with bag size 1, in every phase")]
     bits_per_byte: Annotated[
@@ -124,6 +127,7 @@ class ValidMetrics:
 class ExpertMetrics:
     """How the router spread positions over experts, since the line before."""
 
+    kind: ClassVar[str] = "experts"
     step: Annotated[int, About("steps", "1-based, after the update")]
     expert_load_max: Annotated[
         list[float], About("", "per layer; 1 is balanced", "positions of the busiest expert / mean")
@@ -145,6 +149,7 @@ class ExpertMetrics:
 class SwitchMetrics:
     """The first step of a phase after another: the bag size has changed."""
 
+    kind: ClassVar[str] = "switch"
     step: Annotated[int, About("steps", "1-based, after the update")]
     switched_after_step: Annotated[int, About("steps", "last step of the phase before")]
     switched_from_bag_size: Annotated[int, About("data tokens", "s of the phase before")]
@@ -157,6 +162,7 @@ class SwitchMetrics:
 class RecoveryMetrics:
     """How a switch was overcome: the loss is back at its level before, or the phase ends without that."""
 
+    kind: ClassVar[str] = "recovery"
     step: Annotated[int, About("steps", "1-based, after the update")]
     switched_after_step: Annotated[int, About("steps", "last step of the phase before")]
     spike: Annotated[
@@ -172,6 +178,7 @@ class RecoveryMetrics:
 class SkippedMetrics:
     """One step that was not applied, because its loss or gradient was not finite."""
 
+    kind: ClassVar[str] = "skipped"
     step: Annotated[int, About("steps", "1-based")]
     phase: Annotated[int, About("", "0-based")]
     bag_size: Annotated[int, About("data tokens", "s of the phase")]
@@ -199,7 +206,7 @@ class MetricsFile:
         Raises:
             OSError: if the disk refuses it; the file ends with the line before.
         """
-        left = _write_line(dataclasses.asdict(metrics)).encode()
+        left = _write_line({"kind": metrics.kind, **dataclasses.asdict(metrics)}).encode()
         size = os.fstat(self._file.fileno()).st_size
         try:
             while left:
@@ -226,6 +233,8 @@ def cut_metrics(path: Path, last_step: int) -> None:
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
     """Read all lines of a ``metrics.jsonl``, numbers that are not finite too; a last line cut off is left out.
 
+    Each line has its ``kind``: ``step``, ``valid``, ``experts``, ``switch``, ``recovery`` or ``skipped``.
+
     Raises:
         UserError: if another line is damaged.
     """
@@ -248,7 +257,22 @@ def _write_line(metrics: Mapping[str, Any]) -> str:
 def _read_line(line: str) -> dict[str, Any]:
     metrics = dict(json.loads(line).items())
     words = metrics.pop(NOT_FINITE, {})
-    return {**metrics, **{name: _numbers(value) for name, value in words.items()}}
+    kind = metrics.pop("kind", None) or _infer_kind(metrics)
+    return {"kind": kind, **metrics, **{name: _numbers(value) for name, value in words.items()}}
+
+
+def _infer_kind(metrics: Mapping[str, Any]) -> str:
+    """Return the kind of a line from before version 0.2, which did not write it."""
+    for kind, field in (
+        ("valid", "valid_loss"),
+        ("experts", "expert_load_max"),
+        ("switch", "switched_to_bag_size"),
+        ("recovery", "recovery_steps"),
+        ("skipped", "skipped_loss"),
+    ):
+        if field in metrics:
+            return kind
+    return "step"
 
 
 def _is_finite(value: Any) -> bool:

@@ -59,7 +59,7 @@ def read_status(path: Path) -> RunStatus:
     if not directory.metrics.is_file():
         raise UserError(f"{path}: holds no metrics.jsonl")
     lines = read_metrics(directory.metrics)
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if line["kind"] == "step"]
     if not steps:
         raise UserError(f"{path}: has no logged step yet")
     schedule = load_config(directory.config).schedule
@@ -76,7 +76,7 @@ def read_status(path: Path) -> RunStatus:
         bag_size=last["bag_size"],
         loss_kind=last["loss_kind"],
         loss=last["loss"],
-        valid_loss=next((line["valid_loss"] for line in reversed(lines) if "valid_loss" in line), None),
+        valid_loss=next((line["valid_loss"] for line in reversed(lines) if line["kind"] == "valid"), None),
         step_time_s=paces[last["phase"]],
         seconds_left=seconds_left(schedule.ends, last["step"], paces),
         checkpoint=_latest_checkpoint(directory),

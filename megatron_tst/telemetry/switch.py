@@ -1,5 +1,6 @@
 """What a change of the bag size does to the loss: how far it rises, and how soon it is back."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
@@ -30,12 +31,13 @@ class SwitchWatch:
             self._remember(line)
 
     def _remember(self, line: Mapping[str, Any]) -> None:
-        if "switched_to_bag_size" in line:
+        kind = line["kind"]
+        if kind == "switch":
             # Only logged steps are known of what came before: the level is the one that was taken then.
-            self._begin(SwitchMetrics(**line))
-        elif "recovery_steps" in line:
+            self._begin(SwitchMetrics(**{field.name: line[field.name] for field in dataclasses.fields(SwitchMetrics)}))
+        elif kind == "recovery":
             self._switch = None
-        elif "loss" in line:
+        elif kind == "step":
             self._see(line["step"], line["phase"], line["bag_size"], line["loss"])
 
     def add(self, step: int, phase: int, bag_size: int, loss: float) -> Iterator[SwitchMetrics | RecoveryMetrics]:

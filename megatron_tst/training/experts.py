@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_tst.distributed import Ranks
+from megatron_tst.distributed import ParallelState
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ExpertCounts:
 class ExpertCounter:
     """Counts, per layer, the positions that the router sends to each expert during training."""
 
-    def __init__(self, chunks: list[torch.nn.Module], num_layers: int, num_experts: int, ranks: Ranks) -> None:
+    def __init__(self, chunks: list[torch.nn.Module], num_layers: int, num_experts: int, ranks: ParallelState) -> None:
         """Listen to all routers of this rank's model chunks.
 
         Args:

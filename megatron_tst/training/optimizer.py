@@ -45,12 +45,12 @@ def build_optimizer(
 
 
 def learning_rates(optimizer: ChainedOptimizer) -> dict[str, float]:
-    """Return the learning rate of each group of parameters: matrices are decayed, vectors (norms, biases) are not."""
+    """Return the learning rate of each group of parameters: with and without weight decay (norms, biases)."""
     return {_group_name(group): float(group["lr"]) for group in optimizer.param_groups}
 
 
 def _group_name(group: dict[str, Any]) -> str:
-    kind = "matrices" if group["wd_mult"] else "vectors"
+    kind = "decay" if group["wd_mult"] else "no_decay"
     return f"expert_{kind}" if group["is_expert_parallel"] else kind
 
 

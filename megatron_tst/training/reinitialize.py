@@ -11,7 +11,7 @@ import torch
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_tst.checkpoint.content import Trainables
+from megatron_tst.checkpoint.content import TrainState
 from megatron_tst.megatron_patches.fresh_state import forget_history
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _ROWS = 1024
 
 
 @torch.no_grad()
-def reinitialize(trainables: Trainables, seed: int, step: int) -> None:
+def reinitialize(train_state: TrainState, seed: int, step: int) -> None:
     """Draw word embedding and output layer anew, as at the start of a run, and forget their moments.
 
     The draw depends on seed and step alone: it is the same on every layout, on every rank that holds a copy, and after
@@ -30,11 +30,11 @@ def reinitialize(trainables: Trainables, seed: int, step: int) -> None:
     stay as they are.
 
     Args:
-        trainables: what training changes.
+        train_state: what training changes.
         seed: of the run.
         step: optimizer steps done.
     """
-    for chunk in trainables.chunks:
+    for chunk in train_state.chunks:
         config = get_model_config(chunk)
         for name, weight_VpD in chunk.named_parameters():
             is_head = name.endswith(OUTPUT)
@@ -43,9 +43,9 @@ def reinitialize(trainables: Trainables, seed: int, step: int) -> None:
             # A last pipeline stage holds a copy of tied weights.
             is_embedding = not is_head or getattr(weight_VpD, "shared_embedding", False)
             method = config.embedding_init_method if is_embedding else config.init_method
-            _draw(weight_VpD, method, (seed, step, int(is_embedding)), trainables.ranks.tp_rank)
-            forget_history(trainables.optimizer, weight_VpD)
-    if trainables.ranks.is_main:
+            _draw(weight_VpD, method, (seed, step, int(is_embedding)), train_state.ranks.tp_rank)
+            forget_history(train_state.optimizer, weight_VpD)
+    if train_state.ranks.is_main:
         logger.info("embedding and output layer drawn anew after step %d: a negative control", step)
 
 

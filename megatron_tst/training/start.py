@@ -4,10 +4,12 @@ import logging
 from dataclasses import dataclass
 
 from megatron_tst.checkpoint.changes import check_changes, check_phases, find_changes, prolonged
-from megatron_tst.checkpoint.find import FoundCheckpoint, find_checkpoint
-from megatron_tst.config import RunConfig, UserError, padded_vocab_size
-from megatron_tst.data.build import SourceCut
-from megatron_tst.distributed import Ranks
+from megatron_tst.checkpoint.find import find_checkpoint
+from megatron_tst.checkpoint.saved_checkpoint import SavedCheckpoint
+from megatron_tst.config import RunConfig, UserError
+from megatron_tst.data.document_split import DocumentSplit
+from megatron_tst.distributed import ParallelState
+from megatron_tst.shape import pad_vocabulary
 from megatron_tst.superposition import Schedule
 
 logger = logging.getLogger(__name__)
@@ -22,17 +24,17 @@ class Start:
         step: optimizer steps done already.
         gpu_hours: that these took.
         found: the checkpoint to load, or None.
-        cuts: how the text was dealt to the phases, where that is to be continued.
+        splits: how the documents were split among the phases, where that is to be continued.
     """
 
     schedule: Schedule
     step: int = 0
     gpu_hours: float = 0.0
-    found: FoundCheckpoint | None = None
-    cuts: list[SourceCut] | None = None
+    found: SavedCheckpoint | None = None
+    splits: list[DocumentSplit] | None = None
 
 
-def find_start(config: RunConfig, ranks: Ranks) -> Start:
+def find_start(config: RunConfig, ranks: ParallelState) -> Start:
     """Find the checkpoint to start from, and check that this run may go on from it.
 
     Collective: every rank of the world calls it.
@@ -54,7 +56,7 @@ def find_start(config: RunConfig, ranks: Ranks) -> Start:
         check_phases(saved.phases, config.phases)
         schedule = prolonged(state.schedule, config.training.train_iters or 0)
         start = Start(
-            schedule, state.iteration, state.gpu_hours, found, [SourceCut(**source) for source in state.sources]
+            schedule, state.iteration, state.gpu_hours, found, list(map(DocumentSplit.from_saved, state.sources))
         )
     if start.schedule.num_steps < state.iteration:
         raise UserError(f"--train-iters {start.schedule.num_steps}: {found.folder} has {state.iteration} steps done")
@@ -80,7 +82,7 @@ def choose_vocab_size(start: Start, config: RunConfig, tokenizer_size: int, tp_s
     size = config.model.vocab_size or max(tokenizer_size, saved or 0)
     if size < tokenizer_size:
         raise UserError(f"--vocab-size {size}: must be at least the tokenizer's {tokenizer_size}")
-    padded = padded_vocab_size(size, config.model.make_vocab_size_divisible_by, tp_size)
+    padded = pad_vocabulary(size, config.model.make_vocab_size_divisible_by * tp_size)
     wrong = _find_wrong_vocabulary(start.found, size, padded) if start.found else None
     settings = config.checkpoint
     if wrong and not (settings.finetune and settings.override_run_config):
@@ -89,7 +91,7 @@ def choose_vocab_size(start: Start, config: RunConfig, tokenizer_size: int, tp_s
     return size
 
 
-def _find_wrong_vocabulary(found: FoundCheckpoint, size: int, padded: int) -> str | None:
+def _find_wrong_vocabulary(found: SavedCheckpoint, size: int, padded: int) -> str | None:
     """Say why a checkpoint's vocabulary is not that of the run, or None."""
     if found.vocab_size is not None:
         is_same = found.vocab_size == size
@@ -115,7 +117,7 @@ def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: in
         UserError: naming the first thing that differs.
     """
     state = start.found.state if start.found else None
-    if state is None or start.cuts is None:
+    if state is None or start.splits is None:
         return
     if state.global_batch_size != global_batch_size:
         raise UserError(
@@ -129,7 +131,7 @@ def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: in
         )
 
 
-def _check_model(found: FoundCheckpoint, config: RunConfig, is_main: bool) -> None:
+def _check_model(found: SavedCheckpoint, config: RunConfig, is_main: bool) -> None:
     """Refuse a model that computes something else with the weights than the one that they were trained as."""
     changes = [] if found.config is None else find_changes(found.config, config)
     different = [str(change) for change in changes if change.alters_model]

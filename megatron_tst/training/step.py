@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.timers import Timers
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_tst.checkpoint.content import Trainables
+from megatron_tst.checkpoint.content import TrainState
 from megatron_tst.data.batches import Batch
 from megatron_tst.training.optimizer import learning_rates
+from megatron_tst.training.step_timer import StepTimes
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,9 @@ class StepReport:
         loss: float32 scalar, the global loss sum over the global weight; the same on every rank.
         grad_norm: global gradient norm before clipping.
         lr: learning rate of the step.
-        is_applied: whether weights changed: not where loss or gradient norm is not finite.
         lr_by_group: the same of each group of parameters.
-        forward_backward_s: time of the forward and backward passes.
-        optimizer_s: time of the gradient norm and the update.
-        communication_s: time of reducing gradients and gathering parameters, as far as nothing hides it.
+        is_applied: whether weights changed: not where loss or gradient norm is not finite.
+        times: what its parts took.
     """
 
     loss: Tensor
@@ -41,9 +40,7 @@ class StepReport:
     lr: float
     lr_by_group: dict[str, float]
     is_applied: bool
-    forward_backward_s: float
-    optimizer_s: float
-    communication_s: float
+    times: StepTimes
 
 
 # megatron-core's timers of what it sends between the passes and after the update.
@@ -51,7 +48,7 @@ _REDUCTIONS = ("all-grads-sync", "non-tensor-parallel-grads-all-reduce", "embedd
 _GATHERS = ("params-all-gather",)
 
 
-def _connect(chunks: list[torch.nn.Module], optimizer: ChainedOptimizer, timers: Timers) -> None:
+def _connect(chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, timers: Timers) -> None:
     """Tell megatron-core's schedules how these chunks reduce gradients and gather parameters, and what to time."""
     config, ddp_config = get_model_config(chunks[0]), chunks[0].ddp_config
     for timed in (config, *(part.config for part in optimizer.chained_optimizers)):
@@ -81,7 +78,7 @@ class Stepper:
 
     def __init__(
         self,
-        trainables: Trainables,
+        train_state: TrainState,
         *,
         seq_length: int,
         micro_batch_size: int,
@@ -90,13 +87,14 @@ class Stepper:
         """Tie model and optimizer together.
 
         Args:
-            trainables: model, optimizer and learning-rate schedule.
+            train_state: model, optimizer and learning-rate schedule.
             seq_length: positions per sequence, the same in every phase.
             micro_batch_size: sequences per micro-batch.
             global_batch_size: sequences per step over all ranks.
         """
-        self.trainables, self._ranks = trainables, trainables.ranks
-        chunks, ranks = trainables.chunks, trainables.ranks
+        self.train_state, self._ranks = train_state, train_state.ranks
+        chunks, ranks = train_state.chunks, train_state.ranks
+        self.micro_batch_size = micro_batch_size
         self.num_microbatches = global_batch_size // (micro_batch_size * ranks.dp_size)
         self._global_batch_size = global_batch_size
         self._schedule = partial(
@@ -107,7 +105,7 @@ class Stepper:
             micro_batch_size=micro_batch_size,
         )
         self._timers = Timers(log_level=1, log_option="max")
-        _connect(chunks, trainables.optimizer, self._timers)
+        _connect(chunks, train_state.optimizer, self._timers)
 
     def train(self, batches: list[Batch | None]) -> StepReport:
         """Take one optimizer step over this rank's micro-batches; None on stages that own no text.
@@ -115,8 +113,8 @@ class Stepper:
         Collective: every rank of the world calls it.
         """
         started_s = time.perf_counter()
-        optimizer = self.trainables.optimizer
-        for chunk in self.trainables.chunks:
+        optimizer = self.train_state.optimizer
+        for chunk in self.train_state.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -129,7 +127,7 @@ class Stepper:
         if is_finite:
             is_applied, grad_norm, _ = optimizer.step()
         # The schedule counts steps, applied or not: the learning rate follows from the step alone.
-        self.trainables.scheduler.step(increment=self._global_batch_size)
+        self.train_state.scheduler.step(increment=self._global_batch_size)
         updated_s, gathered_s = time.perf_counter() - passed_s, self._elapsed(_GATHERS)
         return StepReport(
             loss=loss,
@@ -137,9 +135,11 @@ class Stepper:
             lr=max(lr_by_group.values()),
             lr_by_group=lr_by_group,
             is_applied=is_applied,
-            forward_backward_s=passed_s - started_s - reduced_s,
-            optimizer_s=updated_s - gathered_s,
-            communication_s=reduced_s + gathered_s,
+            times=StepTimes(
+                forward_backward_s=passed_s - started_s - reduced_s,
+                optimizer_s=updated_s - gathered_s,
+                communication_s=reduced_s + gathered_s,
+            ),
         )
 
     def _elapsed(self, names: tuple[str, ...]) -> float:
@@ -151,7 +151,7 @@ class Stepper:
 
         Collective: every rank of the world calls it.
         """
-        for chunk in self.trainables.chunks:
+        for chunk in self.train_state.chunks:
             chunk.eval()
         with torch.no_grad():
             return self._run(batches, forward_only=True)
@@ -160,7 +160,7 @@ class Stepper:
         global_weight = self._global_weight(batches)
         losses: list[Tensor] = self._schedule(
             forward_step_func=partial(self._forward, global_weight=global_weight),
-            data_iterator=[iter(batches) for _ in self.trainables.chunks],
+            data_iterator=[iter(batches) for _ in self.train_state.chunks],
             forward_only=forward_only,
         )
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=torch.cuda.current_device())

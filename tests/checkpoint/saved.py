@@ -16,10 +16,17 @@ from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.save import CheckpointSaver
 from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings, dump_config
-from megatron_tst.distributed import ParallelSizes, Ranks, join_ranks, leave_ranks, seed_everything
+from megatron_tst.distributed import (
+    ParallelSizes,
+    ParallelState,
+    destroy_parallel_state,
+    init_parallel_state,
+    seed_everything,
+)
 from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.megatron_patches.safe_checkpoint import safe_loading
 from megatron_tst.model import LossChoice, TSTGPTModel, build_gpt, transformer_config
+from megatron_tst.shape import resolve_shape
 from megatron_tst.superposition import Phase, Schedule
 
 ITERATION, VOCAB = 12, 301
@@ -65,12 +72,13 @@ def build(model: dict[str, Any], parallel: ParallelSettings | None = None, bf16:
     """This rank's model chunks, without wrappers, with weights that depend on nothing but their names."""
     parallel = parallel or ParallelSettings()
     settings = ModelSettings(**model)
-    config = transformer_config(settings, TrainingSettings(bf16=bf16), parallel, find_libraries())
+    shape = resolve_shape(settings, VOCAB, parallel)
+    config = transformer_config(settings, shape, TrainingSettings(bf16=bf16), parallel, find_libraries())
     virtual = config.virtual_pipeline_model_parallel_size
 
     def stage(number: int) -> TSTGPTModel:
         return build_gpt(
-            config, settings, VOCAB, LossChoice(), use_transformer_engine=False,
+            config, settings, shape, LossChoice(), use_transformer_engine=False,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=True) and number == 0,
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=True) and number == (virtual or 1) - 1,
             vp_stage=number if virtual else None,
@@ -115,7 +123,7 @@ def _whole(key: str, size: tuple[int, ...]) -> Tensor:
     return around + 0.2 * torch.randn(size, generator=draw)
 
 
-def save(chunks: list[TSTGPTModel], checkpoints: Path, run: RunConfig, tokenizer: str, ranks: Ranks) -> None:
+def save(chunks: list[TSTGPTModel], checkpoints: Path, run: RunConfig, tokenizer: str, ranks: ParallelState) -> None:
     """Save the model's tensors and, as an optimizer would, one that is not the model's."""
     moment = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.output_layer.weight", torch.zeros(3))
     moment.replica_id = ranks.rank
@@ -138,7 +146,7 @@ def change_contents(folder: Path, edit: Callable[[Any], object]) -> None:
     path.write_bytes(pickle.dumps(metadata))
 
 
-def save_here(checkpoints: Path, name: str, tokenizer: str, ranks: Ranks, bf16: bool = False) -> TSTGPTModel:
+def save_here(checkpoints: Path, name: str, tokenizer: str, ranks: ParallelState, bf16: bool = False) -> TSTGPTModel:
     """Save a model of one rank, in a process that has joined; returns it."""
     seed_everything(1)
     (chunk,) = build(MODELS[name], bf16=bf16)
@@ -152,13 +160,13 @@ def save_layout(checkpoints: Path, name: str, tokenizer: str, parallel: Parallel
     per_stage = parallel.num_layers_per_virtual_pipeline_stage
     stages = MODELS[name]["num_layers"] // parallel.pipeline_model_parallel_size // per_stage if per_stage else None
     sizes = {field.name for field in dataclasses.fields(ParallelSizes)} - {"virtual_pipeline_model_parallel_size"}
-    ranks = join_ranks(
+    ranks = init_parallel_state(
         ParallelSizes(**{s: getattr(parallel, s) for s in sizes}, virtual_pipeline_model_parallel_size=stages)
     )
     seed_everything(1)
     run = RunConfig(model=ModelSettings(**MODELS[name]), parallel=parallel)
     save(build(MODELS[name], parallel), checkpoints, run, tokenizer, ranks)
-    leave_ranks()
+    destroy_parallel_state()
 
 
 def load_here(folder: Path, model: dict[str, Any]) -> TSTGPTModel:

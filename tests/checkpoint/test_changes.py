@@ -14,7 +14,10 @@ from megatron_tst.config import (
     TrainingSettings,
 )
 
-SAVED = RunConfig(training=TrainingSettings(train_iters=10), optimizer=OptimizerSettings(lr=1e-3))
+MODEL = ModelSettings(
+    num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, position_embedding_type="rope"
+)
+SAVED = RunConfig(model=MODEL, training=TrainingSettings(train_iters=10), optimizer=OptimizerSettings(lr=1e-3))
 
 
 def test_equal_settings_have_no_changes():
@@ -45,9 +48,6 @@ def test_a_rate_is_told_but_not_binding():
     assert change.flag == "--lr"
 
 
-MODEL = ModelSettings(
-    num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, position_embedding_type="rope"
-)
 EXPERTS = replace(MODEL, num_experts=4, moe_ffn_hidden_size=24)
 
 

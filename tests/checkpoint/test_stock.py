@@ -13,12 +13,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.config import UserError, parse_config
-from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.saved_checkpoints import find_saved_checkpoint
 from megatron_tst.data.tokenizer import train_bpe
-from megatron_tst.distributed import leave_ranks
+from megatron_tst.distributed import destroy_parallel_state
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.megatron_patches.common_state import read_common_state
 from megatron_tst.megatron_patches.safe_checkpoint import read_metadata
-from megatron_tst.training import build_run
+from megatron_tst.training import start_run
 from tests.checkpoint.recorded_run import RECORDED
 from tests.checkpoint.recorded_run import SAVED_STEP as RECORDED_STEP
 from tests.checkpoint.stock_trainer import MODEL, SAVED_STEP, STOCK
@@ -67,10 +68,12 @@ def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
     return [key for key in ours if not torch.equal(ours[key], theirs[key])]
 
 
-def start_run(argv: list[str]) -> list:
+def first_weights(argv: list[str]) -> list:
     """What a rank starts a run with."""
-    started = [(*piece[:3], piece[3].detach().clone()) for piece in pieces(build_run(parse_config(argv)))]
-    leave_ranks()
+    started = [
+        (*piece[:3], piece[3].detach().clone()) for piece in pieces(start_run(parse_config(argv), StopSignals()))
+    ]
+    destroy_parallel_state()
     return started
 
 
@@ -95,13 +98,13 @@ def test_a_run_starts_from_its_weights(text, tmp_path, version, ranks, flags):
     wanted = weights(of_stock(version))
     argv = our_flags(text, tmp_path / "run", f"{flags} --tst-bag-size 4 --tst-steps 2")
     load = ["--load", str(STOCK / version), "--finetune"]
-    started = run_distributed(start_run, ranks, [*argv, *load])
+    started = run_distributed(first_weights, ranks, [*argv, *load])
     found = whole([piece for rank in started for piece in rank])
     padding = {
         key: tensor[:PADDED_VOCABULARY] if "word" in key or "output" in key else tensor for key, tensor in found.items()
     }
     assert differing(padding, wanted) == []
-    fresh = whole([piece for rank in run_distributed(start_run, ranks, argv) for piece in rank])
+    fresh = whole([piece for rank in run_distributed(first_weights, ranks, argv) for piece in rank])
     assert {key for key in wanted if not torch.equal(fresh[key][: len(wanted[key])], wanted[key])} == wanted.keys()
 
 
@@ -113,8 +116,8 @@ def test_another_function_of_its_weights_is_refused_by_name(text, tmp_path):
         "--rotary-base 10000": "--rotary-base 10000: the checkpoint was made with 5000",
     }.items():
         with pytest.raises(AssertionError, match=rule):
-            run_distributed(start_run, 1, our_flags(text, tmp_path / "run", f"{load} {flags}"))
-        run_distributed(start_run, 1, our_flags(text, tmp_path / "run", f"{load} {flags} --override-run-config"))
+            run_distributed(first_weights, 1, our_flags(text, tmp_path / "run", f"{load} {flags}"))
+        run_distributed(first_weights, 1, our_flags(text, tmp_path / "run", f"{load} {flags} --override-run-config"))
 
 
 def changed(version: str, target: Path, **arguments) -> Path:
@@ -130,11 +133,11 @@ def changed(version: str, target: Path, **arguments) -> Path:
 def test_a_model_that_is_none_of_ours_is_refused_by_name(text, tmp_path):
     checkpoints = changed("0.16.1", tmp_path / "changed", layernorm_zero_centered_gamma=True)
     with pytest.raises(UserError, match="made with layernorm_zero_centered_gamma=True, which no model here has"):
-        find_saved_run(checkpoints, None)
+        find_saved_checkpoint(checkpoints, None)
     argv = our_flags(text, tmp_path / "run", f"--load {checkpoints} --finetune")
     with pytest.raises(AssertionError, match=r"layernorm_zero_centered_gamma=True.*--override-run-config"):
-        run_distributed(start_run, 1, argv)
-    run_distributed(start_run, 1, [*argv, "--override-run-config"])
+        run_distributed(first_weights, 1, argv)
+    run_distributed(first_weights, 1, [*argv, "--override-run-config"])
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -166,16 +169,16 @@ def test_what_a_conversion_needs_is_asked_for(tmp_path):
     bare = Path(shutil.copytree(STOCK / VERSIONS[0], tmp_path / "bare"))
     (CheckpointFolders(bare).of(SAVED_STEP) / "common.pt").unlink()
     with pytest.raises(UserError, match=r"has neither config\.yaml nor Megatron-LM's args"):
-        find_saved_run(bare, None)
+        find_saved_checkpoint(bare, None)
 
 
 def test_without_checksums_a_checkpoint_of_ours_is_damaged(tmp_path):
     ours = Path(shutil.copytree(RECORDED / VERSIONS[0], tmp_path / "ours"))
     folder = CheckpointFolders(ours).of(RECORDED_STEP)
-    assert find_saved_run(ours, None).has_checksums
+    assert find_saved_checkpoint(ours, None).has_checksums
     (folder / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match="SHA256SUMS: cannot be read"):
-        find_saved_run(ours, None)
+        find_saved_checkpoint(ours, None)
 
 
 needs_trainer = pytest.mark.skipif(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.saved_checkpoints import find_saved_checkpoint
 from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from megatron_tst.model import TSTGPTModel
@@ -38,7 +38,7 @@ class Saved:
 
 def export(checkpoints: Path, target: Path, tokenizer: Tokenizer, max_shard_bytes: int = 10**9, **settings) -> Path:
     end = EndOfDocument(tokenizer.eod, END_OF_DOCUMENT)
-    saved = find_saved_run(checkpoints, None, check=None)
+    saved = find_saved_checkpoint(checkpoints, None, check=None)
     Export(saved, **settings).write(target, tokenizer.path, end, max_shard_bytes)
     return target
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_tst.config import ParallelSettings
-from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.saved_checkpoints import find_saved_checkpoint
 from tests.checkpoint.saved import save, save_layout
 from tests.conversion.conftest import export
 from tests.distributed.launch import run_distributed
@@ -47,7 +47,7 @@ def test_a_layout_exports_as_one_rank_does(saved, layout, tmp_path):
 def test_one_changed_weight_changes_the_bytes(saved, rank, tmp_path):
     run = saved("qwen3-moe")
     weight = run.model.decoder.layers[3].mlp.experts.local_experts[2].linear_fc2.weight
-    config = find_saved_run(run.checkpoints, None).config
+    config = find_saved_checkpoint(run.checkpoints, None).config
     kept = weight.detach().clone()
     with torch.no_grad():
         weight[5, 7] += 1

@@ -5,24 +5,29 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_tst.config import ModelSettings
 from megatron_tst.conversion.settings import ARCHITECTURES
-from megatron_tst.conversion.tables import GATE_UP, QUERY_KEY_VALUE, SAME, VOCABULARY, Shape, pieces
+from megatron_tst.conversion.tables import GATE_UP, QUERY_KEY_VALUE, SAME, VOCABULARY, pieces
+from megatron_tst.shape import resolve_shape
 
-SHAPE = Shape(
-    layers=2, hidden=5, heads=6, groups=2, head_width=3, ffn=7, experts=4, expert_ffn=2,
-    vocab_size=11, padded_vocab_size=16,
+SHAPE = resolve_shape(
+    ModelSettings(
+        num_layers=2, hidden_size=5, num_attention_heads=6, group_query_attention=True, num_query_groups=2,
+        kv_channels=3, ffn_hidden_size=7, num_experts=4, moe_ffn_hidden_size=2, seq_length=8,
+        vocab_size=11, make_vocab_size_divisible_by=16,
+    )
 )  # fmt: skip
 
 
 def test_queries_keys_and_values_are_taken_group_by_group():
     # As megatron-core lays them out: a group's query heads, then its key head, then its value head.
     heads = ["q0", "q1", "q2", "k0", "v0", "q3", "q4", "q5", "k1", "v1"]
-    rows = [f"{head}.{row}" for head in heads for row in range(SHAPE.head_width)]
-    weight = torch.arange(len(rows)).unsqueeze(1).expand(-1, SHAPE.hidden).contiguous()
+    rows = [f"{head}.{row}" for head in heads for row in range(SHAPE.kv_channels)]
+    weight = torch.arange(len(rows)).unsqueeze(1).expand(-1, SHAPE.hidden_size).contiguous()
     parts = QUERY_KEY_VALUE.split(weight, SHAPE)
     for part, kind, number in zip(parts, "qkv", (6, 2, 2), strict=True):
         named = [rows[row] for row in part[:, 0].tolist()]
-        assert named == [f"{kind}{head}.{row}" for head in range(number) for row in range(SHAPE.head_width)]
+        assert named == [f"{kind}{head}.{row}" for head in range(number) for row in range(SHAPE.kv_channels)]
 
 
 def test_gate_comes_before_up():

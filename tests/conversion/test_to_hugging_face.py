@@ -9,7 +9,7 @@ import yaml
 
 from megatron_tst.config import ModelSettings, RunConfig, UserError
 from megatron_tst.conversion.safetensors_files import SafetensorsFolder
-from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.saved_checkpoints import find_saved_checkpoint
 from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.conversion.torch_dist import StackedWeights
 from tests.checkpoint.saved import MODELS, VOCAB, build, change_contents, save
@@ -58,7 +58,7 @@ def test_the_tokenizers_own_settings_are_kept(saved, tmp_path):
         (source / name).write_text(content)
     (source / "weights.bin").write_text("not a tokenizer's")
     end = EndOfDocument(run.tokenizer.eod, "<|endoftext|>")
-    Export(find_saved_run(run.checkpoints, None)).write(tmp_path / "hf", source / "tokenizer.json", end, 10**9)
+    Export(find_saved_checkpoint(run.checkpoints, None)).write(tmp_path / "hf", source / "tokenizer.json", end, 10**9)
     assert {name: (tmp_path / "hf" / name).read_text() for name in kept} == kept
     assert not (tmp_path / "hf" / "weights.bin").exists()
 
@@ -96,7 +96,7 @@ def test_one_weight_of_a_layer_is_in_memory_at_a_time(saved, tmp_path, monkeypat
     monkeypatch.setattr(StackedWeights, "read", counted)
     run = saved("qwen3-moe")
     end = EndOfDocument(run.tokenizer.eod, "<|endoftext|>")
-    export = Export(find_saved_run(run.checkpoints, None))
+    export = Export(find_saved_checkpoint(run.checkpoints, None))
     export.write(
         tmp_path / "hf", run.tokenizer.path, end, 10**9, on_progress=lambda _: while_writing.append(len(alive))
     )
@@ -181,7 +181,7 @@ def test_values_beyond_a_type_are_refused(rank, tokenizer, tmp_path):
         export(tmp_path / "large", tmp_path / "hf", tokenizer, dtype=torch.float16)
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".*"))
     export(tmp_path / "large", tmp_path / "wide", tokenizer, dtype=torch.bfloat16)
-    export_nan = Export(find_saved_run(tmp_path / "nan", None), torch.float16)
+    export_nan = Export(find_saved_checkpoint(tmp_path / "nan", None), torch.float16)
     export_nan.write(tmp_path / "hf", tokenizer.path, EndOfDocument(0, "<|endoftext|>"), 10**9)
     assert export_nan.casting.not_finite == ["model.layers.2.mlp.down_proj.weight"]
     assert export_nan.casting.rounded

@@ -7,7 +7,7 @@ import torch
 
 from megatron_tst.config import ModelSettings, UserError
 from megatron_tst.conversion.safetensors_files import SafetensorsFolder
-from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.saved_checkpoints import find_saved_checkpoint
 from megatron_tst.conversion.to_megatron import Import
 from megatron_tst.data.tokenizer import load_tokenizer
 from tests.checkpoint.saved import MODELS
@@ -44,7 +44,7 @@ def assert_refused(folder, message):
 def test_the_settings_come_back(saved, hugging_face, name, tmp_path):
     folder, _ = hugging_face(name)
     Import(folder).write(tmp_path / "weights", folder / "tokenizer.json")
-    run = find_saved_run(tmp_path / "weights", None)
+    run = find_saved_checkpoint(tmp_path / "weights", None)
     model, wanted = run.config.model, ModelSettings(**MODELS[name])
     settings = MODELS[name].keys() - {"seq_length", "make_vocab_size_divisible_by", "num_query_groups"}
     for setting in settings - {"moe_token_dispatcher_type"}:
@@ -58,7 +58,7 @@ def test_the_settings_come_back(saved, hugging_face, name, tmp_path):
 def test_another_type_is_told_to_the_run(saved, hugging_face, tmp_path):
     folder, _ = hugging_face("llama")
     Import(folder, torch.bfloat16).write(tmp_path / "weights", folder / "tokenizer.json")
-    assert find_saved_run(tmp_path / "weights", None).config.training.bf16
+    assert find_saved_checkpoint(tmp_path / "weights", None).config.training.bf16
     back = SafetensorsFolder(saved("llama").export(tmp_path / "short", dtype=torch.bfloat16))
     again = SafetensorsFolder(export(tmp_path / "weights", tmp_path / "again", saved("llama").tokenizer))
     assert all(torch.equal(again.read(key), back.read(key)) for key in back.weights)
@@ -145,7 +145,7 @@ def test_special_tokens_survive_the_way_there_and_back(saved, hugging_face, tmp_
     generation = '{"eos_token_id": [0, 2, 9], "top_k": 5}'
     (folder / "generation_config.json").write_text(generation)
     Import(folder).write(tmp_path / "weights", saved("llama").tokenizer.path)  # from elsewhere
-    tokenizer = load_tokenizer(str(find_saved_run(tmp_path / "weights", None).tokenizer))
+    tokenizer = load_tokenizer(str(find_saved_checkpoint(tmp_path / "weights", None).tokenizer))
     again = export(tmp_path / "weights", tmp_path / "again", tokenizer)
     found = json.loads((again / "config.json").read_text())
     assert {key: found[key] for key in ids} == ids

@@ -10,7 +10,7 @@ import torch
 
 from megatron_tst.config import DataSettings, UserError
 from megatron_tst.data import samples
-from megatron_tst.data.batches import TextReader
+from megatron_tst.data.batches import BatchLoader
 from megatron_tst.data.build import SamplePlan, build_run_data
 from megatron_tst.superposition import Phase, Schedule
 from tests.corpora import traceable_documents, write_corpus
@@ -33,7 +33,7 @@ def build(prefix, tokenizer, tmp_path, schedule=SCHEDULE, seed=1, eval_iters=0, 
 
 def read(data, rank, schedule=SCHEDULE, first_step=0, num_workers=0, micro_batch_size=2):
     """All text of a run as this rank reads it, one [samples, T + 1] tensor per step."""
-    reader = TextReader(
+    reader = BatchLoader(
         data.train, schedule, rank, micro_batch_size=micro_batch_size, global_batch_size=BATCH, vocab_size=COUNT,
         num_workers=num_workers, first_step=first_step,
     )  # fmt: skip
@@ -227,7 +227,7 @@ def test_too_little_text_is_refused(rank, prefix, tokenizer, tmp_path, settings,
 
 def test_token_ids_beyond_the_vocabulary_are_refused(rank, prefix, tokenizer, tmp_path):
     data = build(prefix, tokenizer, tmp_path)
-    reader = TextReader(data.train, SCHEDULE, rank, micro_batch_size=2, global_batch_size=BATCH, vocab_size=30)
+    reader = BatchLoader(data.train, SCHEDULE, rank, micro_batch_size=2, global_batch_size=BATCH, vocab_size=30)
     with pytest.raises(UserError, match="made with another tokenizer"):
         reader.read(shape(4, LENGTH))
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 PRELOADED = ["megatron_tst.training", "megatron_tst.megatron_patches.cpu", "tests.distributed.layouts"]
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600.0) -> list[Any]:
     """Call ``function(*args)`` on every rank and return the ranks' results in order.
 
     The ranks find torchrun's environment. A rank that raises or dies ends all others at once.

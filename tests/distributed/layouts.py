@@ -10,10 +10,10 @@ from torch import Tensor
 
 from megatron_tst.config import parse_config
 from megatron_tst.data import batches
-from megatron_tst.distributed import leave_ranks
+from megatron_tst.distributed import destroy_parallel_state
 from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.telemetry import read_metrics
-from megatron_tst.training import build_run, train
+from megatron_tst.training import start_run, train
 from megatron_tst.training.experts import ExpertCounter, ExpertCounts
 from megatron_tst.training.run import Run
 
@@ -59,7 +59,7 @@ def pieces(run: Run) -> list[Piece]:
             for child in node.values() if isinstance(node, dict) else node:
                 visit(child)
 
-    for chunk in run.stepper.trainables.chunks:
+    for chunk in run.stepper.train_state.chunks:
         visit(chunk.module.sharded_state_dict())
     return found
 
@@ -68,7 +68,7 @@ def padding(run: Run) -> list[int]:
     """Elements of padding at the end of each of this rank's gradient buckets."""
     buffers = [
         buffer
-        for chunk in run.stepper.trainables.chunks
+        for chunk in run.stepper.train_state.chunks
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)  # type: ignore[misc]
     ]
     return [bucket.grad_data.numel() - bucket.numel_unpadded for buffer in buffers for bucket in buffer.buckets]
@@ -92,7 +92,7 @@ def fill(run: Run, weights: dict[str, Tensor]) -> None:
             target = part.view(-1, *part.shape[1:]) if part.dim() == slot.dim() else part
             rows = tuple(slice(0, n) for n in slot.shape)
             target[rows].copy_(slot) if target.dim() == slot.dim() else target.copy_(slot.view(target.shape))
-    run.stepper.trainables.optimizer.reload_model_params()
+    run.stepper.train_state.optimizer.reload_model_params()
 
 
 def place(total: Tensor, offset: tuple[int, ...], part: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def place(total: Tensor, offset: tuple[int, ...], part: Tensor) -> Tensor:
 def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> Outcome:
     """Build a run, start it from the given weights, train it."""
     signals = StopSignals()
-    run = build_run(parse_config(argv), signals)
+    run = start_run(parse_config(argv), signals)
     if initial is not None:
         fill(run, initial)
     text: list[list[tuple[int, ...]]] = []
@@ -116,7 +116,7 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
         text.append([tuple(row) for row in rows.tolist()])
         return make_batch(rows, shape)
 
-    for chunk in run.stepper.trainables.chunks:
+    for chunk in run.stepper.train_state.chunks:
         for name, module in chunk.named_modules():
             if name.endswith("decoder"):
                 module.register_forward_hook(lambda _, __, output: shapes.append(output.shape))
@@ -148,13 +148,13 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
         shapes=shapes,
         padding=padding(run),
     )
-    leave_ranks()
+    destroy_parallel_state()
     return outcome
 
 
 def initial_weights(argv: list[str]) -> dict[str, Tensor]:
     """The weights that a run starts from on one rank."""
-    run = build_run(parse_config(argv))
+    run = start_run(parse_config(argv), StopSignals())
     weights = {key: value.clone() for key, value in whole(pieces(run)).items()}
-    leave_ranks()
+    destroy_parallel_state()
     return weights

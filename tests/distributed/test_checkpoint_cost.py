@@ -18,10 +18,11 @@ from megatron_tst.checkpoint import load
 from megatron_tst.checkpoint.find import find_checkpoint
 from megatron_tst.config import CheckpointSettings, parse_config
 from megatron_tst.conversion.torch_dist import StackedWeights
-from megatron_tst.distributed import leave_ranks
+from megatron_tst.distributed import destroy_parallel_state
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.megatron_patches.adam import TorchAdamDistributedOptimizer
 from megatron_tst.megatron_patches.safe_checkpoint import read_metadata
-from megatron_tst.training import build_run
+from megatron_tst.training import start_run
 from tests.allocations import Allocations
 from tests.distributed.launch import run_distributed
 from tests.distributed.test_checkpoints import EP2, SHARDED
@@ -91,9 +92,9 @@ class Cost:
 
 def tensors_of(run):
     """Weights, main weights and moments of this rank."""
-    trainables = run.stepper.trainables
-    yield from (p.detach() for chunk in trainables.chunks for p in chunk.parameters())
-    for part in trainables.optimizer.chained_optimizers:
+    train_state = run.stepper.train_state
+    yield from (p.detach() for chunk in train_state.chunks for p in chunk.parameters())
+    for part in train_state.optimizer.chained_optimizers:
         yield from (p.detach() for group in part.optimizer.param_groups for p in group["params"])
         yield from (state[name] for state in part.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
 
@@ -101,10 +102,10 @@ def tensors_of(run):
 def step(run):
     """Take a step along gradients drawn at random."""
     generator = torch.Generator().manual_seed(1)
-    for chunk in run.stepper.trainables.chunks:
+    for chunk in run.stepper.train_state.chunks:
         for parameter in chunk.parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
-    run.stepper.trainables.optimizer.step()
+    run.stepper.train_state.optimizer.step()
 
 
 def save(run, number: int) -> float:
@@ -135,10 +136,10 @@ def save_and_load(argv, as_megatron_core: bool) -> Cost:
     if as_megatron_core:
         load._sharing = lambda ranks: TorchDistLoadShardedStrategy()
     FileSystem.create_stream = counted_stream
-    run = build_run(parse_config(argv))
-    trainables = run.stepper.trainables
+    run = start_run(parse_config(argv), StopSignals())
+    train_state = run.stepper.train_state
     step(run)
-    for part in trainables.optimizer.chained_optimizers:
+    for part in train_state.optimizer.chained_optimizers:
         if as_megatron_core and isinstance(part, TorchAdamDistributedOptimizer):
             part.__class__ = GatheringOptimizer
     saved = [tensor.clone() for tensor in tensors_of(run)]
@@ -150,12 +151,12 @@ def save_and_load(argv, as_megatron_core: bool) -> Cost:
     settings = CheckpointSettings(load=str(run.saver.folders.path), no_verify_checkpoint=True)
     found = find_checkpoint(settings, run.ranks)
     CountedFile.count = 0
-    load.load_checkpoint(found, trainables, with_optimizer=True, with_generators=True)
+    load.load_checkpoint(found, train_state, with_optimizer=True, with_rng_states=True)
     read, is_same = CountedFile.count, all(map(torch.equal, saved, tensors_of(run)))
-    sizes = {name: p.numel() for chunk in trainables.chunks for name, p in chunk.named_parameters()}
+    sizes = {name: p.numel() for chunk in train_state.chunks for name, p in chunk.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     is_own = has_own_weights(found.folder)
-    leave_ranks()
+    destroy_parallel_state()
     return Cost(held, held_async, read, experts / sum(sizes.values()), is_same, is_own)
 
 

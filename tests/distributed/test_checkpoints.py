@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tst.checkpoint.folders import CheckpointFolders
-from megatron_tst.training.monitor import Monitor
+from megatron_tst.training.metrics_logger import MetricsLogger
 from tests.distributed.launch import run_distributed
 from tests.distributed.layouts import train_layout
 from tests.distributed.test_layouts import DENSE, MOE, setup  # noqa: F401
@@ -104,14 +104,14 @@ def test_one_layout_resumes_bitwise(setup, saved):  # noqa: F811
 
 def signalled_on_one_rank(argv, rank, step):
     """Train; one rank alone is signalled within a step."""
-    record = Monitor.record
+    record = MetricsLogger.record
 
     def recording(monitor, done, *rest):
         if done == step and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGUSR1)
         record(monitor, done, *rest)
 
-    Monitor.record = recording
+    MetricsLogger.record = recording
     return len(train_layout(argv).text)
 
 

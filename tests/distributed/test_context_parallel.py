@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_tst.distributed import ParallelSizes, join_ranks
+from megatron_tst.distributed import ParallelSizes, init_parallel_state
 from megatron_tst.model import attention
 from tests.distributed.launch import run_distributed
 
@@ -35,7 +35,7 @@ def whole_attention(query, key, value):
 
 def attend(cp_size, inputs, upstream, broken=""):
     """Run this rank's part; returns its output and its gradients."""
-    ranks = join_ranks(ParallelSizes(context_parallel_size=cp_size))
+    ranks = init_parallel_state(ParallelSizes(context_parallel_size=cp_size))
     gather = attention.gather_from_sequence_parallel_region
     if broken == "plain order":
         attention.in_text_order = lambda gathered, cp_size: gathered

@@ -7,9 +7,10 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 
 from megatron_tst.checkpoint import load
 from megatron_tst.config import UserError, parse_config
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.megatron_patches import safe_checkpoint
 from megatron_tst.megatron_patches.versions import reads_alone
-from megatron_tst.training import build_run
+from megatron_tst.training import start_run
 from tests.checkpoint.recorded_run import RECORDED, TWO_RANKS, arguments
 from tests.distributed.launch import run_distributed
 
@@ -34,7 +35,7 @@ def start(argv: list[str], part: str | None, is_together: bool) -> str:
     if not is_together:
         load._LoadTogether = TorchDistLoadShardedStrategy
     try:
-        build_run(parse_config(argv))
+        start_run(parse_config(argv), StopSignals())
     except UserError as error:
         return str(error)
     return "started"

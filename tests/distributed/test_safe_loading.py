@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_tst.checkpoint.load import _sharing
-from megatron_tst.distributed import ParallelSizes, join_ranks, leave_ranks
+from megatron_tst.distributed import ParallelSizes, destroy_parallel_state, init_parallel_state
 from megatron_tst.megatron_patches.safe_checkpoint import safe_loading
 from megatron_tst.megatron_patches.shard_writer import ShardWriting, planning_for_threads
 from megatron_tst.megatron_patches.versions import save_settings
@@ -69,7 +69,7 @@ def put_bomb(folder: Path, place: str, bomb: Bomb) -> None:
 
 def load_bomb(folder: Path, place: str, is_guarded: bool) -> str:
     """Save, put a bomb in, load; returns what loading gave or raised."""
-    ranks = join_ranks(ParallelSizes())
+    ranks = init_parallel_state(ParallelSizes())
     if ranks.is_main:
         folder.mkdir()
     dist.barrier()
@@ -90,7 +90,7 @@ def load_bomb(folder: Path, place: str, is_guarded: bool) -> str:
     except BaseException as error:
         outcome = f"{type(error).__name__}: {error}"
     dist.barrier()
-    leave_ranks()
+    destroy_parallel_state()
     return outcome
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_tst.checkpoint import content
-from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.saved_checkpoints import find_saved_checkpoint
 from megatron_tst.conversion.to_megatron import Import
 from megatron_tst.conversion.torch_dist import StackedWeights
-from megatron_tst.training.monitor import Monitor
+from megatron_tst.training.metrics_logger import MetricsLogger
 from megatron_tst.training.run import Run
 from megatron_tst.training.step import Stepper
 from tests.distributed.launch import run_distributed
@@ -40,7 +40,7 @@ def train_and_keep(argv: list[str], signalled_after: int | None = None, gathers:
     """Train; the last rank alone is signalled within a step."""
     kept: Kept = {}
     read: list[list] = []
-    train, save, record = Stepper.train, Run.save, Monitor.record
+    train, save, record = Stepper.train, Run.save, MetricsLogger.record
 
     def training(stepper, batches):
         read[:] = [batches]
@@ -57,7 +57,7 @@ def train_and_keep(argv: list[str], signalled_after: int | None = None, gathers:
             os.kill(os.getpid(), signal.SIGUSR1)
         record(monitor, step, *rest)
 
-    Stepper.train, Run.save, Monitor.record = training, saving, recording
+    Stepper.train, Run.save, MetricsLogger.record = training, saving, recording
     if not gathers:
         content.gather_weights = lambda _: None
     return train_layout(argv), kept
@@ -140,7 +140,7 @@ def assert_export_is_the_model(checkpoints: Path, step: int, ranks: list[Kept], 
     done = start("tools/convert_ckpt.py", "--load", str(checkpoints), "--iteration", str(step), "--save", str(exported))
     assert done.returncode == 0, done.stderr
     Import(exported).write(folder / "back", exported / "tokenizer.json")
-    found = find_saved_run(folder / "back", None)
+    found = find_saved_checkpoint(folder / "back", None)
     back = StackedWeights(found.folder)
     model = whole([piece for kept in ranks for piece in kept[step]])
     assert model.keys() <= back.entries.keys()

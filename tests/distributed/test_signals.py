@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tst.config import EXIT_RESUMABLE, StoppedInSetUp
-from megatron_tst.distributed import ParallelSizes, join_ranks, main_rank_alone
+from megatron_tst.distributed import ParallelSizes, init_parallel_state, run_on_main_rank
 from megatron_tst.distributed import signals as signals_module
 from megatron_tst.distributed.signals import ONE_REQUEST_S, STOP_SIGNALS, StopSignals, ignore_stop_signals
 from tests.distributed.launch import run_distributed
@@ -108,13 +108,13 @@ def test_the_end_of_torchrun_is_a_request_and_that_of_another_parent_is_not(monk
 
 def signal_the_last_rank(number: int) -> str | None:
     """Signal it between collectives, where it must not leave the other one."""
-    join_ranks(ParallelSizes())
+    init_parallel_state(ParallelSizes())
     signals = StopSignals()
     signals.listen()
     try:
         if dist.get_rank() == 1:
             send(number)
-        main_rank_alone(lambda: None)
+        run_on_main_rank(lambda: None)
         signals.check()
     except StoppedInSetUp as stopped:
         return str(stopped)
@@ -123,11 +123,11 @@ def signal_the_last_rank(number: int) -> str | None:
 
 def signal_the_main_rank_alone(number: int) -> tuple[str | None, bool]:
     """Signal it in what it does alone, which may take minutes, while the other one waits."""
-    join_ranks(ParallelSizes())
+    init_parallel_state(ParallelSizes())
     StopSignals().listen()
     goes_on = []
     try:
-        main_rank_alone(lambda: (send(number), goes_on.append(True)))
+        run_on_main_rank(lambda: (send(number), goes_on.append(True)))
     except StoppedInSetUp as stopped:
         return str(stopped), bool(goes_on)
     return None, bool(goes_on)

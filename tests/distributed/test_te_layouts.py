@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tst.distributed import ParallelSizes, join_ranks
+from megatron_tst.distributed import ParallelSizes, init_parallel_state
 from megatron_tst.model import build, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model import loss as loss_module
 from megatron_tst.model.te_loss import adapt_kernel
@@ -20,7 +20,7 @@ ONE_ROUNDING = 2**-8  # of a bfloat16; versions to 2.17 round a gradient twice
 
 
 def lose(behaviour, logits_LBV, targets, weights):
-    ranks = join_ranks(ParallelSizes(tensor_model_parallel_size=WORLD))
+    ranks = init_parallel_state(ParallelSizes(tensor_model_parallel_size=WORLD))
     loss_module.load_kernel = lambda: adapt_kernel(STAND_INS[behaviour])
     columns = VOCAB // WORLD
     mine = logits_LBV[..., ranks.tp_rank * columns : (ranks.tp_rank + 1) * columns].clone().requires_grad_()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tst.distributed import ParallelSizes, join_ranks, seed_everything
+from megatron_tst.distributed import ParallelSizes, init_parallel_state, seed_everything
 from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.superposition import bag_weights
 from tests.distributed.launch import run_distributed
@@ -22,7 +22,7 @@ def collectives(log: OperationLog) -> dict[str, int]:
 
 
 def lose(logits_LBV, targets, weights):
-    ranks = join_ranks(ParallelSizes(tensor_model_parallel_size=WORLD))
+    ranks = init_parallel_state(ParallelSizes(tensor_model_parallel_size=WORLD))
     columns = logits_LBV.shape[-1] // ranks.tp_size
     mine = logits_LBV[..., ranks.tp_rank * columns : (ranks.tp_rank + 1) * columns].clone().requires_grad_()
     with OperationLog() as forward:
@@ -53,13 +53,15 @@ def embed(shape, sequence_parallel, bf16, bags, weight, upstream):
     from megatron_tst.config import ModelSettings, ParallelSettings, TrainingSettings
     from megatron_tst.megatron_patches import find_libraries
     from megatron_tst.model import LossChoice, build_gpt, transformer_config
+    from megatron_tst.shape import resolve_shape
 
-    ranks = join_ranks(ParallelSizes(tensor_model_parallel_size=WORLD))
+    ranks = init_parallel_state(ParallelSizes(tensor_model_parallel_size=WORLD))
     seed_everything(1)
     model = ModelSettings(**shape)
     parallel = ParallelSettings(tensor_model_parallel_size=WORLD, sequence_parallel=sequence_parallel)
-    config = transformer_config(model, TrainingSettings(bf16=bf16), parallel, find_libraries())
-    embedding = build_gpt(config, model, VOCAB + 1, LossChoice(), use_transformer_engine=False).embedding
+    sizes = resolve_shape(model, VOCAB + 1, parallel)
+    config = transformer_config(model, sizes, TrainingSettings(bf16=bf16), parallel, find_libraries())
+    embedding = build_gpt(config, model, sizes, LossChoice(), use_transformer_engine=False).embedding
     words, rows = embedding.word_embeddings, (VOCAB + 1) // WORLD
     # Hooks gather parameters under overlap: until one runs, the weight holds nothing that may be read.
     words.weight.data.fill_(torch.nan)

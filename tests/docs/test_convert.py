@@ -39,7 +39,7 @@ def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
     assert program == "python"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=place, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, *arguments], cwd=place, env=environment, capture_output=True, text=True, timeout=1200
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.saved_checkpoints import find_saved_checkpoint
 from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
 from tests.checkpoint.saved import save_here
 from tests.training.runs import start
@@ -20,7 +20,7 @@ EVALUATE = ROOT / "examples/evaluate"
 def hugging_face(rank, tokenizer, tmp_path) -> Path:
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     save_here(tmp_path / "checkpoints", "qwen3", str(tokenizer.path), rank)
-    export = Export(find_saved_run(tmp_path / "checkpoints", None))
+    export = Export(find_saved_checkpoint(tmp_path / "checkpoints", None))
     export.write(tmp_path / "hf", tokenizer.path, EndOfDocument(tokenizer.eod, "<|endoftext|>"), 10**9)
     return tmp_path / "hf"
 

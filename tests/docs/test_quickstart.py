@@ -24,7 +24,7 @@ def test_the_quickstart_runs(tmp_path: Path):
     folders = {"DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs")}
     environment = {**os.environ, "STEPS": "50", "PACKAGES": "rich mpmath", **folders}
     command = ["bash", "examples/quickstart/run.sh", "--seed", "3", "--equal-loss"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     baseline, tst = (read_metrics(runs / name / "metrics.jsonl") for name in ("baseline", "tst"))
     assert [line for line in baseline if "loss" in line][-1]["data_tokens"] == 50 * 32 * 128

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tst.distributed import any_rank, enter_device, every_rank, main_rank_alone
+from megatron_tst.distributed import any_rank, enter_device, every_rank, run_on_main_rank
 from megatron_tst.distributed.device import driver_version, peak_memory_bytes
-from megatron_tst.distributed.rng_state import generator_states, restore_generator_states
+from megatron_tst.distributed.rng_state import get_rng_states, set_rng_states
 from megatron_tst.megatron_patches import find_libraries
 
 
@@ -33,9 +33,9 @@ def test_the_device_is_entered(device, record_property):
 
 def test_generators_go_back_to_where_they_were(rank, device):
     torch.rand(3, device=device)
-    states = generator_states()
+    states = get_rng_states()
     first = torch.rand(3, device=device)
-    restore_generator_states(states)
+    set_rng_states(states)
     assert torch.equal(torch.rand(3, device=device), first)
     assert not torch.equal(torch.rand(3, device=device), first)
 
@@ -53,6 +53,6 @@ def test_collectives_at_one_rank(rank, device):
     assert all(
         torch.equal(result, torch.arange(8.0, device=device)) for result in (reduced, scattered, gathered, values)
     )
-    assert main_rank_alone(lambda: "said") == "said"
+    assert run_on_main_rank(lambda: "said") == "said"
     assert every_rank({"rank": 0}) == [{"rank": 0}]
     assert any_rank(True, False) == [True, False]

@@ -57,11 +57,13 @@ def write(path: Path, sections: Mapping[str, Any]) -> str:
 def train_own(argv: list[str]) -> None:
     """What a rank of the own trainer does."""
     from megatron_tst.config import parse_config
-    from megatron_tst.distributed import leave_ranks
-    from megatron_tst.training import build_run, train
+    from megatron_tst.distributed import destroy_parallel_state
+    from megatron_tst.distributed.signals import StopSignals
+    from megatron_tst.training import start_run, train
 
-    train(build_run(parse_config(argv)))
-    leave_ranks()
+    signals = StopSignals()
+    train(start_run(parse_config(argv), signals), signals)
+    destroy_parallel_state()
 
 
 def train_megatron_lm(argv: list[str]) -> tuple[bool | str, str]:

@@ -11,6 +11,7 @@ import pytest
 from megatron_tst.config import ModelSettings, ParallelSettings, TrainingSettings
 from megatron_tst.megatron_patches import Libraries, find_libraries
 from megatron_tst.model import LossChoice, build, transformer_config
+from megatron_tst.shape import resolve_shape
 from tests.model.small import DENSE, VOCAB
 from tests.training.runs import start
 
@@ -45,8 +46,11 @@ def test_each_part_is_named(monkeypatch, found: str, wanted: str):
     assert describe_found(monkeypatch, *found.split()) == wanted
 
 
+SHAPE = resolve_shape(ModelSettings(**DENSE), VOCAB)
+
+
 def config_with(libraries: Libraries):
-    return transformer_config(ModelSettings(**DENSE), TrainingSettings(), ParallelSettings(), libraries)
+    return transformer_config(ModelSettings(**DENSE), SHAPE, TrainingSettings(), ParallelSettings(), libraries)
 
 
 def test_transformer_engine_alone_does_not_fuse_gradient_accumulation(monkeypatch):
@@ -60,7 +64,7 @@ def test_transformer_engine_alone_does_not_fuse_gradient_accumulation(monkeypatc
 def test_megatron_cores_output_layer_refuses_the_fusion_without_the_extension(rank):
     config = config_with(Libraries(gradient_accumulation_fusion=True))
     with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"):
-        build.build_gpt(config, ModelSettings(**DENSE), VOCAB, LossChoice(), use_transformer_engine=False)
+        build.build_gpt(config, ModelSettings(**DENSE), SHAPE, LossChoice(), use_transformer_engine=False)
 
 
 BROKEN = "raise RuntimeError('imported')"

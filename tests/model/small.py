@@ -5,6 +5,7 @@ from typing import Any
 from megatron_tst.config import ModelSettings, ParallelSettings, TrainingSettings
 from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import LossChoice, TSTGPTModel, build_gpt, transformer_config
+from megatron_tst.shape import resolve_shape
 
 LENGTH, VOCAB = 8, 53
 
@@ -45,7 +46,8 @@ GPT2 = {
 
 def small_model(shape: dict[str, Any], model_class: type = TSTGPTModel, bag_weights: str = "uniform", **training: Any):
     model = ModelSettings(**shape)
-    config = transformer_config(model, TrainingSettings(**training), ParallelSettings(), find_libraries())
+    sizes = resolve_shape(model, VOCAB)
+    config = transformer_config(model, sizes, TrainingSettings(**training), ParallelSettings(), find_libraries())
     return build_gpt(
-        config, model, VOCAB, LossChoice(bag_weights), use_transformer_engine=False, model_class=model_class
+        config, model, sizes, LossChoice(bag_weights), use_transformer_engine=False, model_class=model_class
     )

@@ -81,7 +81,7 @@ def join_as(rank: int, world_size: int, sizes: Any) -> Any:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_tst.distributed import join_ranks
+    from megatron_tst.distributed import init_parallel_state
 
     init, new_group = dist.init_process_group, dist.new_group
     world = {"store": FakeStore(), "rank": rank, "world_size": world_size}
@@ -90,7 +90,7 @@ def join_as(rank: int, world_size: int, sizes: Any) -> Any:
         mock.patch.object(dist, "new_group", lambda *args, **named: new_group(*args, **{**named, "backend": "fake"})),
         mock.patch.dict(os.environ, WORLD_SIZE=str(world_size)),
     ):
-        return join_ranks(sizes)
+        return init_parallel_state(sizes)
 
 
 def describe_checkpoint(chunk: Any) -> Any:
@@ -126,9 +126,10 @@ def describe_model(shape: dict[str, Any], device: str, rank: int, world_size: in
     import torch
 
     from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings
-    from megatron_tst.distributed import ParallelSizes, leave_ranks, seed_everything
+    from megatron_tst.distributed import ParallelSizes, destroy_parallel_state, seed_everything
     from megatron_tst.megatron_patches import find_libraries
     from megatron_tst.model import build_model
+    from megatron_tst.shape import resolve_shape
 
     ranks = join_as(rank, world_size, ParallelSizes(**sizes))
     seed_everything(1)
@@ -142,7 +143,7 @@ def describe_model(shape: dict[str, Any], device: str, rank: int, world_size: in
         mock.patch.object(torch.cuda, "current_device", lambda: torch.device(device)),
         torch.device(device),
     ):
-        (chunk,) = build_model(run, model.vocab_size or VOCAB, ranks, find_libraries())
+        (chunk,) = build_model(run, resolve_shape(model, model.vocab_size or VOCAB, parallel), ranks, find_libraries())
         described = {"checkpoint": describe_checkpoint(chunk.module)}
         if device == "cpu":
             # On the meta device parameters lose these marks when they are moved.
@@ -151,7 +152,7 @@ def describe_model(shape: dict[str, Any], device: str, rank: int, world_size: in
         for module in chunk.modules():
             if type(module).set_extra_state is not torch.nn.Module.set_extra_state:
                 module.set_extra_state(None)
-    leave_ranks()
+    destroy_parallel_state()
     return described
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from megatron.core.transformer import TransformerConfig
 
 from megatron_tst.config import PRESETS, ModelSettings, ParallelSettings, TrainingSettings
 from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import LossChoice, build_gpt, transformer_config
+from megatron_tst.shape import resolve_shape
 
 # (total, named size): counted by hand from the shapes in the docstring of megatron_tst/config/presets.py.
 PARAMETERS = {
@@ -23,10 +23,11 @@ PARAMETERS = {
 def test_parameter_counts(rank, monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
     model = ModelSettings(**PRESETS[name])
-    config: TransformerConfig = transformer_config(model, TrainingSettings(), ParallelSettings(), find_libraries())
+    shape = resolve_shape(model)
+    config = transformer_config(model, shape, TrainingSettings(), ParallelSettings(), find_libraries())
     config.perform_initialization = False
     with torch.device("meta"):
-        gpt = build_gpt(config, model, model.vocab_size, LossChoice(), use_transformer_engine=False)
+        gpt = build_gpt(config, model, shape, LossChoice(), use_transformer_engine=False)
     assert sum(parameter.numel() for parameter in gpt.parameters()) == PARAMETERS[name]
 
 

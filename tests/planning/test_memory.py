@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from megatron_tst.config import parse_config
-from megatron_tst.distributed import leave_ranks
+from megatron_tst.distributed import destroy_parallel_state
+from megatron_tst.distributed.signals import StopSignals
 from megatron_tst.planning.memory import Memory, micro_batches_under_way, pipeline_memory
-from megatron_tst.training import build_run
+from megatron_tst.training import start_run
 from tests.allocations import Allocations
 from tests.distributed.launch import run_distributed
 from tests.training.runs import arguments
@@ -52,7 +53,7 @@ TOGETHER = {
 
 def measure(argv):
     """Take a step, then another one under watch; returns this rank's bytes by part and its place in the pipeline."""
-    run = build_run(parse_config(argv))
+    run = start_run(parse_config(argv), StopSignals())
     reader = run.read(run.data.train, run.schedule, 0, 0)
     phase = run.schedule.phases[0]
     run.stepper.train(run.read_step(reader, phase))
@@ -60,18 +61,18 @@ def measure(argv):
     gc.collect()
     with Allocations(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)) as allocations:
         run.stepper._run(batches, forward_only=False)
-    chunks = run.stepper.trainables.chunks
+    chunks = run.stepper.train_state.chunks
     weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
     buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     parts = {
         "weights": sum(weight.nbytes for weight in weights),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
-        "optimizer": sum(map(optimizer_bytes, run.stepper.trainables.optimizer.chained_optimizers)),
+        "optimizer": sum(map(optimizer_bytes, run.stepper.train_state.optimizer.chained_optimizers)),
         "passes": allocations.peak,
     }
     stage = torch.distributed.get_rank(run.ranks.groups.pp)
     run.directory.leave()
-    leave_ranks()
+    destroy_parallel_state()
     return parts, stage
 
 

@@ -13,6 +13,7 @@ from megatron_tst.planning.published import (
     implied_mfu,
     published_runs,
 )
+from megatron_tst.shape import resolve_shape
 from megatron_tst.shape.parameters import count_parameters
 from megatron_tst.superposition import Schedule
 
@@ -53,7 +54,7 @@ def test_the_mixtures_hours_follow_from_its_steps():
 @pytest.mark.parametrize("name", MODELS)
 def test_work_per_position_is_six_flops_per_parameter_that_multiplies_and_attention(name):
     model = ModelSettings(**PRESETS[MODELS[name][0]])
-    multiplied = count_parameters(model, model.vocab_size, active=True) - model.vocab_size * model.hidden_size
+    multiplied = count_parameters(resolve_shape(model), active=True) - model.vocab_size * model.hidden_size
     width = (model.kv_channels or model.hidden_size // model.num_attention_heads) * model.num_attention_heads
     attention = 6 * model.num_layers * (model.seq_length + 1) * width
     assert flops_per_position(model) == pytest.approx(6 * multiplied + attention, rel=0.001)

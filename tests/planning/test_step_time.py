@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_tst.config import check_layout, parse_config, read_config
-from megatron_tst.planning.step_time import calibrate, communication_volumes, estimate_step, step_flops
-from megatron_tst.shape import forward_flops_per_sequence
+from megatron_tst.distributed.signals import StopSignals
+from megatron_tst.planning.step_time import calibrate, communication_volumes, estimate_step, run_step_flops
+from megatron_tst.shape import forward_flops_per_sequence, resolve_shape
 from megatron_tst.shape.hardware import find_gpu
-from megatron_tst.training import build_run
+from megatron_tst.training import start_run
 from tests.distributed.launch import run_distributed
 from tests.training.runs import arguments
 
@@ -46,7 +47,7 @@ class Traffic(TorchDispatchMode):
 
 
 def count(argv):
-    run = build_run(parse_config(argv))
+    run = start_run(parse_config(argv), StopSignals())
     batches = run.read_step(run.read(run.data.train, run.schedule, 0, 0), run.schedule.phases[0])
     with Traffic() as traffic:
         run.stepper.train(batches)
@@ -117,7 +118,7 @@ def layout(extra=""):
 def test_a_step_without_communication_is_its_operations():
     config, gpu = layout(), find_gpu("b200")
     step = estimate_step(config, gpu, 1, efficiency=0.5)
-    flops = 3 * 512 * forward_flops_per_sequence(config.model, 128256)
+    flops = 3 * 512 * forward_flops_per_sequence(resolve_shape(config.model))
     assert step.total == pytest.approx(flops / (0.5 * 2250e12))
     assert (step.bubble, step.exposed, dict(step.volumes)) == (0, 0, {})
     assert estimate_step(config, gpu, 1, efficiency=0.25).total == pytest.approx(2 * step.total)
@@ -131,7 +132,7 @@ def test_full_recomputation_is_a_fourth_pass():
     # All but the head, which is not of the layers.
     model = layout().model
     head = 2 * model.seq_length * model.hidden_size * 128256
-    share = 1 - head / forward_flops_per_sequence(model, 128256)
+    share = 1 - head / forward_flops_per_sequence(resolve_shape(model))
     assert again.compute == pytest.approx(plain.compute * (1 + share / 3))
     block = "--recompute-granularity full --recompute-method block --recompute-num-layers 9"
     some = estimate_step(layout(block), find_gpu("b200"), 1, 0.5)
@@ -196,7 +197,7 @@ def test_an_mfu_counts_the_whole_step():
     efficiency = calibrate(config, gpu, 64, 0.3)
     step = estimate_step(config, gpu, 64, efficiency)
     assert step.bubble > 0 < step.exposed
-    assert step_flops(config) / (64 * gpu.peak_tflops * 1e12 * step.total) == pytest.approx(0.3)
+    assert run_step_flops(config, 64) / (64 * gpu.peak_tflops * 1e12 * step.total) == pytest.approx(0.3)
     assert efficiency > 0.31
     assert calibrate(layout(), gpu, 1, 0.3) == pytest.approx(0.3)
     # A step that communication alone makes longer.

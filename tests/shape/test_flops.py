@@ -4,7 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tst.config import ModelSettings
-from megatron_tst.shape import forward_flops_per_sequence, step_flops
+from megatron_tst.shape import forward_flops_per_sequence, resolve_shape, step_flops
 from megatron_tst.shape.flops import peak_tflops
 from megatron_tst.superposition import fold_labels, fold_tokens
 from tests.model.small import DENSE, GPT2, LENGTH, MOE, VOCAB, small_model
@@ -27,9 +27,9 @@ def test_the_formula_is_torchs_count_with_causal_attention(rank, shape):
     settings = ModelSettings(**shape)
     all_pairs, causal_pairs = LENGTH * LENGTH, LENGTH * (LENGTH + 1) // 2
     attention = settings.num_layers * 4 * settings.hidden_size * (all_pairs - causal_pairs)
-    formula = forward_flops_per_sequence(settings, VOCAB)
+    formula = forward_flops_per_sequence(resolve_shape(settings, VOCAB))
     assert formula == counted(shape, 1) - attention
-    assert formula != forward_flops_per_sequence(settings, VOCAB + 1)
+    assert formula != forward_flops_per_sequence(resolve_shape(settings, VOCAB + 1))
 
 
 @pytest.mark.parametrize("bag_size", [2, 4, 16])
@@ -38,8 +38,8 @@ def test_a_superposed_step_costs_what_an_ordinary_one_does(rank, bag_size):
 
 
 def test_a_step_is_three_passes_over_the_batch(rank):
-    settings = ModelSettings(**DENSE)
-    assert step_flops(settings, VOCAB, 8) == 3 * 8 * forward_flops_per_sequence(settings, VOCAB)
+    shape = resolve_shape(ModelSettings(**DENSE), VOCAB)
+    assert step_flops(shape, 8) == 3 * 8 * forward_flops_per_sequence(shape)
 
 
 @pytest.mark.parametrize(

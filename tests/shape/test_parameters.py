@@ -1,6 +1,7 @@
 import pytest
 
 from megatron_tst.config import PRESETS, ModelSettings
+from megatron_tst.shape import resolve_shape
 from megatron_tst.shape.parameters import checkpoint_bytes, count_parameters
 from tests.model.small import DENSE, GPT2, MOE, VOCAB, small_model
 from tests.model.test_shapes import PARAMETERS
@@ -9,20 +10,20 @@ from tests.model.test_shapes import PARAMETERS
 @pytest.mark.parametrize("shape", [DENSE, MOE, GPT2], ids=["dense", "moe", "gpt2"])
 def test_the_formula_is_the_built_models_count(rank, shape):
     built = sum(parameter.numel() for parameter in small_model(shape).parameters())
-    assert count_parameters(ModelSettings(**shape), VOCAB) == built
-    assert count_parameters(ModelSettings(**shape), VOCAB + 1) != built
+    assert count_parameters(resolve_shape(ModelSettings(**shape), VOCAB)) == built
+    assert count_parameters(resolve_shape(ModelSettings(**shape), VOCAB + 1)) != built
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_published_shapes(name):
     model = ModelSettings(**PRESETS[name])
-    assert count_parameters(model, model.vocab_size) == PARAMETERS[name]
+    assert count_parameters(resolve_shape(model)) == PARAMETERS[name]
 
 
 def test_a_position_of_the_mixture_uses_a_billion_parameters_and_the_tables():
     model = ModelSettings(**PRESETS["10b-a1b"])
     tables = 2 * model.vocab_size * model.hidden_size
-    assert round((count_parameters(model, model.vocab_size, active=True) - tables) / 1e9, 1) == 1.0
+    assert round((count_parameters(resolve_shape(model), active=True) - tables) / 1e9, 1) == 1.0
 
 
 def test_a_checkpoints_size():

@@ -61,7 +61,7 @@ NOT_FINITE = {
     "a list": (ExpertMetrics(2, [1.5, math.nan], [-math.inf], [0.1]), {
         "expert_load_max": ["1.5", "nan"], "expert_load_min": ["-inf"],
     }),
-    "a mapping": (replace(STEP, lr_by_group={"vectors": math.inf}), {"lr_by_group": {"vectors": "inf"}}),
+    "a mapping": (replace(STEP, lr_by_group={"no_decay": math.inf}), {"lr_by_group": {"no_decay": "inf"}}),
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_a_number_that_is_not_finite_is_null_with_a_word(tmp_path: Path, kind):
     assert "null" in written and all("nan" not in repr(line[name]) and "inf" not in repr(line[name]) for name in words)
     # Whoever reads metrics here sees the numbers as they were, and what is cut and written again is the same.
     (read,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert repr(sorted(read.items())) == repr(sorted(vars(metrics).items()))
+    assert repr(sorted(read.items())) == repr(sorted({"kind": metrics.kind, **vars(metrics)}.items()))
     RunDirectory(tmp_path).create("", first_step=2)
     assert read_strictly((tmp_path / "metrics.jsonl").read_text()) == line
 
@@ -88,7 +88,24 @@ def test_lines_with_bare_words_are_read_and_mended(tmp_path: Path):
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["valid_loss"])
     RunDirectory(tmp_path).create("", first_step=1)
     line = read_strictly((tmp_path / "metrics.jsonl").read_text())
-    assert line == {"step": 1, "valid_loss": None, "not_finite": {"valid_loss": "nan"}}
+    assert line == {"kind": "valid", "step": 1, "valid_loss": None, "not_finite": {"valid_loss": "nan"}}
+
+
+KINDS = {
+    '{"step": 1, "loss": 0.5, "phase": 0}': "step",
+    '{"step": 1, "valid_loss": 0.5}': "valid",
+    '{"step": 1, "expert_load_max": [1.0]}': "experts",
+    '{"step": 1, "switched_to_bag_size": 1}': "switch",
+    '{"step": 1, "recovery_steps": null}': "recovery",
+    '{"step": 1, "skipped_loss": "nan"}': "skipped",
+    '{"kind": "valid", "step": 1}': "valid",
+}
+
+
+@pytest.mark.parametrize("line", KINDS)
+def test_a_line_has_its_kind_whoever_wrote_it(tmp_path: Path, line):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["kind"] == KINDS[line]
 
 
 @pytest.mark.parametrize("line", ["5", "[]", '{"step": 1, "not_finite": 3}', '{"not_finite": {"loss": "many"}}'])
@@ -124,7 +141,8 @@ def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path: Path):
     lines = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.30000000000000004}, {"step": 3, "loss": 0.2}]
     directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     directory.create("", first_step=2)
-    assert directory.metrics.read_text() == "".join(json.dumps(line) + "\n" for line in lines[:2])
+    # Lines from before there were kinds get theirs.
+    assert directory.metrics.read_text() == "".join(json.dumps({"kind": "step", **line}) + "\n" for line in lines[:2])
     directory.create("", first_step=0)
     assert directory.metrics.read_text() == ""
 

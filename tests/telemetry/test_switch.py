@@ -66,10 +66,10 @@ def test_an_ordinary_run_has_no_switch():
 
 def as_lines(told, losses, last):
     steps = [
-        {"step": step, "phase": phase_of(step)[0], "bag_size": phase_of(step)[1], "loss": loss}
+        {"kind": "step", "step": step, "phase": phase_of(step)[0], "bag_size": phase_of(step)[1], "loss": loss}
         for step, loss in enumerate(losses, 1)
     ]
-    lines = steps + [dataclasses.asdict(metrics) for metrics in told]
+    lines = steps + [{"kind": metrics.kind, **dataclasses.asdict(metrics)} for metrics in told]
     return sorted((line for line in lines if line["step"] <= last), key=lambda line: line["step"])
 
 
@@ -85,7 +85,7 @@ def test_a_run_that_was_stopped_tells_the_same(stopped_after):
 
 def test_the_level_is_of_the_steps_before_the_switch_not_before_the_stop():
     """Stopped after 15 steps, with a line at the tenth: of steps 11 to 20, which count, 16 to 20 are known."""
-    lines = [{"step": 10, "phase": 0, "bag_size": 4, "loss": 9.0}]
+    lines = [{"kind": "step", "step": 10, "phase": 0, "bag_size": 4, "loss": 9.0}]
     (switch, *_) = watch([4.0] * 5 + AFTER, lines, first=16)
     assert switch.loss_before_switch == 4.0
 
@@ -105,6 +105,8 @@ def test_a_switch_that_is_not_overcome_is_closed_by_the_next():
 
 def test_lines_of_long_ago_are_no_level():
     """With a line every fifteen steps, only the phase's last step is near enough to the switch."""
-    lines = [{"step": step, "phase": 0, "bag_size": 4, "loss": loss} for step, loss in ((5, 9.0), (20, 4.0))]
+    lines = [
+        {"kind": "step", "step": step, "phase": 0, "bag_size": 4, "loss": loss} for step, loss in ((5, 9.0), (20, 4.0))
+    ]
     (switch, *_) = watch(AFTER, lines, first=21)
     assert switch.loss_before_switch == 4.0

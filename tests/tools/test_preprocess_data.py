@@ -97,12 +97,12 @@ def test_two_at_a_time_and_a_signal(tmp_path: Path, tokenizer):
                 target=lambda: opened.append(os.open(tmp_path / "pipe", os.O_WRONLY)), daemon=True
             )
             writer.start()
-            writer.join(timeout=240)
+            writer.join(timeout=900)
             assert opened
             second = run(tmp_path, "--input", str(tmp_path / "text"))
             assert second.returncode == 2 and "out: another process is writing it" in second.stderr
             first.send_signal(signal.SIGTERM)
-            _, told = first.communicate(timeout=240)
+            _, told = first.communicate(timeout=900)
         finally:
             first.kill()
     os.close(opened[0])

@@ -86,7 +86,7 @@ def test_a_sweep_that_is_told_to_end_stops_its_runs_and_goes_on(tmp_path: Path, 
                 break
             subprocess.run([sys.executable, "-c", ""], check=True)
         process.terminate()
-        told, _ = process.communicate(timeout=200)
+        told, _ = process.communicate(timeout=900)
     assert process.returncode == 130, told
     assert "stopped; the same command goes on" in told
     # The run was told too, and saved what it had done.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_tst.config import RunConfig, parse_config
+from megatron_tst.distributed import get_parallel_state
 from megatron_tst.training import build_run, train
 from tests.corpora import FILES
 
@@ -29,7 +30,7 @@ def arguments(corpus: str, tokenizer: str, run_dir: Path, extra: str = "") -> li
     return [*MODEL, *TRAINING, *files, *extra.split()]
 
 
-def start(*argv: str, timeout_s: int = 240, **env: str) -> subprocess.CompletedProcess[str]:
+def start(*argv: str, timeout_s: int = 900, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the project as a user does."""
     command = [sys.executable, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
@@ -52,7 +53,7 @@ def config_of(argv: list[str]) -> RunConfig:
 
 def build_here(argv: list[str]):
     """Build a run in this process, where the ranks have joined already."""
-    return build_run(parse_config(argv))
+    return build_run(parse_config(argv), get_parallel_state())
 
 
 def train_here(argv: list[str]):
@@ -63,4 +64,6 @@ def train_here(argv: list[str]):
 
 
 def parameters(run) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for chunk in run.stepper.trainables.chunks for name, p in chunk.named_parameters()}
+    return {
+        name: p.detach().clone() for chunk in run.stepper.train_state.chunks for name, p in chunk.named_parameters()
+    }

@@ -10,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_tst.data.batches import TextReader
+from megatron_tst.data.batches import BatchLoader
 from megatron_tst.distributed import seed_everything
 from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import transformer_config
@@ -24,9 +24,9 @@ def bare_loop(run, shift_labels=0):
     """The losses and gradient norms of megatron-core's stock classes on the run's own text."""
     config = run.config
     seed_everything(config.training.seed)
-    transformer = transformer_config(config.model, config.training, config.parallel, find_libraries())
+    transformer = transformer_config(config.model, run.shape, config.training, config.parallel, find_libraries())
     model = GPTModel(
-        transformer, block_spec(transformer, False), vocab_size=run.vocab_size, max_sequence_length=16,
+        transformer, block_spec(transformer, False), vocab_size=run.shape.vocab_size, max_sequence_length=16,
         position_embedding_type="rope", share_embeddings_and_output_weights=False,
     )  # fmt: skip
     transformer.finalize_model_grads_func = finalize_model_grads
@@ -40,9 +40,10 @@ def bare_loop(run, shift_labels=0):
         optimizer, init_lr=0.0, max_lr=1e-2, min_lr=0.0, lr_warmup_steps=2, lr_decay_steps=8, lr_decay_style="cosine",
         start_wd=0.01, end_wd=0.01, wd_incr_steps=8, wd_incr_style="constant",
     )  # fmt: skip
-    reader = TextReader(
-        run.data.train, run.schedule, run.ranks, micro_batch_size=2, global_batch_size=4, vocab_size=run.vocab_size
-    )
+    reader = BatchLoader(
+        run.data.train, run.schedule, run.ranks,
+        micro_batch_size=2, global_batch_size=4, vocab_size=run.shape.vocab_size,
+    )  # fmt: skip
     shape, history = run.batch_shape(Phase(1, 1)), []
 
     def forward_step(iterator, model):

@@ -7,13 +7,13 @@ import pytest
 import tokenizers
 import torch
 
-from megatron_tst.training import build_run, evaluate
-from tests.training.runs import arguments, config_of
+from megatron_tst.training import evaluate
+from tests.training.runs import arguments, build_here
 
 
 @pytest.mark.parametrize("extra", ["", "--eod-mask-loss"])
 def test_bits_per_byte_are_the_loss_over_the_texts_bytes(here, corpus, tokenizer, tmp_path: Path, extra):
-    run = build_run(config_of(arguments(corpus, str(tokenizer.path), tmp_path / "run", extra)))
+    run = build_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", extra))
     found = evaluate(run)
     reader = run.read(run.data.valid, run.validation, num_workers=0)
     library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
@@ -32,7 +32,7 @@ def test_bits_per_byte_are_the_loss_over_the_texts_bytes(here, corpus, tokenizer
 
 def test_where_a_tokens_bytes_are_not_known_there_are_none(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "token_bytes", lambda _: None)
-    run = build_run(config_of(arguments(corpus, str(tokenizer.path), tmp_path / "run")))
+    run = build_here(arguments(corpus, str(tokenizer.path), tmp_path / "run"))
     found = evaluate(run)
     assert found.bits_per_byte is None
     assert torch.isfinite(torch.tensor(found.loss))

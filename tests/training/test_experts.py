@@ -23,7 +23,7 @@ def train_watched(argv):
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(2, dim=1).indices, True)
         choices.append((router.layer_number - 1, chosen))
 
-    for chunk in run.stepper.trainables.chunks:
+    for chunk in run.stepper.train_state.chunks:
         for module in chunk.modules():
             if isinstance(module, TopKRouter):
                 module.register_forward_hook(watch)

@@ -117,7 +117,7 @@ def test_a_file_that_may_not_grow_is_named(argv, tmp_path: Path):
         "runpy.run_path('pretrain_tst.py', run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *argv("run")], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", program, *argv("run")], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
@@ -135,7 +135,7 @@ class Poison:
         def poisoned_train(stepper, batches):
             self.step += 1
             report = train(stepper, batches)
-            self.weights[self.step] = [p.detach().clone() for c in stepper.trainables.chunks for p in c.parameters()]
+            self.weights[self.step] = [p.detach().clone() for c in stepper.train_state.chunks for p in c.parameters()]
             return report
 
         def poisoned_loss(stepper, rows, global_weight):
@@ -203,7 +203,7 @@ def test_a_second_run_that_saves_in_the_same_place_is_refused(here, argv, tmp_pa
     for folder in (elsewhere, tmp_path / "run" / "checkpoints"):
         done = subprocess.run(
             [sys.executable, "pretrain_tst.py", *argv("second", f"--save {folder}")],
-            cwd=ROOT, capture_output=True, text=True, timeout=240,
+            cwd=ROOT, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert f"--save {folder}: another run saves there (run.lock)" in done.stderr

@@ -147,7 +147,7 @@ def test_a_run_that_fills_its_disk_exits_with_2_and_a_line(argv, small_disk: Pat
     elsewhere = f"--data-cache-path {tmp_path / 'cache'} --save {tmp_path / 'saved'} --train-iters 500"
     done = subprocess.run(
         [sys.executable, "pretrain_tst.py", *argv(run, elsewhere)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     last = done.stderr.strip().splitlines()[-1]
     found = re.search(rf"metrics.jsonl cannot be written: {FULL}; saved after step (\d+), go on with --load", last)
@@ -161,4 +161,4 @@ def test_the_exit_code_stands_where_the_line_cannot_be_written(argv, tmp_path: P
     """As with a log on the full disk itself."""
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "pretrain_tst.py", *argv(tmp_path / "run", "--split 0,0,0")]
-        assert subprocess.run(command, cwd=ROOT, stderr=full, timeout=300).returncode == 2
+        assert subprocess.run(command, cwd=ROOT, stderr=full, timeout=900).returncode == 2

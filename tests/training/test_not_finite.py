@@ -14,7 +14,7 @@ def test_a_model_that_is_not_a_number_leaves_lines_of_json(here, corpus, tokeniz
     extra = "--train-iters 2 --lr-warmup-iters 0 --eval-interval 1 --max-nan-steps 5"
     run = build_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", extra))
     with torch.no_grad():
-        for parameter in run.stepper.trainables.chunks[0].parameters():
+        for parameter in run.stepper.train_state.chunks[0].parameters():
             parameter.fill_(math.nan)
     train(run)
     written = [read_strictly(line) for line in run.directory.metrics.read_text().splitlines()]

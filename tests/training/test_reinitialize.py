@@ -38,8 +38,8 @@ def is_vocabulary(name: str) -> bool:
 def adam_states(run) -> dict[str, dict[str, torch.Tensor]]:
     """Main weights, moments and step count by the parameter's name; the ranks of these tests hold all of them."""
     found = {}
-    for part in run.stepper.trainables.optimizer.chained_optimizers:
-        for name, parameter in run.stepper.trainables.chunks[0].named_parameters():
+    for part in run.stepper.train_state.optimizer.chained_optimizers:
+        for name, parameter in run.stepper.train_state.chunks[0].named_parameters():
             main = getattr(parameter, "main_param", parameter)
             if hasattr(part, "model_param_group_index_map"):
                 group, place = part.model_param_group_index_map[parameter]
@@ -55,7 +55,7 @@ def test_the_vocabulary_is_fresh_and_all_else_as_it_was(here, argv, kind):
     seed_everything(run.config.training.seed)
     generator = torch.get_rng_state()
     weights, states = parameters(run), adam_states(run)
-    reinitialize(run.stepper.trainables, seed=1234, step=4)
+    reinitialize(run.stepper.train_state, seed=1234, step=4)
     assert torch.equal(torch.get_rng_state(), generator)
     new_weights, new_states = parameters(run), adam_states(run)
     drawn = [name for name in weights if is_vocabulary(name)]
@@ -86,7 +86,7 @@ def test_the_draw_is_no_earlier_one(here, argv):
     run = build_here(argv("run", CONTROL))
     draws = [parameters(run)]
     for seed, step in ((1234, 4), (1234, 5), (1235, 4)):
-        reinitialize(run.stepper.trainables, seed, step)
+        reinitialize(run.stepper.train_state, seed, step)
         draws.append(parameters(run))
     for name in filter(is_vocabulary, draws[0]):
         found = torch.stack([weights[name].flatten() for weights in draws])
@@ -100,7 +100,7 @@ def test_tied_weights_are_drawn_once(here, corpus, tokenizer, tmp_path: Path):
     run = build_here(tied)
     assert [name for name in parameters(run) if is_vocabulary(name)] == [f"module.{EMBEDDING}"]
     before = parameters(run)
-    reinitialize(run.stepper.trainables, 1234, 4)
+    reinitialize(run.stepper.train_state, 1234, 4)
     changed = [name for name, weight in parameters(run).items() if not torch.equal(weight, before[name])]
     assert changed == [f"module.{EMBEDDING}"]
     run.directory.leave()

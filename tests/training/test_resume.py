@@ -12,7 +12,7 @@ from megatron_tst.data.preprocess import write_indexed
 from megatron_tst.model.attention import ScaledDotProductAttention
 from megatron_tst.superposition import Phase
 from megatron_tst.telemetry import read_metrics
-from megatron_tst.training.pace import Pace
+from megatron_tst.training.step_timer import StepTimer
 from tests.training.runs import arguments, build_here, parameters, train_here
 
 # Dropout draws from the generators, accumulation takes two micro-batches; the switch is after step 4 of 8.
@@ -58,7 +58,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(here, argv, kind, stop):
 
 def test_hours_are_counted_over_all_starts(here, argv, monkeypatch):
     """A line every other step, stopped after the third; every step is said to take an hour."""
-    monkeypatch.setattr(Pace, "seconds", property(lambda pace: 3600.0 * pace._steps))
+    monkeypatch.setattr(StepTimer, "seconds", property(lambda timer: 3600.0 * timer._steps))
     train_here(argv("stopped", "--exit-interval 3 --log-interval 2"))
     run = train_here(argv("stopped", "--log-interval 2", load="stopped"))
     hours = {line["step"]: line["gpu_hours"] for line in read_metrics(run.directory.metrics) if "loss" in line}
@@ -198,7 +198,7 @@ def test_weights_alone_start_a_run_at_its_first_step(changed, stopped: Path):
     assert run.schedule.phases == (Phase(1, 8),)
     for name, value in parameters(run).items():
         assert torch.equal(value, parameters(fresh)[name]), name
-    assert not run.stepper.trainables.optimizer.state_dict()["state"]
+    assert not run.stepper.train_state.optimizer.state_dict()["state"]
     run.directory.leave()
     fresh.directory.leave()
 

@@ -96,7 +96,7 @@ def check(row: Row, start, run_folder: Path, lines) -> None:
     source = wanted["weights"] or wanted["step"]
     assert (loaded and loaded[1]) == source
     assert run.first_step == int(wanted["first"] or wanted["step"])
-    has_state = bool(run.stepper.trainables.optimizer.state_dict()["state"])
+    has_state = bool(run.stepper.train_state.optimizer.state_dict()["state"])
     assert has_state == (wanted["step"] is not None and not wanted["fresh"])
     assert (wanted["line"] or "") in lines()
 

@@ -8,20 +8,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tst.data.batches import make_batch
 from megatron_tst.superposition import Phase, bag_weights, multi_hot_cross_entropy
-from megatron_tst.training import build_run
-from tests.training.runs import arguments, config_of, parameters
+from tests.training.runs import arguments, build_here, parameters
 
 SUPERPOSED = "--tst-bag-size 4 --tst-steps 4 --tst-bag-weights power_law"
 
 
 @pytest.fixture
 def run(here, corpus, tokenizer, tmp_path: Path):
-    return build_run(config_of(arguments(corpus, str(tokenizer.path), tmp_path / "run", SUPERPOSED)))
+    return build_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", SUPERPOSED))
 
 
 def batches(run, bag_size):
     torch.manual_seed(0)
-    texts = [torch.randint(1, run.vocab_size, (2, 16 * bag_size + 1)) for _ in range(2)]
+    texts = [torch.randint(1, run.shape.vocab_size, (2, 16 * bag_size + 1)) for _ in range(2)]
     made = [make_batch(text, run.batch_shape(Phase(bag_size, 1))) for text in texts]
     # Unequal numbers of valid targets: the mean of the micro-batches' means is not the global mean.
     made[0].labels[:, 3:] = -100
@@ -34,7 +33,7 @@ def reference_loss(run, made):
     total, weight = torch.zeros((), dtype=torch.float64), torch.zeros(())
     for batch in made:
         labels = batch.labels.view(2, 16, -1)
-        logits = run.stepper.trainables.chunks[0](batch.inputs, batch.position_ids, None).detach()
+        logits = run.stepper.train_state.chunks[0](batch.inputs, batch.position_ids, None).detach()
         row_loss, row_weight = multi_hot_cross_entropy(logits, labels, bag_weights("power_law", labels.shape[-1]))
         total, weight = total + row_loss.double().sum(), weight + row_weight.sum()
     return total, weight
@@ -58,7 +57,7 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient(here, co
     reports, updated = [], []
     for size in (1, 4):
         argv = arguments(corpus, str(tokenizer.path), tmp_path / str(size), f"{SUPERPOSED} --micro-batch-size {size}")
-        run = build_run(config_of(argv))
+        run = build_here(argv)
         reader = run.read(run.data.train, run.schedule, 0)
         shape = run.batch_shape(Phase(4, 1))
         report = run.stepper.train([reader.read(shape) for _ in range(run.stepper.num_microbatches)])
@@ -83,7 +82,7 @@ def test_a_step_without_any_target_has_loss_zero_and_no_gradient(run):
 def test_both_phases_have_the_same_activations_and_flops(run):
     def watch(bag_size):
         shapes: list[tuple[str, torch.Size]] = []
-        decoder = run.stepper.trainables.chunks[0].module.decoder
+        decoder = run.stepper.train_state.chunks[0].module.decoder
         hooks = [
             module.register_forward_hook(
                 lambda _, __, output, name=name: shapes.extend(
@@ -134,24 +133,24 @@ class Clock:
 
 def test_reducing_and_gathering_are_the_communication(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
     argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{SUPERPOSED} --use-distributed-optimizer")
-    run, clock = build_run(config_of(argv)), Clock()
+    run, clock = build_here(argv), Clock()
     monkeypatch.setattr("megatron.core.timers.time", clock)
-    chunk = run.stepper.trainables.chunks[0]
+    chunk = run.stepper.train_state.chunks[0]
     monkeypatch.setattr(chunk, "finish_grad_sync", clock.slow(chunk.finish_grad_sync, 5.0))
     (bucket_group,) = chunk.bucket_groups
     monkeypatch.setattr(bucket_group, "start_param_sync", clock.slow(bucket_group.start_param_sync, 2.0))
     made = batches(run, 4)
-    assert [run.stepper.train(made).communication_s for _ in range(2)] == [7.0, 7.0]
+    assert [run.stepper.train(made).times.communication_s for _ in range(2)] == [7.0, 7.0]
     # What is sent inside the passes is not of it.
     monkeypatch.setattr(chunk, "forward", clock.slow(chunk.forward, 100.0))
-    assert run.stepper.train(made).communication_s == 7.0
+    assert run.stepper.train(made).times.communication_s == 7.0
     run.directory.leave()
 
 
 def test_each_group_of_parameters_has_its_rate(run):
-    groups = run.stepper.trainables.optimizer.param_groups
+    groups = run.stepper.train_state.optimizer.param_groups
     for group in groups:
         group["lr"] = 0.5 if group["wd_mult"] else 0.25
     report = run.stepper.train(batches(run, 4))
-    assert report.lr_by_group == {"matrices": 0.5, "vectors": 0.25}
+    assert report.lr_by_group == {"decay": 0.5, "no_decay": 0.25}
     assert report.lr == 0.5

@@ -24,7 +24,7 @@ from tests.training.runs import ROOT, arguments, build_here, train_here
 
 RUN = "--tst-bag-size 4 --tst-steps 4"
 LONG = "--train-iters 2000 --eval-iters 0 --num-workers 1"
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def argv(corpus, tokenizer, tmp_path: Path):
 def signals():
     """Of this process, for as long as a test takes."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield StopSignals()
+    stop = StopSignals()
+    stop.listen()
+    yield stop
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -76,7 +78,7 @@ MOMENTS = {
 @pytest.mark.parametrize("saving", ["", "--async-save"])
 def test_signals_within_anything_save_once(here, argv, tmp_path: Path, monkeypatch, signals, name, saving):
     owner, function, step = MOMENTS[name]
-    run = build_run(parse_config(argv(f"{saving} --save-interval {step}")), signals)
+    run = build_run(parse_config(argv(f"{saving} --save-interval {step}")), here, signals)
     signal_within(monkeypatch, owner, function)
     assert train(run, signals) is False
     done = checkpoints(tmp_path / "run")
@@ -99,7 +101,7 @@ def test_signals_in_the_set_up_leave_nothing_half_written(here, argv, tmp_path: 
     with monkeypatch.context() as patches:
         signal_within(patches, *SET_UP[name])
         with pytest.raises(StoppedInSetUp):
-            build_run(parse_config(argv()), signals)
+            build_run(parse_config(argv()), here, signals)
     assert not half_written(tmp_path)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     run = build_here(argv())
@@ -148,8 +150,8 @@ def test_two_signals_save_once_and_the_run_goes_on_from_there(here, argv, tmp_pa
 def test_a_signal_in_the_set_up_is_one_line_and_an_exit_code(argv, tmp_path: Path):
     program = (
         "import os, runpy, signal\n"
-        "from megatron_tst.training import run\n"
-        "run.build_run_data = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from megatron_tst.training import build\n"
+        "build.build_run_data = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         "runpy.run_path('pretrain_tst.py', run_name='__main__')"
     )
     process = start([sys.executable, "-c", program, *argv()])

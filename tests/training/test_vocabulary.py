@@ -8,7 +8,7 @@ import torch
 
 from megatron_tst.config import UserError
 from megatron_tst.conversion.safetensors_files import SafetensorsFolder
-from megatron_tst.conversion.saved_runs import find_saved_run
+from megatron_tst.conversion.saved_checkpoints import find_saved_checkpoint
 from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.conversion.to_megatron import Import
 from tests.training.runs import arguments, build_here, parameters, train_here
@@ -88,12 +88,12 @@ def test_rows_that_others_saved_are_a_vocabulary_or_its_padding(trained, build, 
 
 
 def test_a_conversion_keeps_the_rows_beyond_the_tokenizer(trained, build, folder, tmp_path, tokenizer):
-    saved = find_saved_run(folder / "run" / "checkpoints", None)
+    saved = find_saved_checkpoint(folder / "run" / "checkpoints", None)
     end = EndOfDocument(tokenizer.eod, tokenizer.decode([tokenizer.eod]))
     Export(saved).write(tmp_path / "hf", tokenizer.path, end, 10**9)
     exported = SafetensorsFolder(tmp_path / "hf")
     for name, key in zip(("model.embed_tokens.weight", "lm_head.weight"), TABLES, strict=True):
         assert torch.equal(exported.read(name), trained[key])
     Import(tmp_path / "hf").write(tmp_path / "weights", tokenizer.path)
-    assert find_saved_run(tmp_path / "weights", None).vocab_size == SIZE
+    assert find_saved_checkpoint(tmp_path / "weights", None).vocab_size == SIZE
     assert_begins_with(build(tmp_path / "weights", "--finetune"), trained, SIZE)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of cutting a corpus's documents into two phases' shares, and of indexing one share's samples.
 
-    python benchmarks/cut.py [--documents 1e6 1e7 1e8] [--json cut.json]
+    python benchmarks/document_split.py [--documents 1e6 1e7 1e8] [--json document_split.json]
 
 Each size runs in a process of its own, so that its peak memory is its own. Documents have 200 to 1000 data tokens.
 Prints seconds, peak memory above the documents' lengths themselves, and both per document.
@@ -23,7 +23,7 @@ SEQUENCE = 8192
 
 def measure(num_documents: int) -> dict[str, float]:
     """Cut this many documents in two, then build the sample indices that megatron-core keeps of the larger share."""
-    from megatron_tst.data.cut import cut_documents, quotas
+    from megatron_tst.data.document_split import split_into_phases, token_budgets
 
     # isort: split
     from megatron.core.datasets import helpers
@@ -33,7 +33,7 @@ def measure(num_documents: int) -> dict[str, float]:
     total = int(lengths.sum(dtype=numpy.int64))
     before = peak_bytes()
     start = time.perf_counter()
-    shares = cut_documents(lengths, 0, num_documents, quotas([total // 2, total // 4], total, 1000), seed=1)
+    shares = split_into_phases(lengths, 0, num_documents, token_budgets([total // 2, total // 4], total, 1000), seed=1)
     cut_s, cut_bytes = time.perf_counter() - start, peak_bytes() - before
     start = time.perf_counter()
     state = numpy.random.RandomState(1)

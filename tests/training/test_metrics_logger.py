@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tst.config import padded_vocab_size
-from megatron_tst.shape import step_flops
+from megatron_tst.shape import resolve_shape, step_flops
 from megatron_tst.telemetry import read_metrics
 from megatron_tst.training.evaluation import Evaluation
-from megatron_tst.training.monitor import Monitor
+from megatron_tst.training.metrics_logger import MetricsLogger
 from megatron_tst.training.step import StepReport
+from megatron_tst.training.step_timer import StepTimes
 from tests.training.runs import arguments, build_here
 
 # 8 steps of 4 sequences of 16 positions, the first 4 with bags of 4; a line every other step.
@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("megatron_tst.training.pace.time", clock)
+    monkeypatch.setattr("megatron_tst.training.step_timer.time", clock)
     return clock
 
 
@@ -45,23 +45,25 @@ def run(here, corpus, tokenizer, tmp_path: Path):
 
 def report(loss):
     return StepReport(
-        loss=torch.tensor(loss), grad_norm=0.5, lr=2e-3, lr_by_group={"matrices": 2e-3, "vectors": 1e-3},
-        is_applied=True, forward_backward_s=2.0, optimizer_s=0.5, communication_s=0.25,
+        loss=torch.tensor(loss), grad_norm=0.5, lr=2e-3, lr_by_group={"decay": 2e-3, "no_decay": 1e-3},
+        is_applied=True, times=StepTimes(forward_backward_s=2.0, optimizer_s=0.5, communication_s=0.25),
     )  # fmt: skip
 
 
 def record_all(run, clock, step_s=lambda step: 4.0):
     """Record all steps; between steps 3 and 4 an evaluation of 1000 seconds."""
-    monitor = Monitor(run)
-    with monitor.progress:
+    metrics = MetricsLogger(run)
+    with metrics.progress:
         for step in range(1, 9):
-            clock.now += step_s(step)
-            monitor.record(step, run.schedule.phase_at(step - 1), report(float(step)), data_s=1.0)
+            with metrics.timer.reading():
+                clock.now += 1.0
+            clock.now += step_s(step) - 1.0
+            metrics.record(step, run.schedule.phase_at(step - 1), report(float(step)))
             if step == 3:
-                with monitor.pace.paused():
+                with metrics.timer.paused():
                     clock.now += 1000.0
-                    monitor.record_valid(step, Evaluation(3.0, 1.5))
-    monitor.close()
+                    metrics.record_valid(step, Evaluation(3.0, 1.5))
+    metrics.close()
     return read_metrics(run.directory.metrics)
 
 
@@ -69,9 +71,7 @@ def test_a_line_by_hand(run, clock):
     lines = record_all(run, clock)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [2, 4, 6, 8]
-    model = run.config.model
-    padded = padded_vocab_size(run.vocab_size, model.make_vocab_size_divisible_by, 1)
-    flops = step_flops(model, padded, 4)
+    flops = step_flops(resolve_shape(run.config.model, run.shape.vocab_size), 4)
     last = steps[-1]
     tflops = flops / 4.0 / 1e12
     expected = {
@@ -81,7 +81,7 @@ def test_a_line_by_hand(run, clock):
         "loss": 8.0, "lr": 2e-3, "grad_norm": 0.5, "positions": 8 * POSITIONS, "data_tokens": 20 * POSITIONS,
     }  # fmt: skip
     assert {name: last[name] for name in expected} == {name: pytest.approx(value) for name, value in expected.items()}
-    assert last["lr_by_group"] == {"matrices": 2e-3, "vectors": 1e-3}
+    assert last["lr_by_group"] == {"decay": 2e-3, "no_decay": 1e-3}
     # Bags of four tokens: four times the text in the same time.
     assert steps[0]["data_tokens_per_s"] == pytest.approx(4 * POSITIONS / 4)
     # The evaluation's 1000 seconds belong to no step.
@@ -113,11 +113,11 @@ def test_a_card_that_is_not_known_has_no_mfu(run, clock):
 
 
 def test_a_step_that_is_not_applied_is_named_with_its_text(run, clock):
-    monitor = Monitor(run)
+    metrics = MetricsLogger(run)
     broken = dataclasses.replace(report(math.nan), is_applied=False, grad_norm=math.inf)
-    with monitor.progress:
-        monitor.record(6, run.schedule.phase_at(5), broken, data_s=0.0)
-    monitor.close()
+    with metrics.progress:
+        metrics.record(6, run.schedule.phase_at(5), broken)
+    metrics.close()
     (line,) = read_metrics(run.directory.metrics)
     assert (line["step"], line["phase"], line["first_sample"], line["last_sample"]) == (6, 1, 4, 7)
     assert (line["skipped_loss"], line["skipped_grad_norm"]) == ("nan", "inf")

@@ -3,23 +3,16 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_tst.checkpoint.checksums import find_damage_alone, is_written_here, write_checksums
 from megatron_tst.checkpoint.content import FORMAT_VERSION
-from megatron_tst.checkpoint.find import count_embedding_rows, refuse_other_folder
+from megatron_tst.checkpoint.find import refuse_other_folder
 from megatron_tst.checkpoint.folders import TRACKER, CheckpointFolders
-from megatron_tst.checkpoint.run_state import (
-    CONFIG,
-    RUN_STATE,
-    read_run_state,
-    read_saved_arguments,
-    read_saved_config,
-)
-from megatron_tst.checkpoint.stock_arguments import find_foreign, model_settings
+from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE
+from megatron_tst.checkpoint.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_tst.config import RunConfig, UserError, dump_config
 
 # What dist_checkpointing asks before it reads.
@@ -29,25 +22,6 @@ _FORMATS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """One checkpoint.
-
-    Attributes:
-        folder: ``iter_0000123``.
-        config: the settings it was made with.
-        vocab_size: tokens of its vocabulary, without padding.
-        tokenizer: its tokenizer's file or folder; None where it names none.
-        has_checksums: whether it has any; those that Megatron-LM wrote have none.
-    """
-
-    folder: Path
-    config: RunConfig
-    vocab_size: int
-    tokenizer: Path | None
-    has_checksums: bool = True
 
 
 def check_files(folder: Path, on_progress: Callable[[int], object] = lambda _: None) -> None:
@@ -65,9 +39,9 @@ def check_files(folder: Path, on_progress: Callable[[int], object] = lambda _: N
         raise UserError(f"{damage}; --no-verify-checkpoint converts it unchecked")
 
 
-def find_saved_run(
+def find_saved_checkpoint(
     checkpoints: Path, iteration: int | None, *, check: Callable[[Path], None] | None = check_files
-) -> SavedRun:
+) -> SavedCheckpoint:
     """Find a checkpoint: of a run, of imported weights, or of Megatron-LM's own.
 
     Args:
@@ -79,18 +53,16 @@ def find_saved_run(
         UserError: if there is none, a file is damaged, or its settings cannot be read.
     """
     folder = _find_folder(CheckpointFolders(checkpoints), iteration)
-    if not is_written_here(folder):
-        return _stock(folder)
-    if check is not None:
+    if check is not None and is_written_here(folder):
         check(folder)
-    config = read_saved_config(folder)
-    if (folder / RUN_STATE).exists():
-        state = read_run_state(folder)
-        return SavedRun(folder, config, state.vocab_size, Path(state.tokenizer))
-    vocab_size, tokenizer = config.model.vocab_size, config.data.tokenizer_model
-    if vocab_size is None or tokenizer is None:
+    saved = open_checkpoint(folder)
+    _ = saved.model  # refused here, before anything is read
+    if not saved.has_checksums:
+        # All of its padded vocabulary is the model's: the padding took part in the softmax that it was trained with.
+        return dataclasses.replace(saved, vocab_size=saved.num_embedding_rows)
+    if saved.vocab_size is None or saved.tokenizer is None:
         raise UserError(f"{folder / RUN_STATE} is missing")
-    return SavedRun(folder, config, vocab_size, Path(tokenizer))
+    return saved
 
 
 def _find_folder(folders: CheckpointFolders, iteration: int | None) -> Path:
@@ -108,28 +80,6 @@ def _find_folder(folders: CheckpointFolders, iteration: int | None) -> Path:
             "with --iteration"
         )
     return folders.of(wanted)
-
-
-def _stock(folder: Path) -> SavedRun:
-    """Describe a checkpoint of Megatron-LM's own.
-
-    Its whole padded vocabulary is the model's: the padding took part in the softmax that it was trained with.
-    """
-    arguments = read_saved_arguments(folder)
-    if arguments is None:
-        raise UserError(f"{folder}: has neither {CONFIG} nor Megatron-LM's args: the settings of its model are unknown")
-    foreign = find_foreign(arguments)
-    if foreign:
-        raise UserError(f"{folder}: was made with {'; '.join(foreign)}, which no model here has")
-    model = dataclasses.replace(model_settings(arguments), make_vocab_size_divisible_by=1)
-    tokenizer = arguments.get("tokenizer_model")
-    return SavedRun(
-        folder,
-        RunConfig(model=model),
-        vocab_size=count_embedding_rows(folder),
-        tokenizer=Path(tokenizer) if tokenizer else None,
-        has_checksums=False,
-    )
 
 
 def complete_weights(checkpoints: Path, config: RunConfig) -> None:

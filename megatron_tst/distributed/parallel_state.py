@@ -34,7 +34,7 @@ class ParallelSizes:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ParallelState:
     """This process's place in the grid of ranks.
 
     Attributes:
@@ -89,7 +89,7 @@ class Ranks:
         return self.is_first_stage or self.is_last_stage
 
 
-def join_ranks(sizes: ParallelSizes, timeout_minutes: int = 30) -> Ranks:
+def init_parallel_state(sizes: ParallelSizes, timeout_minutes: int = 30) -> ParallelState:
     """Join the other processes, named by torchrun's environment, and build megatron-core's groups.
 
     Without torchrun this is a world of one process. Collective: every rank of the world calls it.
@@ -125,12 +125,12 @@ def join_ranks(sizes: ParallelSizes, timeout_minutes: int = 30) -> Ranks:
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_minutes,
     )
-    return this_rank()
+    return get_parallel_state()
 
 
-def this_rank() -> Ranks:
-    """Return this process's place, once megatron-core's groups are built."""
-    return Ranks(
+def get_parallel_state() -> ParallelState:
+    """Return this process's place in the groups that :func:`init_parallel_state` has built."""
+    return ParallelState(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -149,14 +149,14 @@ def this_rank() -> Ranks:
     )
 
 
-def leave_ranks() -> None:
+def destroy_parallel_state() -> None:
     """Leave all process groups. Collective: every rank of the world calls it."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def main_rank_alone(function: Callable[[], _Result]) -> _Result:
+def run_on_main_rank(function: Callable[[], _Result]) -> _Result:
     """Call ``function`` on the main rank and return its result, which is pickled, on every rank.
 
     Collective: every rank of the world calls it.

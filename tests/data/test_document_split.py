@@ -1,8 +1,8 @@
 import numpy
 import pytest
 
-from megatron_tst.data import cut
-from megatron_tst.data.cut import cut_documents, quotas
+from megatron_tst.data import document_split
+from megatron_tst.data.document_split import split_into_phases, token_budgets
 
 
 @pytest.fixture
@@ -12,13 +12,13 @@ def lengths():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(cut, "BLOCK_DOCUMENTS", 700)
+    monkeypatch.setattr(document_split, "BLOCK_DOCUMENTS", 700)
 
 
 @pytest.mark.parametrize("budgets", [[300_000, 100_000, 200_000], [1_000, 1_000], [10**7, 10**7, 10**6], [5_000]])
 def test_every_document_goes_to_exactly_one_phase(lengths, budgets):
-    owned = quotas(budgets, int(lengths.sum()), int(lengths.max()))
-    shares = cut_documents(lengths, 0, len(lengths), owned, seed=3)
+    owned = token_budgets(budgets, int(lengths.sum()), int(lengths.max()))
+    shares = split_into_phases(lengths, 0, len(lengths), owned, seed=3)
     assert sorted(numpy.concatenate([share.documents for share in shares])) == list(range(len(lengths)))
     for share, quota in zip(shares, owned, strict=True):
         assert share.num_tokens == lengths[share.documents].sum()
@@ -28,28 +28,28 @@ def test_every_document_goes_to_exactly_one_phase(lengths, budgets):
 def test_a_corpus_that_lasts_fills_every_budget_and_leaves_the_rest_to_the_last(lengths):
     budgets = [200_000, 100_000, 50_000]
     total = int(lengths.sum())
-    shares = cut_documents(lengths, 0, len(lengths), quotas(budgets, total, int(lengths.max())), seed=3)
+    shares = split_into_phases(lengths, 0, len(lengths), token_budgets(budgets, total, int(lengths.max())), seed=3)
     assert all(share.num_tokens >= budget for share, budget in zip(shares, budgets, strict=True))
     assert shares[-1].num_tokens > total - sum(budgets[:-1]) - 4 * lengths.max()
 
 
 def test_a_longer_run_leaves_the_earlier_phases_their_documents(lengths):
     def first_share(last_budget):
-        owned = quotas([200_000, last_budget], int(lengths.sum()), int(lengths.max()))
-        return cut_documents(lengths, 0, len(lengths), owned, seed=3)[0].documents
+        owned = token_budgets([200_000, last_budget], int(lengths.sum()), int(lengths.max()))
+        return split_into_phases(lengths, 0, len(lengths), owned, seed=3)[0].documents
 
     assert numpy.array_equal(first_share(50_000), first_share(400_000))
 
 
 def test_a_small_corpus_is_divided_in_proportion(lengths):
     total = int(lengths.sum())
-    owned = quotas([3 * total, total], total, int(lengths.max()))
+    owned = token_budgets([3 * total, total], total, int(lengths.max()))
     assert owned == [total * 3 // 4, total - total * 3 // 4]
 
 
 def test_the_cut_is_random_and_repeats(lengths):
-    owned = quotas([300_000, 100_000], int(lengths.sum()), int(lengths.max()))
-    one, again, other = (cut_documents(lengths, 0, len(lengths), owned, seed)[0].documents for seed in (3, 3, 4))
+    owned = token_budgets([300_000, 100_000], int(lengths.sum()), int(lengths.max()))
+    one, again, other = (split_into_phases(lengths, 0, len(lengths), owned, seed)[0].documents for seed in (3, 3, 4))
     assert numpy.array_equal(one, again)
     assert not numpy.array_equal(one, other)
     # Each part of the corpus gives its share: a cut in file order would not.
@@ -59,6 +59,6 @@ def test_the_cut_is_random_and_repeats(lengths):
 
 def test_only_the_documents_asked_for(lengths):
     part = lengths[1000:1200]
-    owned = quotas([10_000, 5_000], int(part.sum()), int(part.max()))
-    shares = cut_documents(lengths, 1000, 1200, owned, seed=3)
+    owned = token_budgets([10_000, 5_000], int(part.sum()), int(part.max()))
+    shares = split_into_phases(lengths, 1000, 1200, owned, seed=3)
     assert sorted(numpy.concatenate([share.documents for share in shares])) == list(range(1000, 1200))

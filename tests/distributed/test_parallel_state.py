@@ -2,7 +2,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tst.config import StoppedInSetUp, UserError
-from megatron_tst.distributed import ParallelSizes, join_ranks, main_rank_alone, seed_everything
+from megatron_tst.distributed import ParallelSizes, init_parallel_state, run_on_main_rank, seed_everything
 from tests.distributed.launch import run_distributed
 
 
@@ -14,7 +14,7 @@ def test_one_process_is_a_world(rank):
 @pytest.mark.parametrize("size", ["tensor", "pipeline"])
 def test_a_layout_that_does_not_fit_is_refused(size):
     with pytest.raises(UserError, match=f"--{size}-model-parallel-size 2"):
-        join_ranks(ParallelSizes(**{f"{size}_model_parallel_size": 2}))
+        init_parallel_state(ParallelSizes(**{f"{size}_model_parallel_size": 2}))
 
 
 def test_an_error_on_the_main_rank_reaches_the_caller(rank):
@@ -22,8 +22,8 @@ def test_an_error_on_the_main_rank_reaches_the_caller(rank):
         raise UserError("--flag 1: wrong")
 
     with pytest.raises(UserError, match="--flag 1: wrong"):
-        main_rank_alone(fail)
-    assert main_rank_alone(dist.get_rank) == 0
+        run_on_main_rank(fail)
+    assert run_on_main_rank(dist.get_rank) == 0
 
 
 def stop_the_main_rank():
@@ -33,7 +33,7 @@ def stop_the_main_rank():
 
     dist.init_process_group("gloo")
     try:
-        main_rank_alone(stop)
+        run_on_main_rank(stop)
     except StoppedInSetUp as stopped:
         return str(stopped)
     return None

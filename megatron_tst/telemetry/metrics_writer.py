@@ -1,0 +1,55 @@
+"""Writing a run's metrics: every line goes to ``metrics.jsonl``, and is offered to TensorBoard and wandb."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_tst.telemetry.metrics import Metrics, MetricsFile
+from megatron_tst.telemetry.sinks import BackgroundSink, numbers
+
+
+class MetricsWriter:
+    """Writes lines of metrics on the main rank.
+
+    A disk that refuses a line does not raise here: on one rank alone an error would leave the others waiting and the
+    run unsaved. Nothing is written after the first refusal, and the run asks for :attr:`failure` between steps.
+
+    Attributes:
+        failure: why the disk refused a line; None as long as it takes them.
+    """
+
+    def __init__(self, path: Path, sinks: Sequence[BackgroundSink]) -> None:
+        """Open the file for appending.
+
+        Args:
+            path: of ``metrics.jsonl``.
+            sinks: what else takes the lines.
+        """
+        self._file, self._sinks = MetricsFile(path), sinks
+        self.failure: str | None = None
+
+    def write(self, metrics: Metrics) -> None:
+        """Write a line, and offer it to the sinks."""
+        if self.failure is None:
+            with self._noting_failure():
+                self._file.write(metrics)
+        for sink in self._sinks:
+            sink.offer(numbers(metrics))
+
+    def sync(self) -> None:
+        """Wait until all lines are on disk."""
+        with self._noting_failure():
+            self._file.sync()
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = error.strerror
+
+    def close(self) -> None:
+        """Close the file and the sinks."""
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
