@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_tst.distributed import destroy_parallel_state, enter_device
 from megatron_tst.megatron_lm.availability import check_available
+from megatron_tst.preflight import check_cluster
 
 __all__ = ["check_available", "train"]
 
@@ -31,6 +32,12 @@ def train(argv: Sequence[str]) -> bool:
         enter_cpu_card()
     from megatron_tst.megatron_lm.run import prepare
 
-    is_complete = prepare(argv, device).train()
+    run = prepare(argv, device)
+    parallel = run.config.parallel
+    if parallel.preflight or parallel.preflight_only:
+        check_cluster(run.config)
+        if parallel.preflight_only:
+            return True
+    is_complete = run.train()
     destroy_parallel_state()
     return is_complete

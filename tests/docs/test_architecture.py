@@ -22,7 +22,7 @@ ROOMS = {
     "telemetry": _RANKS,
     "checkpoint": _RANKS,
     "training": {*_RANKS, "model", "data", "telemetry", "checkpoint", "preflight"},
-    "megatron_lm": {*_RANKS, "model", "data", "telemetry", "checkpoint"},
+    "megatron_lm": {*_RANKS, "model", "data", "telemetry", "checkpoint", "preflight"},
     "conversion": {*_RANKS, "checkpoint"},
     "analysis": {*_BASE, "shape", "telemetry"},
     "planning": {"config", "shape", "telemetry"},
