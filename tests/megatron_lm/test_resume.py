@@ -79,9 +79,19 @@ def test_it_is_prolonged(whole, tmp_path):
 def test_the_own_trainers_run_goes_on_here(whole, tmp_path):
     argv, run = whole
     own = run_own([*argv, "--exit-interval", str(SWITCH)], tmp_path / "run")
-    lines = resume(argv, tmp_path / "run", "--no-load-rng")
+    lines = resume(argv, tmp_path / "run")
     assert max(line["step"] for line in own) == SWITCH
     assert losses(lines) == pytest.approx(losses(read_metrics(run / "metrics.jsonl")), abs=5e-6)
+
+
+def test_the_own_trainer_takes_its_weights(whole, tmp_path):
+    argv, run = whole
+    flags = ["--load", str(run / "checkpoints"), "--finetune", "--tst-bag-size", "1", "--tst-steps", "0"]
+    lines = run_own([*argv, *flags], tmp_path / "next")
+    last = [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line][-1]
+    assert lines[0]["loss"] < last + 0.3 < 5.7  # where it had come to, not where it began
+    fresh = ["--tst-bag-size", "1", "--tst-steps", "0"]
+    assert run_own([*argv, *fresh], tmp_path / "fresh")[0]["loss"] > last + 0.5
 
 
 @pytest.mark.parametrize(

@@ -116,3 +116,10 @@ def test_without_the_trainer_one_line_says_so(tmp_path: Path):
     (line,) = done.stderr.splitlines()
     assert "--tst-trainer megatron-lm: megatron-core" in line
     assert "comes without megatron.training" in line
+
+
+@needs_trainer
+@pytest.mark.distributed
+def test_the_preflight_comes_before_the_run(argv, tmp_path):
+    lines = run_megatron_lm([*argv, "--preflight"], tmp_path / "run", 2)
+    assert lines[-1]["step"] == 8
