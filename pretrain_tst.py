@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pre-train a GPT with megatron-core, by Token Superposition Training where a bag size is set.
+"""Pre-train a GPT with megatron-core, by Token Superposition Training if a bag size is set.
 
 python pretrain_tst.py --config examples/quickstart/config.yaml
 torchrun --nproc-per-node 8 pretrain_tst.py --config ... --tensor-model-parallel-size 2
@@ -12,15 +12,15 @@ from typing import NoReturn
 from megatron_tst.config import EXIT_RESUMABLE, RunConfig, StoppedInSetUp, UserError, find_trainer, parse_config
 from megatron_tst.determinism import compute_deterministically
 
-# Ranks meet most ends together, and one says so for all.
+# Most errors and stops occur on all ranks, and one rank reports them for all.
 IS_MAIN_RANK = os.environ.get("RANK", "0") == "0"
 
 
 def main(config: RunConfig) -> int:
-    """Build the run and train it; return the exit code."""
+    """Set the run up, train, and return the exit code."""
     if config.training.deterministic_mode:
         compute_deterministically()
-    # Imported only now: megatron-core brings Transformer Engine, which reads its switches when it is imported.
+    # Imported only now: megatron-core imports Transformer Engine, which reads its environment variables on import.
     from megatron_tst.distributed import destroy_parallel_state
     from megatron_tst.distributed.signals import StopSignals, ignore_stop_signals
     from megatron_tst.training import check_cluster, start_run, train
@@ -35,7 +35,7 @@ def main(config: RunConfig) -> int:
         destroy_parallel_state()
         return 0 if is_complete else EXIT_RESUMABLE
     finally:
-        # The exit code is decided. A scheduler that sees the first rank end signals the others, which are about to.
+        # The exit code is decided; a scheduler that sees the first rank end sends signals to ranks that are about to.
         ignore_stop_signals()
 
 
@@ -51,13 +51,13 @@ def main_megatron_lm(argv: list[str]) -> int:
 
 
 def leave(code: int, line: str | None = None) -> NoReturn:
-    """Say a line and exit; the code stands where the line cannot be written."""
+    """Print a line and exit; the exit code stays the same if the line cannot be written."""
     try:
         if line is not None:
             print(f"pretrain_tst.py: {line}", file=sys.stderr)
         sys.stderr.flush()
     except OSError:
-        # Python would try again at its end, and exit with 120.
+        # Otherwise Python would flush stderr again at exit, fail, and exit with 120.
         sys.stderr = None  # type: ignore[assignment]
     sys.exit(code)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's 270M model on 8 B200, superposed: 34 GPU-hours there, four hours.
+# The paper's 270M model with superposition on 8 B200: 34 GPU-hours (four hours) in the paper.
 #   sbatch launch/dense_270m_tst.sh [flags of pretrain_tst.py]
 #SBATCH --job-name=dense-270m-tst
 #SBATCH --nodes=1
@@ -15,7 +15,7 @@
 #SBATCH --output=%x-%j.log
 # shellcheck source=launch/job.sh
 . "${SLURM_SUBMIT_DIR:?submit with sbatch}/launch/job.sh"
-# shellcheck disable=SC2086  # a blend is several words
+# shellcheck disable=SC2086  # a blend consists of several words
 srun "${srun_options[@]}" launch/rank.sh --config launch/configs/dense_270m_tst.yaml \
   --data-path $DATA_PATH --tokenizer-model "$LLAMA_TOKENIZER" "$@"
 launch/requeue.sh $?

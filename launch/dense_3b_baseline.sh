@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's 3B model on 64 B200, ordinary training of the same steps.
+# The paper's 3B baseline on 64 B200: ordinary training for the same number of steps.
 #   sbatch launch/dense_3b_baseline.sh [flags of pretrain_tst.py]
 #SBATCH --job-name=dense-3b-baseline
 #SBATCH --nodes=8
@@ -15,7 +15,7 @@
 #SBATCH --output=%x-%j.log
 # shellcheck source=launch/job.sh
 . "${SLURM_SUBMIT_DIR:?submit with sbatch}/launch/job.sh"
-# shellcheck disable=SC2086  # a blend is several words
+# shellcheck disable=SC2086  # a blend consists of several words
 srun "${srun_options[@]}" launch/rank.sh --config launch/configs/dense_3b_baseline.yaml \
   --data-path $DATA_PATH --tokenizer-model "$LLAMA_TOKENIZER" "$@"
 launch/requeue.sh $?

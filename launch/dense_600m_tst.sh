@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's 600M model on 8 B200, superposed: 61 GPU-hours there, eight hours.
+# The paper's 600M model with superposition on 8 B200: 61 GPU-hours (eight hours) in the paper.
 #   sbatch launch/dense_600m_tst.sh [flags of pretrain_tst.py]
 #SBATCH --job-name=dense-600m-tst
 #SBATCH --nodes=1
@@ -15,7 +15,7 @@
 #SBATCH --output=%x-%j.log
 # shellcheck source=launch/job.sh
 . "${SLURM_SUBMIT_DIR:?submit with sbatch}/launch/job.sh"
-# shellcheck disable=SC2086  # a blend is several words
+# shellcheck disable=SC2086  # a blend consists of several words
 srun "${srun_options[@]}" launch/rank.sh --config launch/configs/dense_600m_tst.yaml \
   --data-path $DATA_PATH --tokenizer-model "$LLAMA_TOKENIZER" "$@"
 launch/requeue.sh $?

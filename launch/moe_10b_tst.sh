@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's 10B-A1B mixture of experts on 64 B200, superposed: 4768 GPU-hours there, three days.
+# The paper's 10B-A1B MoE with superposition on 64 B200: 4768 GPU-hours (three days) in the paper.
 #   sbatch launch/moe_10b_tst.sh [flags of pretrain_tst.py]
 #SBATCH --job-name=moe-10b-tst
 #SBATCH --nodes=8
@@ -15,7 +15,7 @@
 #SBATCH --output=%x-%j.log
 # shellcheck source=launch/job.sh
 . "${SLURM_SUBMIT_DIR:?submit with sbatch}/launch/job.sh"
-# shellcheck disable=SC2086  # a blend is several words
+# shellcheck disable=SC2086  # a blend consists of several words
 srun "${srun_options[@]}" launch/rank.sh --config launch/configs/moe_10b_tst.yaml \
   --data-path $MOE_DATA_PATH --tokenizer-model "$QWEN_TOKENIZER" "$@"
 launch/requeue.sh $?

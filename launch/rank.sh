@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One rank, started by srun once per GPU: gives torch its names for what SLURM knows and becomes the training process,
-# so that SLURM's signals and exit codes are the training's own.
+# Runs one rank; srun starts it once per GPU. It sets torch's variables from SLURM's and becomes the training process,
+# so that SLURM's signals reach the training directly and its exit code is the task's.
 #   srun launch/rank.sh --config FILE [flags of pretrain_tst.py]
 set -euo pipefail
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS

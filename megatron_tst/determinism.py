@@ -1,6 +1,6 @@
-"""``--deterministic-mode``: a run gives the same bits each time it is started, on a card too.
+"""``--deterministic-mode``: a run gives the same bits each time it is started, also on a GPU.
 
-This module imports neither megatron-core nor Transformer Engine, because both must find the settings made.
+This module imports neither megatron-core nor Transformer Engine, because the settings must be made before their import.
 """
 
 import os
@@ -9,13 +9,13 @@ import torch
 
 from megatron_tst.config import UserError
 
-# Environment variable: what it may say; the first where nobody set it. megatron.training accepts the same values.
+# The values that each environment variable may have, its default first. megatron.training accepts the same values.
 _ACCEPTED = {
-    # Transformer Engine's attention leaves out the backward passes that add up in any order.
+    # Transformer Engine's attention avoids backward passes whose order of summation varies.
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
-    # cuBLAS gives each stream the same workspace.
+    # cuBLAS uses workspaces of a fixed size.
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
-    # NCCL adds up in an order that the topology alone decides.
+    # NCCL sums in an order that depends only on the topology.
     "NCCL_ALGO": ("Ring", "CollnetDirect", "CollnetChain", "^NVLS"),
 }
 
@@ -26,11 +26,11 @@ def compute_deterministically() -> None:
     Every rank calls it, before megatron-core is imported and anything is computed.
 
     Raises:
-        UserError: if the environment asks for the contrary.
+        UserError: if an environment variable has a value that rules a fixed order out.
     """
     for name, accepted in _ACCEPTED.items():
         value = os.environ.setdefault(name, accepted[0])
         if not set(value.split(",")) <= set(accepted):
             raise UserError(f"--deterministic-mode: {name}={value}: must be {' or '.join(accepted)}, or not be set")
-    # Operations that add with atomics on a card, such as index_add_, sort instead; those that cannot raise an error.
+    # CUDA operations that use atomic additions, such as index_add_, then sort instead or raise an error.
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Looking at every node before the first step: what is wrong is said in seconds, with the node's name."""
+"""The preflight check of every node before the first step, which reports problems in seconds by the node's name."""
 
 import logging
 import shutil
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 MAX_CLOCK_SKEW_S = 5.0
 REDUCED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 22}
-# Facts that must be the same on every node.
+# Items of a report that must be equal on every node.
 _EQUAL = ("torch", "transformer_engine", "apex", "device", "driver")
 
 
 def check_cluster(config: RunConfig) -> None:
     """Check every node of the job, and the network between them.
 
-    Every rank calls it, before the ranks join.
+    Every rank calls it, before process groups are formed.
 
     Raises:
-        UserError: on every rank, naming nodes and what is wrong with them.
+        UserError: on every rank, if there is a problem; the message names the nodes and their problems.
     """
     meeting = Rendezvous(config.parallel.preflight_timeout)
     if meeting.rank == 0:
@@ -51,7 +51,7 @@ def check_cluster(config: RunConfig) -> None:
     hosts = sorted({report["host"] for report in reports})
     if meeting.rank == 0:
         logger.info(
-            "preflight: %d nodes, %d ranks, %s, Transformer Engine %s, clocks within %.1f s, data files equal, "
+            "preflight: %d nodes, %d ranks, %s, Transformer Engine %s, clocks within %.1f s, data files of equal size, "
             "%.0f GB free for checkpoints", len(hosts), meeting.world_size, reports[0]["device"],
             reports[0]["transformer_engine"], max(clocks) - min(clocks),
             min(report["free_bytes"] for report in reports) / 1e9,
@@ -60,7 +60,7 @@ def check_cluster(config: RunConfig) -> None:
 
 
 def _look_around(config: RunConfig, host: str) -> dict[str, Any]:
-    """Report what this rank sees on its node; ``wrong`` lists what it cannot work with."""
+    """Return this rank's report on its node; ``wrong`` lists problems that prevent the run."""
     device, libraries = enter_device(), find_libraries()
     wrong = [*_data_problems(config)]
     run = RunDirectory(Path(config.logging.tst_run_dir or "."))
@@ -74,7 +74,7 @@ def _look_around(config: RunConfig, host: str) -> dict[str, Any]:
         wrong.append(f"{saved} cannot be written: {error.strerror}")
     needed = 2 * _checkpoint_size(config)
     if free_bytes < needed and not wrong:
-        wrong.append(f"{saved} has {free_bytes / 1e9:.1f} GB free, two checkpoints need {needed / 1e9:.1f}")
+        wrong.append(f"{saved} has {free_bytes / 1e9:.1f} GB free, but two checkpoints need {needed / 1e9:.1f} GB")
     return {
         "host": host,
         "torch": torch.__version__,
@@ -119,7 +119,7 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _node_problems(reports: list[dict[str, Any]]) -> Iterator[str]:
-    """Name what nodes cannot work with, and where they differ from most."""
+    """Yield the problems of single nodes and the differences of nodes from the majority."""
     for host, wrong in dict.fromkeys((report["host"], text) for report in reports for text in report["wrong"]):
         yield f"{host}: {wrong}"
     ranks_per_host = Counter(report["host"] for report in reports)
@@ -128,14 +128,14 @@ def _node_problems(reports: list[dict[str, Any]]) -> Iterator[str]:
         yield from _odd_ones({report["host"]: str(report[fact]) for report in reports}, f"has {fact}")
     for path in sorted({path for report in reports for path in report["sizes"]}):
         sizes = {report["host"]: f"{report['sizes'].get(path, 0)} bytes" for report in reports}
-        yield from _odd_ones(sizes, f"sees {path} with")
+        yield from _odd_ones(sizes, f"has {path} with")
 
 
 def _odd_ones(values: dict[str, str], words: str) -> Iterator[str]:
     usual, _ = Counter(values.values()).most_common(1)[0]
     for host, value in values.items():
         if value != usual:
-            yield f"{host} {words} {value}, most have {usual}"
+            yield f"{host} {words} {value}, but most nodes have {usual}"
 
 
 def _clock_problems(reports: list[dict[str, Any]], clocks: list[float]) -> Iterator[str]:
@@ -143,14 +143,14 @@ def _clock_problems(reports: list[dict[str, Any]], clocks: list[float]) -> Itera
     off = {report["host"]: clock - middle for report, clock in zip(reports, clocks, strict=True)}
     for host, seconds in off.items():
         if abs(seconds) > MAX_CLOCK_SKEW_S:
-            yield f"{host}: its clock is {seconds:+.0f} s off the others'"
+            yield f"{host}: its clock differs from the median by {seconds:+.0f} s"
 
 
 def _check_network(config: RunConfig, meeting: Rendezvous, hosts: list[str]) -> None:
-    """All-reduce within each node, then among all, and name who did not come through or was too slow.
+    """All-reduce within each node, then across all nodes, and name the nodes that failed or were too slow.
 
     Raises:
-        UserError: on every rank.
+        UserError: on every rank, if an all-reduce failed or was too slow.
     """
     if meeting.world_size == 1:
         return
@@ -172,14 +172,14 @@ def _check_network(config: RunConfig, meeting: Rendezvous, hosts: list[str]) -> 
         failed = [f"{host}: {result}" for host, result in outcomes.items() if isinstance(result, str)]
         slow = [f"{host}: {speed:.1f} GB/s" for host, speed in outcomes.items() if not failed and speed < floor]
         if failed or slow:
-            raise UserError(f"preflight: all-reduce {name}: {'; '.join(failed or slow)} (floor {floor:g} GB/s)")
+            raise UserError(f"preflight: all-reduce {name}: {'; '.join(failed or slow)} (minimum {floor:g} GB/s)")
         if meeting.rank == 0 and min(outcomes.values()) < float("inf"):
-            logger.info("preflight: all-reduce %s: %.1f GB/s at the slowest", name, min(outcomes.values()))
+            logger.info("preflight: all-reduce %s: lowest bandwidth %.1f GB/s", name, min(outcomes.values()))
     dist.destroy_process_group()
 
 
 def _all_reduce_speed(group: Any, device: torch.device, timeout: timedelta) -> float | str:
-    """Return the bus bandwidth of an all-reduce in GB/s, the median of five; or what went wrong."""
+    """Return the bus bandwidth of an all-reduce in GB/s, the median of five, or the message of an error."""
     size = dist.get_world_size(group)
     buffer = torch.ones(REDUCED_BYTES[device.type] // 4, device=device)
     times = []
@@ -192,5 +192,5 @@ def _all_reduce_speed(group: Any, device: torch.device, timeout: timedelta) -> f
             times.append(time.perf_counter() - start)
     except RuntimeError as error:
         return str(error).splitlines()[0]
-    # The first one sets up connections. Each byte crosses the slowest link 2 (n - 1) / n times.
+    # The first all-reduce sets up connections and is left out. Each byte crosses the slowest link 2 (n - 1) / n times.
     return 2 * (size - 1) / size * buffer.nbytes / sorted(times[1:])[2] / 1e9

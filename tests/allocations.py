@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, counted while operations run."""
+"""Measure the bytes of live tensors while operations run."""
 
 import weakref
 
@@ -8,10 +8,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the storages that operations make, from their first sight to their end; ``peak`` is in bytes."""
+    """Counts the storages that operations create, from their first appearance to their end; ``peak`` is in bytes."""
 
     def __init__(self, held=()):
-        """Storages of the tensors in ``held`` are there before and do not count."""
+        """Exclude the storages of the tensors in ``held``, which exist already."""
         super().__init__()
         self.alive, self.peak = 0, 0
         self._spans = {}
@@ -27,10 +27,10 @@ class Allocations(TorchDispatchMode):
         return result
 
     def _meet(self, storage, is_new=True):
-        """Count a storage the first time; its address may be another storage's once it is gone."""
+        """Count a storage when it first appears; a later storage may have the same address."""
         if storage._cdata not in self._spans:
             start, size = storage.data_ptr(), storage.nbytes()
-            # A storage may lie in the memory of another one.
+            # A storage may be part of another one's memory.
             is_part = any(low <= start < high for low, high in self._spans.values())
             self._spans[storage._cdata] = (start, start + size)
             counted = size if is_new and not is_part else 0

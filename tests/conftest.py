@@ -1,4 +1,4 @@
-"""One process joins megatron-core's groups once; corpora and tokenizers are made small."""
+"""Shared fixtures: megatron-core's groups, which one process joins once, and a small corpus and tokenizer."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from megatron_tst.distributed import (
 from tests.corpora import FILES
 from tests.training.runs import real_text
 
-# What is too long for every run, and the command that runs it.
+# Markers of tests that are too long for every run: the reason to skip them, with the command that runs them.
 ON_REQUEST = {
     "docker": "builds images for some ten minutes: bash tests/run.sh -m docker",
     "long": "takes minutes: bash .ci/long",
@@ -47,7 +47,7 @@ def one_rank():
 
 @pytest.fixture
 def rank(one_rank: ParallelState) -> ParallelState:
-    """A world of one rank, freshly seeded."""
+    """Return the parallel state of a world of one rank, freshly seeded."""
     seed_everything(1234)
     return one_rank
 

@@ -1,4 +1,4 @@
-"""Small corpora: real text of the standard library, and documents that can be traced by their tokens."""
+"""Small corpora: source text of the standard library, and documents that their tokens identify."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ FILES = [argparse.__file__, json.__file__, json.decoder.__file__]
 
 
 def write_corpus(prefix: Path, documents: list[list[int]], vocab_size: int) -> str:
-    """Write documents of token ids as megatron-core's files; returns the prefix."""
+    """Write documents of token ids as megatron-core's indexed dataset; return its prefix."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
     for document in documents:
         builder.add_document(numpy.array(document), [len(document)])
@@ -20,6 +20,6 @@ def write_corpus(prefix: Path, documents: list[list[int]], vocab_size: int) -> s
 
 
 def traceable_documents(count: int, seed: int = 0) -> list[list[int]]:
-    """Documents of random length whose every token is the document's own number."""
+    """Return documents of random length in which every token is the document's number."""
     lengths = numpy.random.default_rng(seed).integers(3, 40, count)
     return [[number] * int(length) for number, length in enumerate(lengths)]

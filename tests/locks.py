@@ -1,4 +1,4 @@
-"""A lock that another process holds."""
+"""Hold a lock in another process."""
 
 import contextlib
 import subprocess
@@ -17,7 +17,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def held_by_another(path: Path) -> Iterator[subprocess.Popen]:
-    """Let another process hold a lock until it is killed, at the latest at the end of the block."""
+    """Hold a lock in another process until the process is killed, at the latest at the end of the block."""
     command = [sys.executable, "-c", HOLD, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"

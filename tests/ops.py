@@ -1,4 +1,4 @@
-"""Watch the tensor operations that a piece of code runs."""
+"""Record the tensor operations that a piece of code runs."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class OperationLog(TorchDispatchMode):
-    """Counts operations by name and remembers the largest tensor that any of them made."""
+    """Counts operations by name and records the size of the largest tensor that any of them returned."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The method once more, as loops over single targets in float64: what every implementation is compared with."""
+"""The method as loops over single targets in float64, with which every implementation is compared."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def targets_of_text(text: list[int], bag_size: int, ignore: int = -100) -> list[list[int]]:
-    """Position j predicts the tokens of bag j+1; what lies beyond the text is ignored."""
+    """Return the targets of each position: position j predicts bag j+1, and tokens beyond the text are ignored."""
     positions = (len(text) - 1) // bag_size
     place = lambda j, i: (j + 1) * bag_size + i  # noqa: E731
     return [
@@ -25,7 +25,7 @@ def weight_formula(name: str, i: int) -> float:
 
 
 def loss_and_gradient(logits, targets, weights, ignore: int = -100):
-    """Row losses, row weights and the gradient of the summed loss, target by target."""
+    """Compute row losses, row weights and the gradient of the summed loss, target by target."""
     z = logits.double()
     loss = torch.zeros(z.shape[:-1], dtype=torch.float64)
     row_weight = torch.zeros_like(loss)
@@ -44,7 +44,7 @@ def loss_and_gradient(logits, targets, weights, ignore: int = -100):
 
 
 def edge_targets(shape: tuple[int, ...], vocab: int, bag_size: int, seed: int = 0):
-    """Random targets with the rows that go wrong: duplicates, first ignored, all ignored, only the first valid."""
+    """Return random targets with edge cases: duplicates, first ignored, all ignored, only the first valid."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(0, vocab, (*shape, bag_size), generator=generator)
     rows = targets.view(-1, bag_size)
@@ -57,7 +57,7 @@ def edge_targets(shape: tuple[int, ...], vocab: int, bag_size: int, seed: int = 
 
 
 def mass_loss_and_gradient(logits, targets, ignore: int = -100):
-    """MCEAlt row by row: minus the log of the total probability of the bag's distinct tokens."""
+    """Compute MCEAlt row by row: minus the log of the total probability of the bag's distinct tokens."""
     z = logits.double().detach().requires_grad_()
     loss = torch.zeros(z.shape[:-1], dtype=torch.float64)
     row_weight = torch.zeros_like(loss)

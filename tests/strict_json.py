@@ -1,4 +1,4 @@
-"""A strict reader of JSON: it refuses what Python's own takes beyond RFC 8259 and UTF-8."""
+"""A strict JSON reader, which refuses what Python's own reader accepts beyond RFC 8259 and UTF-8."""
 
 import json
 from typing import Any
@@ -9,6 +9,6 @@ def read_strictly(text: str) -> Any:
         raise ValueError(f"{word} is not JSON")
 
     content = json.loads(text, parse_constant=refuse)
-    # A half of a surrogate pair is no character: it cannot be encoded.
+    # A lone surrogate is not a character and cannot be encoded.
     json.dumps(content, ensure_ascii=False).encode("utf-8")
     return content

@@ -1,4 +1,4 @@
-"""--deterministic-mode: what is told to whom, and when; tests/training/test_run.py trains with it."""
+"""The settings that --deterministic-mode makes, and when; tests/training/test_run.py trains with it."""
 
 import json
 import os
@@ -19,20 +19,20 @@ VARIABLES = ["NVTE_ALLOW_NONDETERMINISTIC_ALGO", "CUBLAS_WORKSPACE_CONFIG", "NCC
 @pytest.fixture
 def unset(monkeypatch):
     for name in VARIABLES:
-        # Set first, so that what the test sets itself is taken back as well.
+        # Setting the variable first makes monkeypatch also undo what the tested function sets.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     yield monkeypatch
     torch.use_deterministic_algorithms(False)
 
 
-def test_torch_and_the_libraries_are_told(unset):
+def test_torch_and_the_environment_are_set(unset):
     compute_deterministically()
     assert torch.are_deterministic_algorithms_enabled()
     assert [os.environ[name] for name in VARIABLES] == ["0", ":4096:8", "Ring"]
 
 
-def test_a_choice_among_the_accepted_is_kept(unset):
+def test_accepted_values_in_the_environment_are_kept(unset):
     unset.setenv("NCCL_ALGO", "CollnetDirect,Ring")
     unset.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     compute_deterministically()
@@ -40,14 +40,14 @@ def test_a_choice_among_the_accepted_is_kept(unset):
 
 
 @pytest.mark.parametrize("setting", [f"{VARIABLES[0]}=1", f"{VARIABLES[1]}=:0:0", f"{VARIABLES[2]}=Ring,Tree"])
-def test_the_contrary_in_the_environment_is_refused(unset, setting):
+def test_conflicting_value_in_the_environment_is_refused(unset, setting):
     unset.setenv(*setting.split("="))
     with pytest.raises(UserError, match=f"--deterministic-mode: {setting}: must be"):
         compute_deterministically()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-# Prints what megatron-core finds when its import begins, and ends there.
+# Prints the settings at the moment when the import of megatron-core begins, and exits.
 WATCH = """
 import importlib.abc, json, os, sys
 import torch
@@ -68,7 +68,7 @@ pretrain_tst.main(pretrain_tst.parse_config(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("flag", "found"), [("--deterministic-mode", ["0", ":4096:8", "Ring", True]), ("", [None, None, None, False])]
 )
-def test_megatron_core_finds_it_told_when_it_is_imported(tmp_path: Path, flag, found):
+def test_settings_are_made_before_megatron_core_is_imported(tmp_path: Path, flag, found):
     argv = arguments("corpus", "tokenizer", tmp_path / "run", flag)
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     code = f"VARIABLES = {VARIABLES}\n{WATCH}"

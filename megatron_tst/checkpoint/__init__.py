@@ -1,1 +1,1 @@
-"""Save, load and retention of checkpoints; conversion to Hugging Face's format and back."""
+"""Save, load and retention of checkpoints."""

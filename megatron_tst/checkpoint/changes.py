@@ -1,4 +1,4 @@
-"""What may differ between a checkpoint's settings and those of the run that goes on from it, and what may not."""
+"""Differences between a checkpoint's settings and those of the run that resumes from it, and which are refused."""
 
 import dataclasses
 import logging
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A setting that differs.
+    """A setting whose value differs from the checkpoint's.
 
     Attributes:
-        name: of the setting, with its section.
-        saved: its value in the checkpoint.
-        wanted: its value now.
+        name: name of the setting with its section, such as ``model.num_layers``.
+        saved: value in the checkpoint.
+        wanted: value in the resumed run.
     """
 
     name: str
@@ -28,26 +28,26 @@ class Change:
 
     @property
     def flag(self) -> str:
-        """The setting as it is typed."""
+        """The setting's flag on the command line."""
         return "--" + self.name.rpartition(".")[2].replace("_", "-")
 
     @property
     def is_binding(self) -> bool:
-        """Whether the run would be another one."""
+        """Whether the run refuses to resume with this change."""
         return effect_of(RunConfig, self.name).is_binding
 
     @property
     def alters_model(self) -> bool:
-        """Whether the same weights would compute something else, if they can be loaded at all."""
+        """Whether the same weights, if they can be loaded at all, compute a different function."""
         return effect_of(RunConfig, self.name).alters_function
 
     def __str__(self) -> str:
-        """Say it in a line."""
+        """Return a line that states both values."""
         return f"{self.flag} {self.wanted}: the checkpoint was made with {self.saved}"
 
 
 def find_changes(saved: RunConfig, wanted: RunConfig) -> list[Change]:
-    """Return the settings that differ, except those that any start may change."""
+    """Return the settings that differ, except those that may change freely."""
     before, now = (
         _flat({**dataclasses.asdict(config), "model": _resolved(config.model), "megatron_lm": None})
         for config in (saved, wanted)
@@ -60,11 +60,11 @@ def find_changes(saved: RunConfig, wanted: RunConfig) -> list[Change]:
 
 
 def _resolved(model: ModelSettings) -> dict[str, Any]:
-    """Return the settings of a model as they come to be: defaults filled in, and None for those without a meaning.
+    """Return a model's settings with defaults filled in, and with None for settings that have no effect.
 
-    So two ways to write one model, such as with --kv-channels and without, are no change.
+    Two notations of the same model, such as with and without --kv-channels, are thus not a change.
     """
-    # What belongs to a vocabulary is compared with the checkpoint's tensors, not here.
+    # Sizes that depend on the vocabulary are compared with the checkpoint's tensors instead.
     shape = resolve_shape(model, vocab_size=1)
     has_experts, has_capacity = model.num_experts is not None, model.moe_expert_capacity_factor is not None
     return {

@@ -14,11 +14,11 @@ _ENDINGS = (".distcp", ".pt", ".json", ".yaml")
 
 
 def write_checksums(folder: Path, known: dict[str, str]) -> None:
-    """Write the checksums of all files of a folder.
+    """Write the checksums of all files of a checkpoint.
 
     Args:
-        folder: of one checkpoint.
-        known: SHA-256 by file name, where it was taken already.
+        folder: the checkpoint's directory.
+        known: known SHA-256 digests by file name; those of other files are computed.
     """
     paths = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
     lines = [f"{known.get(path.name) or sha256(path)}  {path.name}\n" for path in paths]
@@ -26,15 +26,15 @@ def write_checksums(folder: Path, known: dict[str, str]) -> None:
 
 
 def is_written_here(folder: Path) -> bool:
-    """Whether megatron-tst wrote a checkpoint, which then has checksums; those of Megatron-LM's own have none."""
+    """Return whether megatron-tst wrote a checkpoint; such checkpoints have checksums, those of Megatron-LM do not."""
     return any((folder / name).exists() for name in (CHECKSUMS, RUN_STATE, CONFIG))
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file, by name.
+    """Return the SHA-256 of each file by name.
 
     Raises:
-        UserError: if they are missing or malformed.
+        UserError: if the checksums are missing or malformed.
     """
     path = folder / CHECKSUMS
     try:
@@ -45,47 +45,47 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def find_damage(folder: Path, ranks: ParallelState) -> str | None:
-    """Compare a checkpoint's files with their checksums, each rank a share of them.
+    """Compare a checkpoint's files with their checksums; each rank reads a part of the files.
 
     Collective: every rank of the world calls it.
 
     Returns:
-        What is wrong with the first file that differs, or None.
+        A description of the first damage found, or None.
     """
     damage = find_damage_alone(folder, slice(ranks.rank, None, ranks.world_size))
     return next((found for found in every_rank(damage) if found), None)
 
 
 def find_damage_alone(
-    folder: Path, share: slice = slice(None), on_progress: Callable[[int], object] = lambda _: None
+    folder: Path, selected: slice = slice(None), on_progress: Callable[[int], object] = lambda _: None
 ) -> str | None:
     """Compare a checkpoint's files with their checksums in this process alone.
 
     Args:
-        folder: of one checkpoint.
-        share: which of the files, in the order of their names.
-        on_progress: called with the bytes of each part that is read.
+        folder: the checkpoint's directory.
+        selected: slice of the files to compare, in the order of their names.
+        on_progress: function that is called with the number of bytes of each block that is read.
 
     Returns:
-        What is wrong with the first file that differs, or None.
+        A description of the first damage found, or None.
     """
     try:
         known = read_checksums(folder)
-        return _unlisted(folder, known) or _damage(folder, sorted(known.items())[share], on_progress)
+        return _unlisted(folder, known) or _damage(folder, sorted(known.items())[selected], on_progress)
     except UserError as error:
         return str(error)
 
 
 def _unlisted(folder: Path, known: dict[str, str]) -> str | None:
-    """Name a file that the checksums, cut short themselves, say nothing of."""
+    """Return a description of a file that is missing from the checksums, which may be truncated themselves, or None."""
     ours = (path.name for path in folder.iterdir() if path.suffix in _ENDINGS or path.name == METADATA)
     return next(
         (f"{folder / CHECKSUMS} is damaged: it does not list {name}" for name in ours if name not in known), None
     )
 
 
-def _damage(folder: Path, share: list[tuple[str, str]], on_progress: Callable[[int], object]) -> str | None:
-    for name, digest in share:
+def _damage(folder: Path, selected: list[tuple[str, str]], on_progress: Callable[[int], object]) -> str | None:
+    for name, digest in selected:
         path = folder / name
         try:
             if sha256(path, on_progress) != digest:

@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint: model, optimizer and generators, under the names and shapes that Megatron-LM gives them.
+"""The content of a checkpoint: model, optimizer and RNG state, under the names and with the shapes of Megatron-LM.
 
-What is listed here to be saved is listed again to be loaded, by ranks in another layout if need be.
+The same functions list the shards to save and the shards to load, which may be in another parallel layout.
 """
 
 from argparse import Namespace
@@ -18,26 +18,26 @@ from megatron_tst.config import ModelSettings
 from megatron_tst.distributed import ParallelState
 from megatron_tst.distributed.rng_state import get_rng_states, set_rng_states
 
-FORMAT_VERSION = 3.0  # Megatron-LM's number for the order of the query, key and value rows
-# How optimizer state is laid out: like the parameters, so that any layout can load it.
+FORMAT_VERSION = 3.0  # Megatron-LM's version number for the order of the query, key and value rows
+# Optimizer state is stored like the parameters, so that any parallel layout can load it.
 CONTENT_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
-# What torch and megatron-core keep in a parameter group that is state; all else there is settings of this run.
+# The entries of a parameter group that are state; all others are settings of this run.
 _GROUP_STATE = ("params", "step")
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What training changes.
+    """The objects whose state training changes.
 
     Attributes:
         chunks: this rank's model chunks, wrapped for data parallelism.
-        optimizer: over them.
-        scheduler: of its learning rate.
-        ranks: this rank's place.
+        optimizer: the optimizer of the chunks' parameters.
+        scheduler: the scheduler of the learning rate.
+        ranks: the parallel state.
     """
 
     chunks: list[DistributedDataParallel]
@@ -48,10 +48,10 @@ class TrainState:
 
 @torch.no_grad()
 def gather_weights(train_state: TrainState) -> None:
-    """Complete this rank's weights, for whoever reads them outside a forward pass.
+    """Gather this rank's weights, so that they can be read outside a forward pass.
 
-    With ``--overlap-param-gather`` a step leaves each rank the new weights of its own shard of the optimizer alone; the
-    others' follow in the next forward pass.
+    With ``--overlap-param-gather``, each rank has only the new weights of its own optimizer shard after a step, until
+    the next forward pass gathers the others.
 
     Collective: every rank of the world calls it.
     """
@@ -61,7 +61,7 @@ def gather_weights(train_state: TrainState) -> None:
 
 
 def list_model(train_state: TrainState) -> dict[str, Any]:
-    """Return the shards of this rank's weights: ``model``, or ``model0`` and on where the pipeline is interleaved."""
+    """Return the shards of this rank's weights as ``model``, or as ``model0``, ``model1``, ... with interleaving."""
     metadata = {**CONTENT_METADATA, "dp_cp_group": train_state.ranks.groups.dp_cp}
     shards = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in train_state.chunks]
     return {"model": shards[0]} if len(shards) == 1 else {f"model{index}": shard for index, shard in enumerate(shards)}
@@ -71,18 +71,18 @@ def list_optimizer(train_state: TrainState, model: dict[str, Any], is_loading: b
     """Return the shards of this rank's optimizer state.
 
     Args:
-        train_state: what training changes.
-        model: as :func:`list_model` returns it.
-        is_loading: whether the state is about to be overwritten.
+        train_state: the train state.
+        model: the model's shards, as :func:`list_model` returns them.
+        is_loading: whether the shards are listed in order to load into them.
     """
     metadata = {**CONTENT_METADATA, "dp_cp_group": train_state.ranks.groups.dp_cp}
     return train_state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 
 
 def list_rng_states(ranks: ParallelState) -> ShardedObject:
-    """Return the states of this rank's generators.
+    """Return the shard of this rank's RNG state.
 
-    Data-parallel ranks draw from the same streams, so one of them is enough, unless they hold different experts.
+    Data-parallel ranks have the same RNG state, so only one of them saves it, unless they hold different experts.
     """
     states = [get_rng_states()]
     place, sizes = (ranks.pp_rank, ranks.tp_rank), (ranks.pp_size, ranks.tp_size)
@@ -93,15 +93,15 @@ def list_rng_states(ranks: ParallelState) -> ShardedObject:
 
 
 def list_all(train_state: TrainState, step: int, model: ModelSettings, samples: int) -> dict[str, Any]:
-    """Return all that a checkpoint holds.
+    """Return the complete content of a checkpoint.
 
     Collective: every rank of the world calls it.
 
     Args:
-        train_state: what training changes.
-        step: optimizer steps done.
-        model: its shape, for Megatron-LM's ``args``.
-        samples: sequences read, likewise.
+        train_state: the train state.
+        step: number of completed optimizer steps.
+        model: the model settings, for Megatron-LM's ``args``.
+        samples: number of sequences read, for Megatron-LM's ``args``.
     """
     gather_weights(train_state)
     shards, ranks = list_model(train_state), train_state.ranks
@@ -114,7 +114,7 @@ def list_all(train_state: TrainState, step: int, model: ModelSettings, samples: 
         "checkpoint_version": FORMAT_VERSION,
         "args": Namespace(
             **asdict(model),
-            # Under the names by which Megatron-LM reads them with --use-checkpoint-args.
+            # Megatron-LM reads these names with --use-checkpoint-args.
             layernorm_epsilon=model.norm_epsilon,
             add_bias_linear=not model.disable_bias_linear,
             tensor_model_parallel_size=ranks.tp_size,
@@ -127,23 +127,23 @@ def list_all(train_state: TrainState, step: int, model: ModelSettings, samples: 
 
 
 def put_model(train_state: TrainState, loaded: dict[str, Any]) -> None:
-    """Give the model the loaded weights."""
+    """Copy the loaded weights into the model."""
     for index, chunk in enumerate(train_state.chunks):
         weights = loaded["model" if len(train_state.chunks) == 1 else f"model{index}"]
         chunk.module.load_state_dict(weights)
 
 
 def put_optimizer(train_state: TrainState, shards: Any, own: Any, saved: Any) -> None:
-    """Give the optimizer the loaded state; rates, betas and decay stay those of this run.
+    """Load state into the optimizer; learning rates, betas and weight decay remain those of this run.
 
-    How many optimizers megatron-core chains, and so the layout of what is not sharded, depends on the parallel layout:
-    of that, the step count alone is taken from the checkpoint.
+    The number of optimizers that megatron-core chains, and with it the structure of the values that are not sharded,
+    depends on the parallel layout. Of these values, only the step count is taken from the checkpoint.
 
     Args:
-        train_state: what training changes.
-        shards: the loaded shards, where :func:`list_optimizer` listed them.
-        own: what :func:`without_shards` left of that list.
-        saved: what the checkpoint holds of the optimizer beside shards.
+        train_state: the train state.
+        shards: the loaded shards, in the structure that :func:`list_optimizer` returned.
+        own: the result of :func:`without_shards` for that structure.
+        saved: the checkpoint's optimizer values that are not sharded.
     """
     groups = train_state.optimizer.param_groups
     settings = [{name: value for name, value in group.items() if name not in _GROUP_STATE} for group in groups]
@@ -156,11 +156,11 @@ def put_optimizer(train_state: TrainState, shards: Any, own: Any, saved: Any) ->
 
 
 class _Shard:
-    """Stands where a shard was listed."""
+    """Marks the place of a shard."""
 
 
 def without_shards(listed: Any) -> Any:
-    """Return a copy of a list of shards and plain values that keeps the values and the places of the shards."""
+    """Return a copy of a structure of shards and plain values in which each shard is replaced by a mark."""
     if isinstance(listed, ShardedBase):
         return _Shard
     if isinstance(listed, LocalNonpersistentObject):
@@ -171,7 +171,7 @@ def without_shards(listed: Any) -> Any:
 
 
 def _filled(own: Any, shards: Any) -> Any:
-    """Put loaded shards back into their places."""
+    """Replace the marks by loaded shards."""
     if own is _Shard:
         return shards
     if isinstance(own, dict):
@@ -184,7 +184,7 @@ def _filled(own: Any, shards: Any) -> Any:
 
 
 def _set_step_counts(state: Any, saved: Any) -> None:
-    """Give an optimizer's state the step count of another's: sharded ones keep it by group, torch's Adam once."""
+    """Set the step count to the saved one, which sharded optimizers keep per group and torch's Adam once."""
     by_group, common = _find(saved, "step"), _find(saved, "common_step")
     for part in _with_groups(state):
         for group in part["param_groups"]:
@@ -203,7 +203,7 @@ def _with_groups(state: Any) -> Iterator[dict[str, Any]]:
 
 
 def _find(state: Any, name: str) -> Any:
-    """Return the first value of that name in nested dicts and lists, or None."""
+    """Return the first value under a name in nested dicts and lists, or None."""
     if isinstance(state, dict):
         if name in state:
             return state[name]
@@ -213,5 +213,5 @@ def _find(state: Any, name: str) -> Any:
 
 
 def put_rng_states(loaded: list[dict[str, Any]]) -> None:
-    """Put this rank's generators back to where they were."""
+    """Restore this rank's RNG state."""
     set_rng_states(loaded[0])

@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: a folder that carries a step's name is whole, whatever happened."""
+"""The directories of a run's checkpoints: a directory with the name of a step is always complete."""
 
 import contextlib
 import os
@@ -14,37 +14,37 @@ _STEP = re.compile(r"iter_(\d{7,})")
 
 
 class CheckpointFolders:
-    """``iter_0000123/`` for each checkpoint, and a tracker file that names the latest, as Megatron-LM lays them out.
+    """``iter_0000123/`` for each checkpoint, and a tracker file that names the latest, in the layout of Megatron-LM.
 
-    A checkpoint is written to a folder of another name, which is moved into place when its last byte is on disk; the
-    tracker follows. Only one process may call what writes.
+    A checkpoint is written to a directory of another name, which is moved into place when its last byte is on disk.
+    Then the tracker is updated. Only one process may call the methods that write.
 
     Attributes:
-        path: holds the folders.
+        path: parent directory of all checkpoints.
     """
 
     def __init__(self, path: Path) -> None:
-        """Name the folder; the first checkpoint makes it."""
+        """Store the path; the first checkpoint creates the directory."""
         self.path = path
 
     def of(self, step: int) -> Path:
-        """Return the folder of a step's checkpoint."""
+        """Return the directory of a step's checkpoint."""
         return self.path / f"iter_{step:07d}"
 
     def partial(self, step: int) -> Path:
-        """Return the folder in which a step's checkpoint is being written."""
+        """Return the directory in which a step's checkpoint is being written."""
         return self.path / f".partial-iter_{step:07d}"
 
     @property
     def tracker(self) -> Path:
-        """The file that names the latest checkpoint's step."""
+        """The file that names the step of the latest checkpoint."""
         return self.path / TRACKER
 
     def steps(self) -> list[int]:
-        """Return the steps of all whole checkpoints, ascending.
+        """Return the steps of all complete checkpoints in ascending order.
 
         Raises:
-            UserError: if the folder cannot be read.
+            UserError: if the directory cannot be read.
         """
         if not self.path.is_dir():
             return []
@@ -55,10 +55,10 @@ class CheckpointFolders:
         return sorted(int(name[1]) for name in names if name)
 
     def latest(self) -> int | None:
-        """Return the step that the tracker names; None without a tracker that names one.
+        """Return the step that the tracker names, or None if it is missing or names no step.
 
         Raises:
-            UserError: if there is a tracker that cannot be read.
+            UserError: if the tracker exists but cannot be read.
         """
         try:
             text = self.tracker.read_text(encoding="utf-8", errors="replace").strip()
@@ -69,10 +69,10 @@ class CheckpointFolders:
         return int(text) if text.isascii() and text.isdigit() else None
 
     def begin(self, step: int) -> None:
-        """Make the empty folder to write a checkpoint in.
+        """Create the empty directory in which a checkpoint is written.
 
         Raises:
-            UserError: if it cannot be made.
+            UserError: if it cannot be created.
         """
         partial = self.partial(step)
         with writing(partial):
@@ -80,16 +80,16 @@ class CheckpointFolders:
             partial.mkdir(parents=True)
 
     def publish(self, step: int) -> list[int]:
-        """Move a written checkpoint into place, then let the tracker name it.
+        """Move a written checkpoint into place, then make the tracker name it.
 
-        A checkpoint of the same step that is there already is moved aside, not deleted, and so are those of later
-        steps: the run that wrote them went another way from an earlier step on.
+        An existing checkpoint of the same step is moved aside, not deleted, and so are those of later steps, which
+        belong to another course that the run took from an earlier step on.
 
         Returns:
             The later steps whose checkpoints were moved aside.
 
         Raises:
-            UserError: if files or folders cannot be written; the tracker then still names the one before.
+            UserError: if something cannot be written; the tracker then still names the previous checkpoint.
         """
         partial, folder = self.partial(step), self.of(step)
         with writing(folder):
@@ -114,7 +114,7 @@ class CheckpointFolders:
         folder.rename(replaced)
 
     def point_to(self, step: int) -> None:
-        """Let the tracker name a step.
+        """Make the tracker name a step.
 
         Raises:
             UserError: if the tracker cannot be written.
@@ -127,11 +127,11 @@ class CheckpointFolders:
             sync(self.path)
 
     def abandon(self, step: int) -> None:
-        """Delete what was written of a checkpoint that failed."""
+        """Delete the partially written checkpoint of a failed save."""
         shutil.rmtree(self.partial(step), ignore_errors=True)
 
     def remove(self, step: int) -> None:
-        """Delete a checkpoint; half deleted it carries no step's name any more."""
+        """Delete a checkpoint, renaming it first, so that a partially deleted one has no step's name."""
         partial = self.partial(step)
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -141,10 +141,10 @@ class CheckpointFolders:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into one line that names the file.
+    """Convert an OSError inside the block to a one-line error that names the file.
 
     Raises:
-        UserError: for any OSError inside.
+        UserError: if the block raises an OSError.
     """
     try:
         yield
@@ -154,7 +154,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

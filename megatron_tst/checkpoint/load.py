@@ -1,4 +1,4 @@
-"""Loading: every rank reads its shards of a checkpoint that was found."""
+"""Load a checkpoint: every rank reads its own shards."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,24 +36,24 @@ _Result = TypeVar("_Result")
 def load_checkpoint(
     found: SavedCheckpoint, train_state: TrainState, *, with_optimizer: bool, with_rng_states: bool
 ) -> None:
-    """Put a checkpoint's content into a model, its optimizer and this rank's generators.
+    """Load a checkpoint into a model, its optimizer and this rank's RNG state.
 
     Collective: every rank of the world calls it.
 
     Args:
-        found: what to load.
-        train_state: what to put it into.
-        with_optimizer: whether to load optimizer state; else the optimizer starts from the loaded weights.
-        with_rng_states: whether to load generators; left as they are where the parallel layout is another.
+        found: the checkpoint to load.
+        train_state: the train state into which it is loaded.
+        with_optimizer: whether to load optimizer state; if not, the optimizer starts from the loaded weights.
+        with_rng_states: whether to load the RNG state, which is skipped if the parallel layout differs.
 
     Raises:
-        UserError: on every rank, if the checkpoint holds another model, or one rank cannot read its share.
+        UserError: on every rank, if the checkpoint holds another model, or if one rank cannot read its part.
     """
     model = list_model(train_state)
     wanted: dict[str, Any] = dict(model)
     absent = _take_absent_states(model, _together(lambda: _read_contents(found.folder), found.folder))
     if with_optimizer:
-        # Under a name of its own: the checkpoint's plain values, of perhaps another layout, come back as "optimizer".
+        # The shards have their own name, because the checkpoint's plain values are loaded under the name "optimizer".
         wanted["optimizer_shards"] = list_optimizer(train_state, model, is_loading=True)
         own = without_shards(wanted["optimizer_shards"])
     with_rng_states = with_rng_states and found.state is not None and found.state.layout == train_state.ranks.layout
@@ -76,38 +76,38 @@ def load_checkpoint(
 
 
 def _sharing(ranks: ParallelState) -> FullyParallelLoadStrategyWrapper:
-    """Let data-parallel ranks share the reading of what they all need, and hand it on to each other.
+    """Return a strategy in which data-parallel ranks share the reading of data that they all need.
 
-    Tensors travel one at a time, by broadcast: the other ways hold all of them twice, or gather tensors of unequal
-    sizes, which gloo does not.
+    Ranks exchange tensors one at a time by broadcast. The other algorithms hold all tensors twice, or gather tensors of
+    unequal sizes, which gloo does not support.
     """
     strategy = _LoadTogether()
     return FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp, exchange_algo="broadcast")
 
 
 class _LoadTogether(TorchDistLoadShardedStrategy):  # type: ignore[misc]
-    """Reads a rank's share, and fails on every rank if one cannot read its own.
+    """Reads a rank's part, and fails on every rank if one rank cannot read its own.
 
-    From 0.17 on megatron-core does not ask the other ranks, which wait for what the failed one was to hand on.
+    From 0.17 on, a rank of megatron-core does not tell the others that it failed, and they wait for the data it read.
     """
 
     def load(self, shards: Any, folder: Path, *arguments: Any) -> Any:
-        """Read shards. Collective: every rank of the world calls it."""
+        """Read this rank's shards. Collective: every rank of the world calls it."""
         return _together(lambda: super(_LoadTogether, self).load(shards, folder, *arguments), folder)
 
 
 def _together(read: Callable[[], _Result], folder: Path) -> _Result:
-    """Return what this rank reads of a checkpoint.
+    """Return what ``read`` returns on this rank, or fail on every rank.
 
     Collective: every rank of the world calls it.
 
     Raises:
-        UserError: on every rank, if one cannot read.
+        UserError: on every rank, if ``read`` fails on any rank.
     """
     result, failure = None, None
     try:
         result = read()
-    except (Exception, CheckpointException) as error:  # whatever it is, the other ranks must not wait
+    except (Exception, CheckpointException) as error:  # no error may leave the other ranks waiting
         failure = error
     failures = {rank: reason for found in every_rank(_failures(failure)) for rank, reason in found.items()}
     if failures:
@@ -118,7 +118,7 @@ def _together(read: Callable[[], _Result], folder: Path) -> _Result:
 
 
 def _failures(error: BaseException | None) -> dict[int, str]:
-    """Return the ranks that failed, as far as this one knows, and why."""
+    """Return the ranks that are known here to have failed, with their reasons."""
     if error is None:
         return {}
     if isinstance(error, CheckpointException) and not reads_alone():
@@ -127,7 +127,7 @@ def _failures(error: BaseException | None) -> dict[int, str]:
 
 
 def _read_contents(folder: Path) -> Metadata:
-    """Read what every rank reads for itself before it meets the others; returns the table of contents."""
+    """Read the files that every rank reads by itself before the first collective; return the table of contents."""
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise CheckpointingException("it is not a distributed checkpoint")
     metadata = read_metadata(folder)
@@ -136,9 +136,9 @@ def _read_contents(folder: Path) -> Metadata:
 
 
 def _take_absent_states(model: dict[str, Any], metadata: Metadata) -> dict[str, list[str]]:
-    """Take from the list of what to load the modules' states that are no tensors and that the checkpoint lacks.
+    """Remove from the shards to load those non-tensor states of modules that the checkpoint lacks; return their names.
 
-    Transformer Engine's attention asks for one, which holds nothing without FP8; checkpoints of other layers have none.
+    Transformer Engine's attention has such a state, which is empty without FP8; checkpoints of other layers have none.
     """
     known = metadata.state_dict_metadata
     absent = {}
@@ -154,7 +154,7 @@ def _take_absent_states(model: dict[str, Any], metadata: Metadata) -> dict[str, 
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line that says what went wrong."""
+    """Return the first line of an error's message."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

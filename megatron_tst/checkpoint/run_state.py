@@ -1,4 +1,4 @@
-"""What a checkpoint knows of its run beside tensors: ``run_state.json`` and ``config.yaml``."""
+"""The information on its run that a checkpoint holds besides tensors: ``run_state.json`` and ``config.yaml``."""
 
 import dataclasses
 import json
@@ -16,21 +16,21 @@ RUN_STATE, CONFIG = "run_state.json", "config.yaml"
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands.
+    """The progress of a run, and the facts that a resumed run must match.
 
     Attributes:
-        iteration: optimizer steps done.
-        schedule: the phases, as they are run.
-        samples_per_phase: sequences that each phase has consumed.
+        iteration: number of completed optimizer steps.
+        schedule: the phases of the run.
+        samples_per_phase: number of sequences that each phase has consumed.
         global_batch_size: sequences per step.
-        vocab_size: tokens of the vocabulary, before padding.
+        vocab_size: tokens in the vocabulary, before padding.
         tokenizer: path of the tokenizer file.
-        tokenizer_sha256: of that file.
-        sources: per corpus of the blend, what was dealt to the phases, as the data room describes it.
-        layout: sizes of the parallel layout that saved; generators' states fit no other.
-        is_permanent: whether retention leaves this checkpoint alone.
-        versions: of the packages that computed.
-        gpu_hours: of training, over all ranks and all starts.
+        tokenizer_sha256: SHA-256 of the tokenizer file.
+        sources: the document split of each corpus of the blend, with the fields of the data package's DocumentSplit.
+        layout: sizes of the parallel layout that saved the checkpoint; the RNG state fits only this layout.
+        is_permanent: whether retention never deletes this checkpoint.
+        versions: versions of the packages with which the run computed.
+        gpu_hours: GPU-hours of training, over all ranks and all starts.
     """
 
     iteration: int
@@ -79,7 +79,7 @@ def read_run_state(folder: Path) -> RunState:
     """Read a checkpoint's ``run_state.json``.
 
     Raises:
-        UserError: if it is missing or malformed.
+        UserError: if the file is missing or malformed.
     """
     path = folder / RUN_STATE
     try:
@@ -94,18 +94,18 @@ def read_saved_config(folder: Path) -> RunConfig:
     """Read the settings that a checkpoint was made with.
 
     Raises:
-        UserError: if they are missing or are not settings.
+        UserError: if the file is missing or does not hold settings.
     """
     return load_config(folder / CONFIG)
 
 
 def read_saved_arguments(folder: Path) -> dict[str, Any] | None:
-    """Read the arguments that Megatron-LM keeps beside the shards, ``args``.
+    """Read the arguments ``args`` that Megatron-LM stores besides the shards.
 
     Returns:
-        Them by name; None where there are none, or none that can be read without executing anything.
+        The arguments by name, or None if there are none that can be read without executing anything.
     """
     try:
         return dict(vars(read_common_state(folder, read_metadata(folder))["args"]))
-    except Exception:  # whatever is wrong with the file, loading the weights names it
+    except Exception:  # whatever is wrong with the file, loading the weights reports it
         return None

@@ -1,4 +1,4 @@
-"""Saving: written aside by all ranks, published by the main rank once nothing is missing."""
+"""Save checkpoints: all ranks write to a temporary directory, which the main rank publishes when it is complete."""
 
 import contextlib
 import logging
@@ -40,7 +40,7 @@ class CheckpointSaver:
     """Saves a run's checkpoints, one at a time.
 
     Attributes:
-        folders: where they lie.
+        folders: the directories of the checkpoints.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class CheckpointSaver:
         """Prepare to save.
 
         Args:
-            folders: where checkpoints lie.
-            ranks: this rank's place.
-            config_yaml: the run's settings, saved beside the tensors.
-            keep_training: whether :meth:`save` returns before all is on disk.
-            keep_last: how many checkpoints to keep besides the permanent ones; all where None.
+            folders: the directories of the checkpoints.
+            ranks: the parallel state.
+            config_yaml: the run's settings, which are saved with the tensors.
+            keep_training: whether :meth:`save` returns before everything is on disk.
+            keep_last: number of checkpoints to keep besides the permanent ones; None keeps all.
         """
         self.folders, self._ranks, self._config_yaml = folders, ranks, config_yaml
         self._keep_training, self._keep_last = keep_training, keep_last
         self._pending: _Pending | None = None
         self._is_validated = False
-        # Data-parallel ranks share the writing of what they all hold.
+        # Data-parallel ranks share the writing of data that they all hold.
         self._strategy = FullyParallelSaveStrategyWrapper(
             InPlaceSaveStrategy("torch_dist", 1, thread_count=FILES_PER_RANK),
             ranks.groups.dp_cp,
@@ -73,16 +73,16 @@ class CheckpointSaver:
         )
 
     def save(self, state: RunState, list_content: Callable[[], dict[str, Any]]) -> None:
-        """Save a checkpoint; one that is still being written is waited for.
+        """Save a checkpoint, after waiting for one that is still being written.
 
         Collective: every rank of the world calls it.
 
         Args:
-            state: where the run stands.
-            list_content: lists this rank's shards.
+            state: the run state.
+            list_content: function that lists this rank's shards.
 
         Raises:
-            UserError: if it cannot be written; earlier checkpoints stay as they are.
+            UserError: if the checkpoint cannot be written; earlier checkpoints are not changed.
         """
         self.finish()
         started_s, step = time.perf_counter(), state.iteration
@@ -96,7 +96,7 @@ class CheckpointSaver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank is still writing."""
+        """Whether this rank is still writing a checkpoint."""
         return self._pending is not None and not self._pending.writing.is_done
 
     @property
@@ -105,12 +105,12 @@ class CheckpointSaver:
         return self._pending is not None
 
     def finish(self) -> None:
-        """Publish the checkpoint that is being written, once it is.
+        """Wait for the checkpoint that is being written, and publish it.
 
         Collective: every rank of the world calls it.
 
         Raises:
-            UserError: if it cannot be written; earlier checkpoints stay as they are.
+            UserError: if the checkpoint cannot be written; earlier checkpoints are not changed.
         """
         if self._pending is None:
             return
@@ -122,12 +122,12 @@ class CheckpointSaver:
             run_on_main_rank(lambda: self._publish(pending, digests))
 
     def _plan(self, step: int, content: dict[str, Any]) -> AsyncRequest:
-        """Write what is not sharded, and plan to write the shards, which only the plan holds on to afterwards."""
+        """Write the common state and plan the writing of the shards, to which then only the plan holds references."""
         request = dist_checkpointing.save(
             content,
             str(self.folders.partial(step)),
             self._strategy,
-            # Who writes what is the same each time: to have it checked once is enough.
+            # The ranks write the same shards each time, so one validation is enough.
             validate_access_integrity=not self._is_validated,
             async_sharded_save=True,
             content_metadata=CONTENT_METADATA,
@@ -152,16 +152,16 @@ class CheckpointSaver:
         seconds = time.perf_counter() - pending.started_s
         logger.info("saved %s: %.1f MB in %.1f s", self.folders.of(step), size / 1e6, seconds)
         if later:
-            logger.info("checkpoints of the later steps %s are of a course that the run has left: .replaced", later)
+            logger.info("renamed the checkpoints of later steps %s to .replaced: the run has left their course", later)
         self._retire()
 
     def _retire(self) -> None:
-        """Delete the oldest checkpoints beyond those to keep; the one just published is the newest."""
+        """Delete the oldest checkpoints that need not be kept; the newest is the one just published."""
         if self._keep_last is None:
             return
         passing = []
         for step in self.folders.steps():
-            # What cannot be read is not ours to delete.
+            # A checkpoint that cannot be read may not be this run's, so it is not deleted.
             with contextlib.suppress(UserError):
                 if not read_run_state(self.folders.of(step)).is_permanent:
                     passing.append(step)
@@ -170,7 +170,7 @@ class CheckpointSaver:
 
     @contextlib.contextmanager
     def _abandoning(self, step: int) -> Iterator[None]:
-        """Leave nothing half-written behind a failure, and say it in one line."""
+        """After a failure, delete the partially written checkpoint and raise a one-line error."""
         try:
             yield
         except (CheckpointException, OSError, UserError) as error:
@@ -182,11 +182,11 @@ class CheckpointSaver:
 def _one_line(error: BaseException, folder: Path) -> UserError:
     if isinstance(error, UserError):
         return error
-    # Only the main rank is told which rank failed of what.
+    # Only the main rank knows which ranks failed and why.
     failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
     reasons = [
         f"rank {rank}: {str(failure).removeprefix('Worker failure: ')}"
         for rank, (failure, _) in sorted(failures.items())
     ]
-    # What is no CheckpointException may be this rank's alone.
+    # An error other than CheckpointException may have occurred on this rank alone.
     return UserError(f"--save: {folder} cannot be written: {'; '.join(reasons)}", own_rank=isinstance(error, OSError))

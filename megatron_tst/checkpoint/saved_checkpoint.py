@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself beside its tensors, whoever wrote it."""
+"""The information that a checkpoint holds besides its tensors, whatever program wrote it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ _TOKEN_TABLE = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """One checkpoint: of a run, of imported weights, or of Megatron-LM's own.
+    """One checkpoint, of a run, of imported weights, or written by Megatron-LM itself.
 
     Attributes:
-        folder: ``iter_0000123``.
-        state: where its run stood; None for weights without a run of this project.
-        config: the settings of its run, or of the model alone; None if they are not known.
-        vocab_size: tokens of its vocabulary, before padding; None if that is not known.
-        tokenizer: file or folder of its tokenizer; None if it names none.
-        foreign: arguments of Megatron-LM's by which its model computes what none here does.
-        has_checksums: whether its files can be compared with checksums; Megatron-LM writes none.
+        folder: the checkpoint's directory, ``iter_0000123``.
+        state: the run state; None for weights without a run of this project.
+        config: settings of the run, or of the model alone; None if they are unknown.
+        vocab_size: tokens in the vocabulary, before padding; None if unknown.
+        tokenizer: file or directory of the tokenizer; None if unknown.
+        foreign: Megatron-LM arguments that no model here supports, as ``name=value``.
+        has_checksums: whether the files can be compared with checksums, which Megatron-LM does not write.
     """
 
     folder: Path
@@ -46,25 +46,25 @@ class SavedCheckpoint:
 
     @property
     def model(self) -> ModelSettings:
-        """The settings of its model.
+        """The settings of the model.
 
         Raises:
-            UserError: if they are not known, or no model here computes what it does.
+            UserError: if they are unknown, or the model computes something that no model here supports.
         """
         if self.config is None:
             raise UserError(
-                f"{self.folder}: has neither {CONFIG} nor Megatron-LM's args: the settings of its model are unknown"
+                f"{self.folder}: has neither {CONFIG} nor Megatron-LM's args, so its model's settings are unknown"
             )
         if self.foreign:
-            raise UserError(f"{self.folder}: was made with {'; '.join(self.foreign)}, which no model here has")
+            raise UserError(f"{self.folder}: was made with {'; '.join(self.foreign)}, which no model here supports")
         return self.config.model
 
     @property
     def num_embedding_rows(self) -> int:
-        """Rows of its table of token embeddings, padding included.
+        """Number of rows of the token embedding, including padding.
 
         Raises:
-            UserError: if it has no such table.
+            UserError: if the checkpoint has no token embedding.
         """
         table = read_metadata(self.folder).state_dict_metadata.get(_TOKEN_TABLE)
         if not isinstance(table, TensorStorageMetadata):
@@ -73,10 +73,10 @@ class SavedCheckpoint:
 
 
 def open_checkpoint(folder: Path) -> SavedCheckpoint:
-    """Read what stands beside a checkpoint's tensors.
+    """Read the information that a checkpoint holds besides its tensors.
 
     Raises:
-        UserError: if a file of it is malformed.
+        UserError: if one of the files is malformed.
     """
     has_checksums = is_written_here(folder)
     if (folder / RUN_STATE).exists():
@@ -93,11 +93,11 @@ def open_checkpoint(folder: Path) -> SavedCheckpoint:
 
 
 def _open_stock(folder: Path) -> SavedCheckpoint:
-    """Describe a checkpoint of Megatron-LM's own, as far as its ``args`` tell."""
+    """Describe a checkpoint of Megatron-LM by its ``args``."""
     arguments = read_saved_arguments(folder)
     if arguments is None:
         return SavedCheckpoint(folder, None, None, None, None, has_checksums=False)
-    # Its table is padded already.
+    # The vocabulary in the checkpoint is padded already.
     model = dataclasses.replace(model_settings(arguments), make_vocab_size_divisible_by=1)
     named = arguments.get("tokenizer_model")
     return SavedCheckpoint(

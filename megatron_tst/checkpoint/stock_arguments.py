@@ -1,4 +1,4 @@
-"""What a model is, from the ``args`` that Megatron-LM keeps in its checkpoints."""
+"""Model settings from the ``args`` that Megatron-LM stores in its checkpoints."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_tst.config import ModelSettings
 
-# Arguments that say what a model computes with its weights, and when it is what the models here compute.
+# Arguments that affect what a model computes with its weights, and the values that the models here support.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "activation_func_clamp_value": (None,),
     "add_qkv_bias": (False,),
@@ -46,16 +46,16 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "use_rope_scaling": (False,),
     "window_size": (None,),
 }
-# Of a mixture of experts alone.
+# Prefix of arguments that affect only MoE models.
 _EXPERTS = "moe_"
-# Settings that have another meaning there, or none that a model's function depends on.
+# Settings that have another meaning in Megatron-LM, or that do not affect the model's function.
 _NOT_READ = {"tst_preset", "vocab_size", "moe_token_dispatcher_type", "moe_aux_loss_coeff", "moe_grouped_gemm"}
 
 
 def model_settings(arguments: Mapping[str, Any]) -> ModelSettings:
-    """Return the settings that the arguments give; those that they lack stay at their defaults.
+    """Return the model settings in the arguments, and defaults for those that are missing.
 
-    The vocabulary is left out: Megatron-LM's ``vocab_size`` is a flag that tokenizers may add tokens to.
+    The vocabulary size is not read, because tokenizers may add tokens to Megatron-LM's ``vocab_size``.
     """
     names = {field.name for field in dataclasses.fields(ModelSettings)} - _NOT_READ
     known = {name: arguments[name] for name in names if name in arguments}
@@ -67,7 +67,7 @@ def model_settings(arguments: Mapping[str, Any]) -> ModelSettings:
 
 
 def find_foreign(arguments: Mapping[str, Any]) -> list[str]:
-    """Return, as ``name=value``, the arguments by which a model computes what no model here does."""
+    """Return, as ``name=value``, the arguments that no model here supports."""
     has_experts = arguments.get("num_experts") is not None
     return [
         f"{name}={arguments[name]}"

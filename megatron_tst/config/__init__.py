@@ -1,4 +1,4 @@
-"""What a run is: settings from a YAML file and flags, and every rule that ties them together."""
+"""The settings of a run: read from a YAML file and flags, and checked by every rule that relates them."""
 
 from megatron_tst.config.errors import EXIT_CODE, EXIT_RESUMABLE, DivergedError, StoppedInSetUp, UserError, require
 from megatron_tst.config.parse import (

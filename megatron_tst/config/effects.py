@@ -1,4 +1,4 @@
-"""What becomes of a run whose setting differs: stated once per setting, read by resumption, comparison and sweeps."""
+"""What changing a setting means for a run: stated once per setting, read by resumption, comparison and sweeps."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ class Effect:
     """What a different value of a setting means.
 
     Attributes:
-        is_reported: whether a run that continues from a checkpoint says that the value has changed.
-        is_binding: whether it refuses to continue.
-        is_compared: whether finished runs with different values are different settings, rather than seeds, lengths or
-            layouts of one.
-        alters_function: whether the same weights compute something else.
+        is_reported: whether a run that resumes from a checkpoint reports that the value has changed.
+        is_binding: whether a run refuses to resume with another value.
+        is_compared: whether finished runs with different values are compared as different configurations, rather than
+            grouped as seeds, lengths or layouts of one configuration.
+        alters_function: whether the same weights compute a different function under another value.
     """
 
     is_reported: bool
@@ -26,28 +26,28 @@ class Effect:
     alters_function: bool = False
 
 
-# Where a run takes place, what it writes, when it stops.
+# Where a run executes, what it writes and when it stops.
 NOTHING = Effect(is_reported=False, is_binding=False, is_compared=False)
 # How the same numbers are computed.
 COMPUTATION = Effect(is_reported=True, is_binding=False, is_compared=False)
-# What is counted in steps, which a longer run has more of.
+# Numbers of steps, which are larger in a longer run.
 LENGTH = COMPUTATION
-# Rates and regularisation, which a run may change on its way.
+# Rates and regularisation, which may change in the middle of a run.
 TUNING = Effect(is_reported=True, is_binding=False, is_compared=True)
-# How positions reach experts: a run may change it on its way, though the same weights then compute something else.
+# How positions reach experts: it may change in the middle of a run, but the same weights then compute something else.
 ROUTING = Effect(is_reported=True, is_binding=False, is_compared=True, alters_function=True)
 # Another run of the same method.
 RUN = Effect(is_reported=True, is_binding=True, is_compared=False)
-# Another way of training.
+# Another training method.
 METHOD = Effect(is_reported=True, is_binding=True, is_compared=True)
 # Another model.
 MODEL = Effect(is_reported=True, is_binding=True, is_compared=True, alters_function=True)
-# Names of files: a checkpoint knows what they held, and a mount may have another name elsewhere.
+# File names: a checkpoint records what the files held, and the same files may be mounted under another name elsewhere.
 TEXT = Effect(is_reported=False, is_binding=False, is_compared=True)
 
 
 def having(effect: Effect) -> dict[str, Effect]:
-    """Return the metadata of a field, or of a whole section whose fields have none of their own."""
+    """Return the metadata that gives a field this effect, or every field of a section that has no effect of its own."""
     return {_KEY: effect}
 
 
@@ -55,8 +55,8 @@ def effect_of(config: Any, name: str) -> Effect:
     """Return the effect of a setting.
 
     Args:
-        config: the settings of a run, or their class.
-        name: of the setting, with its section: ``model.num_layers``.
+        config: the run's settings, or their class.
+        name: the setting's name with its section, such as ``model.num_layers``.
     """
     section, _, setting = name.partition(".")
     whole = next(field for field in dataclasses.fields(config) if field.name == section)

@@ -1,35 +1,35 @@
-"""The errors that are the user's to mend, and what a run's exit code says."""
+"""Errors that the user can fix, and the meaning of a run's exit codes."""
 
 from typing import TypeVar
 
 EXIT_CODE = 2  # a setting or a file cannot be used
-EXIT_DIVERGED = 3  # loss or gradient stayed not finite
-EXIT_RESUMABLE = 75  # stopped before the end, with all saved: start it again with --load (EX_TEMPFAIL of sysexits.h)
+EXIT_DIVERGED = 3  # the loss or the gradient was not finite for too many steps in a row
+EXIT_RESUMABLE = 75  # stopped early with everything saved; resume with --load (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(ValueError):
-    """A setting or a file that a run cannot use; its message is one line naming it, its value and the rule.
+    """A setting or a file that a run cannot use; the message is one line that names it, its value and the rule.
 
-    Programs print the message alone and exit with the class's code. Ranks meet most such errors together, and the main
-    rank says so for all; ``own_rank`` marks one that a single rank may meet alone and must say itself.
+    Programs print only the message and exit with the class's code. Most such errors occur on all ranks, and the main
+    rank prints them; ``own_rank`` marks an error that may occur on a single rank, which must then print it itself.
 
     Args:
-        message: the line.
-        own_rank: whether other ranks may not have met it.
+        message: one line.
+        own_rank: whether the error may have occurred on this rank alone.
     """
 
     exit_code = EXIT_CODE
 
     def __init__(self, message: str, own_rank: bool = False) -> None:
-        """Keep the line."""
+        """Store the message and whether the error may be this rank's alone."""
         super().__init__(message)
         self.own_rank = own_rank
 
 
 class StoppedInSetUp(BaseException):
-    """A signal asked the run to stop before its first step; nothing is lost.
+    """A signal stopped the run before its first step; nothing is lost.
 
-    Not an Exception: nothing on the way may take it for a failure of its own.
+    This is not an Exception, so that no handler on the call path mistakes it for an ordinary failure.
     """
 
     exit_code = EXIT_RESUMABLE
@@ -42,7 +42,7 @@ def require(flag: str, value: _Value | None) -> _Value:
     """Return a setting that has no default.
 
     Raises:
-        UserError: if it was not given.
+        UserError: if the setting was not given.
     """
     if value is None:
         raise UserError(f"{flag} None: must be given")
@@ -50,6 +50,6 @@ def require(flag: str, value: _Value | None) -> _Value:
 
 
 class DivergedError(UserError):
-    """Training produced no finite number for too many steps; its last checkpoint is from before."""
+    """Loss or gradient was not finite for too many steps; the last checkpoint was saved before them."""
 
     exit_code = EXIT_DIVERGED

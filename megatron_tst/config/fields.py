@@ -1,4 +1,4 @@
-"""Whether a value of YAML is of the type that a dataclass declares for it, exactly."""
+"""Strict type checking: a YAML value must have exactly the type that the dataclass declares for its field."""
 
 from collections.abc import Mapping
 from types import NoneType, UnionType
@@ -10,17 +10,17 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def read_fields(hints: Mapping[str, Any], values: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """Return the values as the fields of a dataclass keep them: lists as tuples, whole numbers as floats.
+    """Return the values as a dataclass stores them: lists as tuples, and whole numbers in float fields as floats.
 
-    A truth value is no number, a number is no text, and a number with a point is no whole one.
+    A boolean is not accepted as a number, a number is not accepted as text, and 3.0 is not accepted as a whole number.
 
     Args:
-        hints: type of each field.
-        values: of fields that there are.
-        where: of the values, for messages.
+        hints: the type of each field.
+        values: the value of each field that is set; every name must be in ``hints``.
+        where: the place of the values in the file, for messages.
 
     Raises:
-        UserError: if a value is not of its field's type.
+        UserError: if a value does not have its field's type.
     """
     read = {}
     for name, value in values.items():
@@ -44,7 +44,7 @@ def _fits(value: Any, hint: Any) -> bool:
         elif option is float:
             fits = type(value) in (int, float)
         else:
-            fits = type(value) is option  # bool is a kind of int to isinstance
+            fits = type(value) is option  # isinstance would accept a bool as an int
         if fits:
             return True
     return False
@@ -57,7 +57,7 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _is_unquoted(value: Any, hint: Any) -> bool:
-    """Whether a number or truth value stands where text is wanted, alone or in a list."""
+    """Return whether text is expected but the value is a number or a boolean, alone or in a list."""
     items = value if isinstance(value, list) else [value]
     return "text" in _describe(hint) and any(type(i) in (bool, int, float) for i in items)
 

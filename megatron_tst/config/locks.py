@@ -1,4 +1,4 @@
-"""Locks on outputs: a second process that would write the same is refused, and none outlives its process."""
+"""Locks on outputs: they keep a second process from writing the same output, and end with their process."""
 
 import contextlib
 import fcntl
@@ -12,10 +12,10 @@ from megatron_tst.config.errors import UserError
 
 
 def take_lock(path: Path) -> IO[str]:
-    """Lock a file until it is closed, making it where it is missing.
+    """Lock a file until it is closed; create the file if it is missing.
 
-    The kernel lets go of a record lock when the process ends, however it ends. Unlike flock's, it is not held on by
-    child processes, and network file systems pass it on to the other machines.
+    The kernel releases a record lock when the process ends, however it ends. Unlike a lock of flock, it is not
+    inherited by child processes, and network file systems enforce it across machines.
 
     Raises:
         BlockingIOError: if another process holds the lock.
@@ -35,7 +35,7 @@ def take_lock(path: Path) -> IO[str]:
             return file
         if _lies_at(file, path):
             return file
-        file.close()  # its holder removed it between the opening and the lock
+        file.close()  # the previous holder removed the file after it was opened here and before it was locked
 
 
 def _lies_at(file: IO[str], path: Path) -> bool:
@@ -47,14 +47,14 @@ def _lies_at(file: IO[str], path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(output: Path, flag: str) -> Iterator[None]:
-    """Keep other processes from writing the same output; ``OUTPUT.lock`` stands beside it for as long.
+    """Keep other processes from writing the same output; ``OUTPUT.lock`` exists beside it in the meantime.
 
     Args:
-        output: path of the output, whose folder is made where it is missing.
-        flag: that named it, with its value, for messages.
+        output: path of the output; its directory is created if it is missing.
+        flag: the flag that named the output, with its value, for messages.
 
     Raises:
-        UserError: if another process writes it, or its folder cannot be written.
+        UserError: if another process is writing the output, or its directory cannot be written.
     """
     path = output.with_name(f"{output.name}.lock")
     try:

@@ -1,6 +1,6 @@
-"""From a YAML file and a command line to a :class:`RunConfig`.
+"""Read a :class:`RunConfig` from a YAML file and a command line.
 
-Defaults < preset < YAML < flags.
+Flags override YAML, YAML overrides the preset, and the preset overrides the defaults.
 """
 
 import argparse
@@ -27,13 +27,13 @@ _Settings = TypeVar("_Settings")
 
 
 def parse_config(argv: Sequence[str]) -> RunConfig:
-    """Read a run's settings from the command line, and from the YAML file it names with ``--config``.
+    """Read a run's settings from the command line and from the YAML file that its ``--config`` names.
 
     Args:
-        argv: the arguments after the program's name.
+        argv: command-line arguments, without the program's name.
 
     Raises:
-        UserError: for an unknown, refused, malformed or contradictory setting.
+        UserError: if a setting is unknown, unsupported, malformed or contradicts another.
         SystemExit: with code 0 after ``--help``.
     """
     config = read_config(argv)
@@ -47,10 +47,10 @@ def parse_config(argv: Sequence[str]) -> RunConfig:
 
 
 def read_config(argv: Sequence[str]) -> RunConfig:
-    """Read settings as :func:`parse_config` does, without asking whether they make a run.
+    """Read settings as :func:`parse_config` does, without checking that they form a valid run.
 
     Raises:
-        UserError: for an unknown, refused or malformed setting.
+        UserError: if a setting is unknown, unsupported or malformed.
         SystemExit: with code 0 after ``--help``.
     """
     named, _ = find_named(argv)
@@ -104,16 +104,16 @@ def read_files(files: Sequence[str]) -> dict[str, Any]:
 
 
 def config_from_mapping(mapping: Mapping[str, Any], source: str, preset: str | None = None) -> RunConfig:
-    """Build settings from the sections of a YAML file, over the defaults and the preset they name.
+    """Build settings from the sections of a YAML file, on top of the defaults and of the preset that they name.
 
     Args:
-        mapping: section name to settings; ``phases`` is a list of ``{bag_size, steps}``, and ``reads_bags: false``
-            where single tokens predict bags.
+        mapping: settings by section; ``phases`` is a list of ``{bag_size, steps}``, with ``reads_bags: false`` in
+            phases whose single tokens predict bags.
         source: the file's name, for messages.
         preset: a preset that replaces the one named in the mapping.
 
     Raises:
-        UserError: if a section, setting, type or preset is not known.
+        UserError: if a section, a setting or a preset is unknown, or a value has the wrong type.
     """
     config = RunConfig()
     sections = {f.name for f in dataclasses.fields(RunConfig)} - {"config"}
@@ -142,7 +142,7 @@ def load_config(path: Path) -> RunConfig:
     """Read settings that :func:`dump_config` wrote.
 
     Raises:
-        UserError: if the file cannot be read or is not settings.
+        UserError: if the file cannot be read or does not hold settings.
     """
     return config_from_mapping(read_yaml(path), source=str(path))
 
@@ -161,7 +161,7 @@ def load_config_text(text: str, source: str) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Write settings as YAML that :func:`parse_config` reads back to the same settings."""
+    """Return settings as YAML from which :func:`parse_config` reads the same settings."""
     mapping = dataclasses.asdict(config)
     del mapping["config"]
     mapping["phases"] = [
@@ -178,7 +178,7 @@ def _tuples_to_lists(value: Any) -> Any:
 
 
 def _read_section(settings: _Settings, values: Any, where: str) -> _Settings:
-    """Lay the settings of a section over those it has; a section may be empty."""
+    """Override the settings of a section with the given values; a section may be empty."""
     if values is None:
         return settings
     if not isinstance(values, dict):
@@ -187,7 +187,7 @@ def _read_section(settings: _Settings, values: Any, where: str) -> _Settings:
     for name in values:
         if name not in hints:
             instead = refusal(str(name))
-            raise UserError(f"{where}.{name}: " + (f"is not taken: {instead}" if instead else "is not a setting"))
+            raise UserError(f"{where}.{name}: " + (f"is not supported: {instead}" if instead else "is not a setting"))
     return dataclasses.replace(settings, **read_fields(hints, values, where))  # type: ignore[type-var]
 
 
@@ -211,14 +211,14 @@ def _read_phases(values: Any, source: str) -> tuple[Phase, ...]:
 
 
 def _read_phase(entry: Any, where: str) -> Phase:
-    """Read ``{bag_size, steps}``, and ``reads_bags`` where single tokens predict bags."""
+    """Read ``{bag_size, steps}`` with an optional ``reads_bags``."""
     if not isinstance(entry, dict):
         raise UserError(f"{where} {entry!r}: must be {{bag_size, steps}}")
     hints = get_type_hints(Phase)
     hints["steps"] = hints.pop("num_steps")
     for name in entry:
         if name not in hints:
-            raise UserError(f"{where}.{name}: is not a setting of a phase; it has {', '.join(hints)}")
+            raise UserError(f"{where}.{name}: is not a setting of a phase; its settings are {', '.join(hints)}")
     for name in ("bag_size", "steps"):
         if name not in entry:
             raise UserError(f"{where}: must have {name}")
@@ -236,7 +236,7 @@ def _apply_flags(config: RunConfig, argv: Sequence[str]) -> RunConfig:
             parsed, unknown = tyro.cli(
                 RunConfig,
                 prog=PROGRAM,
-                description="Pre-train a GPT; with --tst-bag-size, by Token Superposition Training.",
+                description="Pre-train a GPT; with --tst-bag-size above 1, by Token Superposition Training.",
                 default=config,
                 args=list(argv),
                 return_unknown_args=True,
@@ -249,13 +249,14 @@ def _apply_flags(config: RunConfig, argv: Sequence[str]) -> RunConfig:
     if unknown:
         instead = refusal(unknown[0])
         value = " ".join(unknown[:2]) if len(unknown) > 1 and not unknown[1].startswith("--") else unknown[0]
-        raise UserError(f"{value}: " + (f"is not taken: {instead}" if instead else f"unknown; see {PROGRAM} --help"))
+        reason = f"is not supported: {instead}" if instead else f"unknown; see {PROGRAM} --help"
+        raise UserError(f"{value}: {reason}")
     assert isinstance(parsed, RunConfig)
     return parsed
 
 
 def _one_line(panel: str) -> str:
-    """Draw the message out of tyro's panel: its lines up to the first rule or blank one."""
+    """Return the message in tyro's panel: its lines up to the first ruled or blank one."""
     message: list[str] = []
     for line in panel.splitlines()[1:]:
         text = line.strip("│ ").strip()

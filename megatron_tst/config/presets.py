@@ -1,8 +1,9 @@
 """Shapes of the paper's four models, as values of :class:`~megatron_tst.config.settings.ModelSettings`.
 
-Dense: the published SmolLM2-135M, SmolLM2-360M and SmolLM3-3B shapes with the Llama-3-8B tokenizer and an output
-weight of their own. 10B-A1B: a Qwen3 mixture of experts with the Qwen3 tokenizer. For the dense runs the paper states
-neither sequence length nor rope base: 2048 cuts their batch of 2^21 positions into 1024 sequences, 500000 is Llama 3's.
+The dense models have the published shapes of SmolLM2-135M, SmolLM2-360M and SmolLM3-3B, with the Llama-3-8B tokenizer
+and an untied output weight. 10B-A1B is a Qwen3 MoE with the Qwen3 tokenizer. The paper states neither the sequence
+length nor the RoPE base of the dense runs: a length of 2048 divides their batch of 2^21 positions into 1024 sequences,
+and a base of 500000 is that of Llama 3.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
-"""Every rule that ties settings together, and the values that follow from them."""
+"""Every rule that relates settings to each other, and the values that follow from them."""
 
 from collections.abc import Iterator
 
 from megatron_tst.config.errors import UserError, require
+from megatron_tst.config.ranges import range_rules
 from megatron_tst.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -14,17 +15,18 @@ from megatron_tst.config.settings import (
     TrainingSettings,
 )
 
-# (holds, flag and value, rule)
+# (whether the rule holds, flag and value, the rule in words)
 _Rule = tuple[bool, str, str]
 
 
 def check_config(config: RunConfig) -> None:
-    """Refuse settings that contradict each other or the method.
+    """Check that settings contradict neither each other nor the method.
 
     Raises:
-        UserError: one line naming the flag, its value and the rule.
+        UserError: if a rule is broken; the message names the flag, its value and the rule.
     """
     for rules in (
+        range_rules(config),
         _required_rules(config),
         _model_rules(config.model),
         _superposition_rules(config.superposition, config),
@@ -46,15 +48,15 @@ def check_config(config: RunConfig) -> None:
             f"--train-iters {config.training.train_iters}: must be the sum of the phases' steps, {schedule.num_steps}"
         )
     if config.superposition.tst_reinitialize_at_switch and not schedule.recovery_starts:
-        raise UserError("--tst-reinitialize-at-switch: needs a phase with bags and one of bag size 1 after it")
+        raise UserError("--tst-reinitialize-at-switch: needs a phase with bags, followed by one of bag size 1")
 
 
 def global_batch_size(training: TrainingSettings, parallel: ParallelSettings, dp_size: int) -> int:
     """Return the sequences per optimizer step over all ranks.
 
     Raises:
-        UserError: if they do not fill whole micro-batches on ``dp_size`` data-parallel ranks, or not as many as
-            interleaved stages take turns with.
+        UserError: if the batch does not fill whole micro-batches on ``dp_size`` data-parallel ranks, or if interleaved
+            pipeline stages need another number of micro-batches.
     """
     per_pass = require("--micro-batch-size", training.micro_batch_size) * dp_size
     size = training.global_batch_size or per_pass
@@ -73,10 +75,10 @@ def global_batch_size(training: TrainingSettings, parallel: ParallelSettings, dp
 
 
 def check_sizes(config: RunConfig) -> None:
-    """Refuse phases, a batch or parallel sizes that make no sense on any number of ranks.
+    """Check phases, batch and parallel sizes by the rules that do not depend on the number of ranks.
 
     Raises:
-        UserError: one line naming the flag, its value and the rule.
+        UserError: if a rule is broken; the message names the flag, its value and the rule.
     """
     _refuse_broken(_superposition_rules(config.superposition, config))
     _refuse_broken(_batch_rules(config.training))
@@ -84,10 +86,10 @@ def check_sizes(config: RunConfig) -> None:
 
 
 def check_layout(config: RunConfig) -> None:
-    """Refuse a shape that its layout, batch or recomputation does not suit, whatever else is missing.
+    """Check that a model's shape fits its parallel layout, batch and recomputation; other settings may be missing.
 
     Raises:
-        UserError: one line naming the flag, its value and the rule.
+        UserError: if a rule is broken; the message names the flag, its value and the rule.
     """
     _refuse_broken(_model_rules(config.model))
     _refuse_broken(_batch_rules(config.training))
@@ -166,19 +168,19 @@ def _superposition_rules(settings: SuperpositionSettings, config: RunConfig) -> 
         f"--tst-steps {superposed}",
         f"must lie between 0 and --train-iters {steps}",
     )
-    yield superposed is None or ratio == 0.0, f"--tst-steps {superposed}", f"excludes --tst-step-ratio {ratio}"
+    yield superposed is None or ratio == 0.0, f"--tst-steps {superposed}", f"conflicts with --tst-step-ratio {ratio}"
     yield (
         settings.tst_objective == "mce" or (settings.loss_weights == "uniform"),
         f"--tst-objective {settings.tst_objective}",
-        f"has no bag weights, but they are {settings.loss_weights} (--tst-bag-weights, --tst-superpose)",
+        f"uses no bag weights, but they are {settings.loss_weights} (--tst-bag-weights, --tst-superpose)",
     )
     if config.phases:
-        yield bag == 1 and superposed is None, f"--tst-bag-size {bag}", "excludes phases in the YAML file"
+        yield bag == 1 and superposed is None, f"--tst-bag-size {bag}", "conflicts with phases in the YAML file"
     else:
         yield (
             bag == 1 or ratio > 0.0 or bool(superposed),
             f"--tst-bag-size {bag}",
-            "needs --tst-step-ratio or --tst-steps above 0: how long to superpose",
+            "needs --tst-step-ratio or --tst-steps above 0, the length of the superposition phase",
         )
 
 
@@ -193,11 +195,11 @@ def _batch_rules(training: TrainingSettings) -> Iterator[_Rule]:
 
 
 def _data_rules(data: DataSettings) -> Iterator[_Rule]:
-    yield bool(data.data_path or data.train_data_path), "--data-path", "must be given, or --train-data-path"
+    yield bool(data.data_path or data.train_data_path), "--data-path", "must be given unless --train-data-path is"
     yield (
         not (data.data_path and (data.train_data_path or data.valid_data_path)),
         "--data-path",
-        "excludes --train-data-path and --valid-data-path",
+        "conflicts with --train-data-path and --valid-data-path",
     )
     yield data.num_workers >= 0, f"--num-workers {data.num_workers}", "must not be negative"
 
@@ -212,7 +214,7 @@ def _optimizer_rules(optimizer: OptimizerSettings, training: TrainingSettings) -
     yield (
         0 <= optimizer.lr_warmup_iters < end,
         f"--lr-warmup-iters {optimizer.lr_warmup_iters}",
-        f"must lie below the end of the decay, step {end}",
+        f"must lie before the end of the decay, step {end}",
     )
     if optimizer.lr_decay_style == "WSD":
         decay = optimizer.lr_wsd_decay_iters
@@ -285,7 +287,7 @@ def _overlap_rules(parallel: ParallelSettings, optimizer: OptimizerSettings) -> 
     yield (
         not gathers or optimizer.use_distributed_optimizer,
         "--overlap-param-gather",
-        "needs --use-distributed-optimizer: without it no parameter is gathered",
+        "needs --use-distributed-optimizer; without it no parameters are gathered",
     )
     yield not gathers or reduces, "--overlap-param-gather", "needs --overlap-grad-reduce"
     yield size is None or size > 0, f"--ddp-bucket-size {size}", "must be above 0"

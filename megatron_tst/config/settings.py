@@ -1,8 +1,8 @@
-"""What a run is: one frozen dataclass per group of settings.
+"""All settings of a run: one frozen dataclass per group.
 
-A field carries the name and the meaning of Megatron-LM's flag of that name; settings of this project's own start
-with ``tst_``. On the command line the groups are flat (``--num-layers``), in YAML they are sections. What a different
-value means for a run stands in the field's metadata, or in that of its section.
+A field has the name and the meaning of the Megatron-LM flag of that name; the names of this project's own settings
+start with ``tst_``. On the command line the groups are flat (``--num-layers``), in YAML they are sections. The metadata
+of a field, or of its section, states what changing the setting means for a run.
 """
 
 from collections.abc import Mapping
@@ -35,39 +35,39 @@ class ModelSettings:
     """Shape of the transformer."""
 
     tst_preset: str | None = field(default=None, metadata=having(NOTHING))
-    """A published shape: 270m, 600m, 3b or 10b-a1b. Sets the fields below; YAML and flags override it."""
+    """A published shape (270m, 600m, 3b or 10b-a1b), which sets the fields below; YAML and flags override it."""
     num_layers: int | None = None
     """Transformer layers."""
     hidden_size: int | None = None
     """Width of the residual stream."""
     ffn_hidden_size: int | None = None
-    """Inner width of the feed-forward network; 4 x hidden size where not given."""
+    """Inner width of the feed-forward network; 4 x hidden size if not given."""
     num_attention_heads: int | None = None
     """Query heads."""
     group_query_attention: bool = False
     """Share keys and values among query heads, in --num-query-groups groups."""
     num_query_groups: int = 1
-    """Key-value heads, with --group-query-attention."""
+    """With --group-query-attention: number of key-value heads."""
     kv_channels: int | None = None
-    """Width of one head; hidden size / heads where not given."""
+    """Width of one head; hidden size / heads if not given."""
     seq_length: int | None = field(default=None, metadata=having(METHOD))
     """Positions per sequence, L, in every phase; a superposed sequence holds L x bag size data tokens."""
     max_position_embeddings: int | None = None
-    """Positions the model can embed; --seq-length where not given."""
+    """Positions the model can embed; --seq-length if not given."""
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
-    """How a position enters the model."""
+    """How positions are encoded."""
     rotary_base: int = 10000
     """Base period of rotary embeddings."""
     rotary_percent: float = 1.0
-    """Share of a head that is rotated."""
+    """Fraction of each head's width that is rotated."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of norm."""
     norm_epsilon: float = 1e-5
-    """Added to the variance in a norm."""
+    """Constant added to the variance in a norm."""
     swiglu: bool = False
-    """Gated linear units with SiLU instead of GELU."""
+    """Use gated linear units with SiLU instead of GELU."""
     untie_embeddings_and_output_weights: bool = False
-    """Give the output layer a weight of its own."""
+    """Give the output layer its own weight."""
     disable_bias_linear: bool = False
     """Leave out the biases of linear layers."""
     qk_layernorm: bool = False
@@ -79,23 +79,23 @@ class ModelSettings:
     init_method_std: float = field(default=0.02, metadata=having(TUNING))
     """Standard deviation of the initial weights."""
     vocab_size: int | None = field(default=None, metadata=having(TEXT))
-    """Vocabulary before padding; the tokenizer's where not given."""
+    """Vocabulary before padding; the tokenizer's if not given."""
     make_vocab_size_divisible_by: int = field(default=128, metadata=having(NOTHING))
     """Pad the vocabulary to a multiple of this times the tensor-parallel size."""
     num_experts: int | None = None
-    """Experts of a mixture-of-experts layer; a dense model where not given."""
+    """Experts of an MoE layer; the model is dense if not given."""
     moe_ffn_hidden_size: int | None = None
     """Inner width of one expert."""
     moe_router_topk: int = 2
-    """Experts per position."""
+    """Experts that process each position."""
     moe_aux_loss_coeff: float = field(default=0.0, metadata=having(TUNING))
     """Weight of the load-balancing loss."""
     moe_z_loss_coeff: float | None = field(default=None, metadata=having(TUNING))
     """Weight of the router's z-loss."""
     moe_expert_capacity_factor: float | None = field(default=None, metadata=having(ROUTING))
-    """Most positions of a rank's micro-batch that an expert takes, over an equal share; no limit where not given."""
+    """Capacity of an expert, as a multiple of an equal split of a rank's micro-batch; unlimited if not given."""
     moe_token_drop_policy: Literal["probs", "position"] = field(default="probs", metadata=having(ROUTING))
-    """Whom a full expert takes: the positions most probable to it, or the first."""
+    """Which positions a full expert keeps: those with the highest router probability, or the first."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = field(default="allgather", metadata=having(NOTHING))
     """How positions reach their experts."""
     moe_grouped_gemm: bool = field(default=False, metadata=having(NOTHING))
@@ -109,17 +109,17 @@ class SuperpositionSettings:
     tst_bag_size: int = 1
     """Data tokens per position in the superposition phase, s; 1 is ordinary training."""
     tst_step_ratio: float = 0.0
-    """Share r of the steps that are superposed."""
+    """Fraction r of the steps that are superposed."""
     tst_steps: int | None = None
     """Superposed steps, instead of --tst-step-ratio."""
     tst_bag_weights: BagWeights = "uniform"
-    """How much each token of the next bag counts in the loss."""
+    """Weight of each token of the next bag in the loss."""
     tst_superpose: Literal["both", "input", "output"] = "both"
-    """input: bags in, the first token of the next bag out. output: single tokens in, the next s tokens out."""
+    """input: read bags, predict the next bag's first token. output: read single tokens, predict the next s tokens."""
     tst_objective: Literal["mce", "mce_alt"] = "mce"
     """mce: mean cross-entropy of the bag's tokens. mce_alt: minus the log of their total probability."""
     tst_reinitialize_at_switch: bool = False
-    """A negative control: draw embedding and output layer anew where bags end, which destroys the gain."""
+    """Negative control: reinitialize embedding and output layer when bags end, which destroys the gain."""
 
     @property
     def loss_weights(self) -> str:
@@ -129,40 +129,40 @@ class SuperpositionSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is read."""
+    """The training and validation data."""
 
     data_path: tuple[str, ...] = field(default=(), metadata=having(TEXT))
-    """Prefixes of .bin/.idx files, or weight and prefix in turn for a blend; --split cuts off validation."""
+    """Prefixes of .bin/.idx files, or alternating weights and prefixes of a blend; --split separates validation."""
     train_data_path: tuple[str, ...] = field(default=(), metadata=having(TEXT))
-    """Training data apart from validation data, instead of --data-path."""
+    """Separate training data, instead of --data-path."""
     valid_data_path: tuple[str, ...] = field(default=(), metadata=having(TEXT))
-    """Validation data, with --train-data-path."""
+    """With --train-data-path: validation data."""
     split: str = "969,30,1"
-    """Shares of the documents of --data-path for training, validation and test, in file order."""
+    """Relative sizes of the training, validation and test splits of --data-path's documents, in file order."""
     tokenizer_model: str | None = field(default=None, metadata=having(TEXT))
-    """A Hugging Face tokenizer.json, or a folder that holds one."""
+    """A Hugging Face tokenizer.json, or a directory that holds one."""
     eod_mask_loss: bool = False
-    """Take no loss on end-of-document tokens."""
+    """Exclude the token after each end-of-document token from the loss."""
     num_workers: int = field(default=2, metadata=having(NOTHING))
-    """Processes that read ahead on each reading rank; 0 reads in the training process."""
+    """Worker processes that prefetch on each rank that reads data; with 0 the training process reads."""
     data_cache_path: str | None = field(default=None, metadata=having(NOTHING))
-    """Where document and sample indices are kept; the run directory where not given."""
+    """Directory of the cached document and sample indices; the run directory if not given."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long, how much at a time, in which precision."""
+    """Length, batch sizes, precision and evaluation of a run."""
 
     tst_trainer: Trainer = field(default="own", metadata=having(NOTHING))
     """own: this project's loop. megatron-lm: Megatron-LM's trainer, with every flag it has; Python 3.12."""
     micro_batch_size: int | None = field(default=None, metadata=having(NOTHING))
     """Sequences per rank in one forward pass."""
     global_batch_size: int | None = field(default=None, metadata=having(NOTHING))
-    """Sequences per optimizer step over all ranks; one micro-batch per data-parallel rank where not given."""
+    """Sequences per optimizer step over all ranks; one micro-batch per data-parallel rank if not given."""
     train_iters: int | None = field(default=None, metadata=having(NOTHING))
     """Optimizer steps of the run."""
     seed: int = field(default=1234, metadata=having(RUN))
-    """Seed of weights, dropout and data order."""
+    """Seed of the weights, dropout and data order."""
     bf16: bool = field(default=False, metadata=having(METHOD))
     """Compute in bfloat16 with float32 main weights."""
     accumulate_allreduce_grads_in_fp32: bool = False
@@ -170,21 +170,21 @@ class TrainingSettings:
     attention_softmax_in_fp32: bool = False
     """Compute attention probabilities in float32."""
     recompute_granularity: Literal["selective", "full"] | None = field(default=None, metadata=having(COMPUTATION))
-    """Recompute activations in the backward pass: parts of a layer, or all of it."""
+    """Recompute activations in the backward pass: parts of each layer, or whole layers."""
     recompute_method: Literal["uniform", "block"] | None = field(default=None, metadata=having(COMPUTATION))
-    """With full recomputation: which layers."""
+    """With full recomputation: which layers are recomputed."""
     recompute_num_layers: int | None = field(default=None, metadata=having(COMPUTATION))
     """With full recomputation: layers per recomputed chunk."""
     cross_entropy_loss_fusion: bool = field(default=False, metadata=having(COMPUTATION))
-    """Taken for Megatron-LM's command lines; the loss is always one fused pass, whatever the bag size."""
+    """Accepted for compatibility with Megatron-LM; the loss is always one fused pass, whatever the bag size."""
     cross_entropy_fusion_impl: Literal["te", "native"] | None = field(default=None, metadata=having(COMPUTATION))
-    """Kernel of the loss: Transformer Engine's, or torch operations; Transformer Engine's where it is installed."""
+    """Loss kernel: Transformer Engine's, which is the default if it is installed, or torch operations."""
     deterministic_mode: bool = field(default=False, metadata=having(COMPUTATION))
-    """Compute in a fixed order, so that a run gives the same bits again on CUDA too; slower."""
+    """Compute in a fixed order, so that a repeated run gives the same bits, also on CUDA; slower."""
     use_cpu_initialization: bool = field(default=False, metadata=having(NOTHING))
-    """Initialise weights on the CPU: the same weights for every tensor-parallel size."""
+    """Initialise weights on the CPU, which gives the same weights for every tensor-parallel size."""
     max_nan_steps: int = field(default=3, metadata=having(NOTHING))
-    """Steps in a row whose loss or gradient is not finite, and which are not applied, before the run stops."""
+    """Consecutive steps with a loss or gradient that is not finite before the run stops; such steps are not applied."""
     eval_interval: int = field(default=1000, metadata=having(NOTHING))
     """Steps between next-token evaluations; the last step always evaluates."""
     eval_iters: int = field(default=100, metadata=having(NOTHING))
@@ -196,29 +196,29 @@ class CheckpointSettings:
     """What is saved, where a run starts from, and when it stops."""
 
     save: str | None = None
-    """Where checkpoints go; checkpoints/ in the run directory where not given."""
+    """Directory of the checkpoints; checkpoints/ in the run directory if not given."""
     save_interval: int | None = None
     """Steps between checkpoints; the end of each phase is always saved."""
     async_save: bool = False
-    """Write checkpoints while training goes on."""
+    """Write checkpoints in the background while training continues."""
     keep_last: int | None = None
-    """Checkpoints to keep besides those at the end of a phase; all of them where not given."""
+    """Checkpoints to keep besides those at the end of a phase; all if not given."""
     load: str | None = None
-    """Checkpoints to continue from; where there are none yet, the run starts from scratch."""
+    """Directory of checkpoints to resume from; if it has none yet, the run starts from scratch."""
     ckpt_step: int | None = None
-    """With --load: this step instead of the latest."""
+    """With --load: load this step instead of the latest."""
     finetune: bool = False
-    """With --load: take the weights alone and begin at step 0."""
+    """With --load: load only the weights and start at step 0."""
     no_load_optim: bool = False
     """With --load: start with fresh optimizer state."""
     no_load_rng: bool = False
-    """With --load: seed the random generators anew."""
+    """With --load: start with a fresh RNG state."""
     exit_on_missing_checkpoint: bool = False
-    """With --load: refuse to start from scratch."""
+    """With --load: fail instead of starting from scratch."""
     override_run_config: bool = False
-    """With --load: go on although the schedule, the seed or the data differ from the checkpoint's."""
+    """With --load: resume although schedule, seed or data differ from the checkpoint's."""
     no_verify_checkpoint: bool = False
-    """With --load: do not compare the checkpoint's files with their checksums."""
+    """With --load: skip the verification of the checkpoint's checksums."""
     exit_interval: int | None = None
     """Save and stop whenever the step is a multiple of this."""
     exit_duration_in_mins: float | None = None
@@ -232,43 +232,43 @@ class OptimizerSettings:
     lr: float | None = None
     """Peak learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end."""
+    """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay."""
     lr_decay_iters: int | None = field(default=None, metadata=having(LENGTH))
-    """Step at which the decay ends; --train-iters where not given."""
+    """Step at which the decay ends; --train-iters if not given."""
     lr_warmup_iters: int = field(default=0, metadata=having(LENGTH))
     """Steps of linear warm-up."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    """With WSD: shape of the final decay."""
+    """With --lr-decay-style WSD: shape of the final decay."""
     lr_wsd_decay_iters: int | None = field(default=None, metadata=having(LENGTH))
-    """With WSD: steps of the final decay."""
+    """With --lr-decay-style WSD: steps of the final decay."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices."""
     adam_beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: float = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Constant added to the root of the second moment."""
     clip_grad: float = 1.0
-    """Largest global gradient norm."""
+    """Global norm to which larger gradients are clipped."""
     use_distributed_optimizer: bool = field(default=False, metadata=having(RUN))
     """Shard optimizer state over data-parallel ranks."""
 
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How ranks share a model."""
+    """How the model is split over ranks, and how ranks start and communicate."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each tensor."""
     sequence_parallel: bool = False
-    """Split norms and dropout along the sequence among tensor-parallel ranks."""
+    """Split norms and dropout along the sequence over tensor-parallel ranks."""
     pipeline_model_parallel_size: int = 1
     """Stages of the layer pipeline."""
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Interleave: layers per virtual stage."""
+    """Layers per virtual stage, which enables interleaving."""
     context_parallel_size: int = 1
     """Ranks that share each sequence."""
     expert_model_parallel_size: int = 1
@@ -278,37 +278,37 @@ class ParallelSettings:
     overlap_param_gather: bool = False
     """Gather parameters during the forward pass."""
     ddp_bucket_size: int | None = None
-    """With --overlap-grad-reduce: parameters that are reduced together; 40 million or more where not given."""
+    """With --overlap-grad-reduce: parameters per bucket; 40 million or more if not given."""
     distributed_timeout_minutes: int = 10
-    """How long a collective waits for a missing rank."""
+    """Minutes that a collective waits for a missing rank."""
     preflight: bool = False
-    """Look at every node and the network between them before the first step."""
+    """Check every node and the network between them before the first step."""
     preflight_only: bool = False
-    """Look, and end."""
+    """Run the preflight check and exit."""
     preflight_timeout: float = 120.0
     """With --preflight: seconds that a rank waits for another."""
     preflight_min_gb_per_s: float = 0.0
-    """With --preflight: the slowest bus bandwidth of an all-reduce to start with."""
+    """With --preflight: lowest bus bandwidth of an all-reduce, in GB/s, with which the run starts."""
 
 
 @dataclass(frozen=True)
 class LoggingSettings:
-    """What is written, and how often."""
+    """What a run writes, and how often."""
 
     tst_run_dir: str | None = None
-    """The run directory: config.yaml, versions, metrics.jsonl, log."""
+    """The run directory, which holds config.yaml, versions, metrics.jsonl and the log."""
     log_interval: int = 100
-    """Steps between lines of metrics."""
+    """Steps between two lines of metrics."""
     tensorboard_dir: str | None = None
-    """Write metrics for TensorBoard there too."""
+    """Directory to which metrics are also written for TensorBoard."""
     wandb_project: str | None = None
-    """Send metrics to this project of Weights & Biases too; without a key they are kept to be sent later."""
+    """Also send metrics to this Weights & Biases project; without an API key they are stored to be sent later."""
     wandb_exp_name: str | None = None
-    """Name of the run there; the run directory's where not given."""
+    """Name of the run in Weights & Biases; the run directory's name if not given."""
     wandb_entity: str | None = None
-    """User or team there."""
+    """User or team in Weights & Biases."""
     wandb_save_dir: str | None = None
-    """Where its files are kept; the run directory where not given."""
+    """Directory of Weights & Biases' files; the run directory if not given."""
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class RunConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings, metadata=having(TUNING))
     parallel: ParallelSettings = field(default_factory=ParallelSettings, metadata=having(NOTHING))
     logging: LoggingSettings = field(default_factory=LoggingSettings, metadata=having(NOTHING))
-    # The schedule that was saved is what a run continues, and what is compared.
+    # Resumption and comparison use the saved schedule instead of this setting.
     phases: Annotated[tuple[Phase, ...], tyro.conf.Suppress] = field(default=(), metadata=having(NOTHING))
     """YAML only: a list of {bag_size, steps}, instead of the superposition section's two phases."""
     megatron_lm: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict, metadata=having(TUNING))
@@ -336,7 +336,7 @@ class RunConfig:
         """The run's phases.
 
         Raises:
-            ValueError: if they do not make a schedule.
+            ValueError: if the settings do not form a valid schedule.
         """
         if self.phases:
             return Schedule(self.phases)

@@ -1,7 +1,7 @@
-"""JSON that every parser reads.
+"""A JSON writer whose output every parser accepts.
 
-Python's own writer puts down ``NaN`` and ``Infinity``, which are not JSON, and halves of surrogate pairs, which no
-UTF-8 text can hold; strict parsers refuse the whole document for either.
+Python's own writer emits ``NaN`` and ``Infinity``, which are not JSON, and lone surrogates, which UTF-8 text cannot
+hold; strict parsers reject the whole document for either.
 """
 
 import json
@@ -10,11 +10,11 @@ from typing import Any
 
 
 def write_json(content: Any, indent: int | None = None) -> str:
-    """Write content as JSON: a number that is not finite as null, half of a surrogate pair as its code in letters.
+    r"""Return content as JSON, with null for numbers that are not finite and the text ``\uXXXX`` for lone surrogates.
 
     Args:
-        content: dicts, lists, tuples, strings, numbers, booleans and None, nested.
-        indent: spaces per level; all on one line where not given.
+        content: nested dicts, lists, tuples, strings, numbers, booleans and None.
+        indent: spaces per level; everything is on one line if not given.
     """
     return json.dumps(_strict(content), indent=indent, allow_nan=False)
 
@@ -25,6 +25,6 @@ def _strict(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_strict(item) for item in content]
     if isinstance(content, str):
-        # Python keeps a byte of a file name or argument that is not UTF-8 as half of a pair.
+        # Python represents a byte of a file name or argument that is not UTF-8 as a lone surrogate.
         return content.encode("utf-8", "backslashreplace").decode("utf-8")
     return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,4 +1,4 @@
-"""YAML that means what it looks like: the plain values of YAML 1.2, no key twice, nothing executed."""
+"""Strict YAML: the plain values of YAML 1.2, no duplicate keys, and nothing is executed."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,8 @@ import yaml
 
 from megatron_tst.config.errors import UserError
 
-# Which plain words are not text. YAML 1.1, PyYAML's own reading, takes `010` for 8, `yes` for true, `1:30` for 90 and
-# `3e-4` for text; here the first three stay text, which no number or truth value is, and the last is a number.
+# The unquoted words that are not text. YAML 1.1, which PyYAML implements, reads `010` as 8, `yes` as true, `1:30` as 90
+# and `3e-4` as text. Here the first three are text, which no numeric or boolean field accepts, and the last a number.
 _PLAIN = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -22,26 +22,26 @@ _PLAIN = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds numbers, text, lists and mappings, never objects; refuses a key that is there twice."""
+    """Builds numbers, text, lists and mappings, never objects; rejects duplicate keys."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, whose keys must differ."""
+        """Build a mapping and reject duplicate keys."""
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if isinstance(key, (list, dict)):
                 raise yaml.constructor.ConstructorError(None, None, f"line {line}: a key must be a word")
             if key in lines:
-                message = f"{key!r} is there twice, on lines {lines[key]} and {line}"
+                message = f"{key!r} appears twice, on lines {lines[key]} and {line}"
                 raise yaml.constructor.ConstructorError(None, None, message)
             lines[key] = line
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around text that the loader would take for something else."""
+    """Quotes text that the loader would not read as text."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
 
@@ -52,12 +52,12 @@ for _kind, (_pattern, _first) in _PLAIN.items():
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """Read a mapping.
+    """Read a file that holds one mapping.
 
-    Anchors and aliases repeat a value; merge keys (``<<``) are keys like any other.
+    Anchors and aliases repeat a value; merge keys (``<<``) have no special meaning.
 
     Raises:
-        UserError: if the file cannot be read, is not YAML, holds a key twice or anything but a mapping.
+        UserError: if the file cannot be read, is not YAML, has a duplicate key or does not hold a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -89,5 +89,5 @@ def _line(error: yaml.constructor.ConstructorError) -> str:
 
 
 def write_yaml(mapping: dict[str, Any]) -> str:
-    """Return YAML that :func:`read_yaml` reads back the same."""
+    """Return YAML from which :func:`read_yaml` reads an equal mapping."""
     return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False)

@@ -1,4 +1,4 @@
-"""Files as streams of bytes: packed ones are recognised by how they begin, and unpacked to their very end."""
+"""Files as streams of bytes; compressed files are recognised by their first bytes and decompressed completely."""
 
 import gzip
 import io
@@ -10,7 +10,7 @@ import zstandard
 
 GZIP, ZSTANDARD = "gzip", "zstandard"
 PACKED_SUFFIXES = {".gz": GZIP, ".gzip": GZIP, ".zst": ZSTANDARD, ".zstd": ZSTANDARD}
-# How files of each kind begin; a skippable frame of zstandard has one of sixteen numbers.
+# The first bytes of files of each kind; zstandard has sixteen kinds of skippable frames.
 _BEGINNINGS = {
     GZIP: (b"\x1f\x8b",),
     ZSTANDARD: (b"\x28\xb5\x2f\xfd", *(bytes((number, 0x2A, 0x4D, 0x18)) for number in range(0x50, 0x60))),
@@ -22,43 +22,43 @@ _BEGINNINGS = {
 }
 _TAR, _TAR_PLACE = b"ustar", 257
 _CHUNK = 1 << 15
-# A frame may refer to text this many bytes back, as `zstd --ultra --long=31` writes it.
+# The largest distance in bytes that a frame may refer back; `zstd --ultra --long=31` uses it.
 _LARGEST_WINDOW = 1 << 31
 
-# What reading a damaged archive raises.
+# The errors that reading a damaged archive raises.
 DAMAGES = (EOFError, zlib.error, zstandard.ZstdError)
 
 
 class UnreadableArchiveError(Exception):
-    """A file is packed in a way that is not read here, or not in the way that its name says."""
+    """The compression of a file is not supported, or is not the one that the file's suffix names."""
 
 
 def open_unpacked(raw: io.BufferedReader, file: Path) -> io.BufferedReader:
-    """Return the content of a file, unpacked where it is gzip or zstandard, of one part or of several end to end.
+    """Return the content of a file, decompressed if it is gzip or zstandard, with one or several members or frames.
 
     Args:
-        raw: the file, open at its beginning.
-        file: its path.
+        raw: the open file, positioned at its beginning.
+        file: the file's path.
 
     Raises:
-        UnreadableArchiveError: if it is of another kind, or is not of the kind that its suffix names. Reading raises
-            one of ``DAMAGES`` or an OSError where the archive is damaged or cut off.
+        UnreadableArchiveError: if the file has another kind of compression, or not the kind that its suffix names.
+            Reading raises one of ``DAMAGES`` or an OSError if the archive is damaged or truncated.
     """
     head = raw.read(_TAR_PLACE + len(_TAR))
     raw.seek(0)
     kind = next((kind for kind, beginnings in _BEGINNINGS.items() if head.startswith(beginnings)), None)
     named = PACKED_SUFFIXES.get(file.suffix.lower())
     if named not in (None, kind):
-        raise UnreadableArchiveError(f"is not {named}, as its name says" if head else f"is empty, and no {named}")
+        raise UnreadableArchiveError(f"is not {named}, contrary to its suffix" if head else f"is empty, not {named}")
     unpacked = raw
     if kind == GZIP:
         unpacked = io.BufferedReader(gzip.GzipFile(fileobj=raw))
     elif kind == ZSTANDARD:
         unpacked = io.BufferedReader(_Chunks(_unpack_zstandard(raw)))
     elif kind is not None:
-        raise UnreadableArchiveError(f"is {kind}, which is not read: unpack it, or leave it out")
+        raise UnreadableArchiveError(f"is {kind}, which is not supported; unpack the file or leave it out")
     if _is_tar(unpacked.peek(_TAR_PLACE + len(_TAR))):
-        raise UnreadableArchiveError("is a tar archive, which is not read: unpack it, or leave it out")
+        raise UnreadableArchiveError("is a tar archive, which is not supported; unpack the file or leave it out")
     return unpacked
 
 
@@ -67,17 +67,17 @@ def _is_tar(head: bytes) -> bool:
 
 
 class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file."""
+    """A binary file over an iterator of byte chunks."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._rest = chunks, memoryview(b"")
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill the buffer as far as the next bytes reach; 0 at the end."""
+        """Copy available bytes into the buffer and return their number, which is 0 at the end."""
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -89,9 +89,9 @@ class _Chunks(io.RawIOBase):
 
 
 def _unpack_zstandard(raw: io.BufferedReader) -> Iterator[bytes]:
-    """Unpack frame after frame.
+    """Decompress frame after frame.
 
-    The library's own ``stream_reader`` takes the end of a file within a frame for the end of the text.
+    The library's own ``stream_reader`` treats the end of a file within a frame as the end of the text.
     """
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
     packed = raw.read(_CHUNK)

@@ -1,4 +1,4 @@
-"""From samples to micro-batches: text travels, and bags, targets and positions are made from it on the spot.
+"""The dataloader: only text is sent between processes; each rank makes bags, targets and positions from it.
 
 Shape letters: B sequences, T data tokens, S bag size, L = T / S positions.
 """
@@ -27,10 +27,10 @@ class Batch:
     """One micro-batch of one rank.
 
     Attributes:
-        inputs: bags ``[B, L, S]``, or tokens ``[B, L]`` with bag size 1 or where single tokens are read; int64.
-        labels: targets ``[B, L, S]``, or ``[B, L]`` with bag size 1; -100 where ignored.
-        position_ids: ``[B, L]`` int64.
-        weight: float32 scalar, the weight of all valid targets.
+        inputs: int64 bags ``[B, L, S]``, or tokens ``[B, L]`` with bag size 1 or if positions read single tokens.
+        labels: int64 targets ``[B, L, S]``, or ``[B, L]`` with bag size 1; ignored targets are -100.
+        position_ids: int64 positions ``[B, L]``.
+        weight: sum of the weights of all valid targets, a float32 scalar.
     """
 
     inputs: Tensor
@@ -41,15 +41,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a micro-batch of text is turned into.
+    """The shape of a micro-batch and the rules by which it is made from text.
 
     Attributes:
-        seq_length: positions, L.
-        bag_size: S.
-        weights: ``[S]`` float32 bag weights.
-        objective: of the loss, ``mce`` or ``mce_alt``.
-        reads_bags: whether a position reads a bag, or one token.
-        masked_after: with ``--eod-mask-loss`` the end-of-document token, after which nothing is predicted; else None.
+        seq_length: positions per sequence, L.
+        bag_size: data tokens per bag, S.
+        weights: bag weights, ``[S]`` float32.
+        objective: objective of the loss, ``mce`` or ``mce_alt``.
+        reads_bags: whether a position reads a bag; if not, it reads one token.
+        masked_after: with ``--eod-mask-loss`` the end-of-document token, whose next token is not predicted; else None.
     """
 
     seq_length: int
@@ -66,7 +66,7 @@ class BatchShape:
 
 
 def make_batch(text: Tensor, shape: BatchShape) -> Batch:
-    """Turn text ``[B, T + 1]`` into a micro-batch: next-token labels first, then both sides folded."""
+    """Make a micro-batch from text ``[B, T + 1]``: make next-token labels, then fold tokens and labels."""
     tokens, labels = text[:, :-1], text[:, 1:]
     if shape.masked_after is not None:
         labels = labels.masked_fill(tokens == shape.masked_after, IGNORE_INDEX)
@@ -82,19 +82,19 @@ def make_batch(text: Tensor, shape: BatchShape) -> Batch:
 
 
 def slice_for_context_parallel(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
-    """Return one context-parallel rank's part of a micro-batch, bags and targets already made.
+    """Return one context-parallel rank's part of a micro-batch whose bags and targets are already made.
 
-    The L positions are cut into 2 cp chunks and rank r takes chunks r and 2 cp - 1 - r, so that causal attention gives
-    every rank the same work. The weight stays that of the whole micro-batch.
+    The L positions are split into 2 cp chunks, and rank r takes chunks r and 2 cp - 1 - r, so that causal attention is
+    the same amount of work on every rank. The weight remains that of the whole micro-batch.
 
     Args:
         batch: whole sequences; L must be a multiple of 2 cp.
-        cp_rank: which part.
-        cp_size: in how many.
+        cp_rank: index of the part.
+        cp_size: number of parts, cp.
     """
 
     def part(tensor: Tensor) -> Tensor:
-        """Take this rank's two chunks of the position axis."""
+        """Return this rank's two chunks along the position axis."""
         chunks = tensor.chunk(2 * cp_size, dim=1)
         return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
 
@@ -102,10 +102,10 @@ def slice_for_context_parallel(batch: Batch, cp_rank: int, cp_size: int) -> Batc
 
 
 class _MicroBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
-    """The keys of this rank's micro-batches, step after step.
+    """Sampler that yields the keys of this rank's micro-batches, step after step.
 
-    A step's global batch is the next ``global_batch_size`` samples of its phase; micro-batch m of rank r takes the
-    samples from (m dp + r) x micro-batch size on. So a step reads the same text for any number of ranks.
+    A step's global batch consists of the next ``global_batch_size`` samples of its phase. Micro-batch m of rank r takes
+    its samples from (m dp + r) x micro-batch size on, so a step reads the same text with any number of ranks.
     """
 
     def __init__(
@@ -124,9 +124,9 @@ class _MicroBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
 
 
 class BatchLoader:
-    """Reads this rank's micro-batches of text, from one step on, in order.
+    """Dataloader that reads this rank's micro-batches of text in order, from a given step on.
 
-    Only the first tensor-parallel rank of a stage that owns text opens the corpora; it hands the text to its group.
+    Only the first tensor-parallel rank of a stage that needs text reads the corpora; it broadcasts text to its group.
     """
 
     def __init__(
@@ -141,17 +141,17 @@ class BatchLoader:
         num_workers: int = 0,
         first_step: int = 0,
     ) -> None:
-        """Start reading.
+        """Start the worker processes.
 
         Args:
-            text: the samples.
-            schedule: which phase each step belongs to.
-            ranks: this rank's place.
+            text: the dataset of the run.
+            schedule: the phases of the run.
+            ranks: the parallel state.
             micro_batch_size: sequences per micro-batch.
             global_batch_size: sequences per step over all ranks.
-            vocab_size: tokens of the vocabulary; larger ids are refused.
-            num_workers: processes that read ahead.
-            first_step: step to read first.
+            vocab_size: tokens in the vocabulary; larger ids are refused.
+            num_workers: worker processes that prefetch.
+            first_step: the first step to read, 0-based.
         """
         self._ranks, self._vocab_size, self._micro_batch_size = ranks, vocab_size, micro_batch_size
         self._device = torch.device(torch.cuda.current_device())
@@ -162,16 +162,16 @@ class BatchLoader:
                 text,
                 batch_sampler=sampler,
                 num_workers=num_workers,
-                # Arrays in the corpus's integers: less to send, and through a pipe sooner than in shared memory.
+                # Arrays of the corpus's integer type are small, and a pipe sends them faster than shared memory does.
                 collate_fn=numpy.stack,
                 worker_init_fn=ignore_stop_signals,
-                # Its own generator: to start reading must not move the one that dropout draws from.
+                # The loader has its own generator, so that starting it does not change the RNG state of dropout.
                 generator=torch.Generator(),
             )
             self._texts = iter(loader)
 
     def close(self) -> None:
-        """Stop the processes that read ahead."""
+        """Stop the worker processes."""
         self._texts = iter(())
 
     def read(self, shape: BatchShape) -> Batch:
@@ -180,7 +180,7 @@ class BatchLoader:
         Collective: every rank of the tensor-parallel group calls it.
 
         Raises:
-            UserError: if a token id lies beyond the vocabulary.
+            UserError: if a token id is outside the vocabulary.
         """
         num_tokens = shape.num_tokens + 1
         if self._ranks.tp_rank == 0:
@@ -188,7 +188,7 @@ class BatchLoader:
             assert stored.shape == (self._micro_batch_size, num_tokens)
             if stored.max() >= self._vocab_size:
                 raise UserError(
-                    f"--data-path: holds token id {stored.max()}, but the vocabulary has {self._vocab_size}: "
+                    f"--data-path: contains token id {stored.max()}, but the vocabulary has {self._vocab_size} tokens: "
                     "the data was made with another tokenizer than --tokenizer-model",
                     own_rank=True,
                 )

@@ -1,4 +1,4 @@
-"""From settings to the samples of every phase and of validation, all made before the first step."""
+"""Build the datasets of every phase and of validation from settings, all before the first step."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -15,17 +15,17 @@ from megatron_tst.data.samples import CorpusDataset, DatasetSpec, PhaseDataset, 
 from megatron_tst.data.tokenizer import Tokenizer
 from megatron_tst.superposition import Phase, Schedule
 
-_ENDS = 1 << 16  # documents, or tokens of a document, that are looked at to know a corpus again
+_ENDS = 1 << 16  # documents, or tokens of a document, that go into a corpus's fingerprint
 
 
 @dataclass(frozen=True)
 class RunData:
-    """All that a run reads.
+    """All data that a run reads.
 
     Attributes:
-        train: the samples of each phase.
-        valid: ordinary samples to evaluate on, or None.
-        splits: how the documents of each training corpus are split among the phases.
+        train: the dataset of the training phases.
+        valid: the dataset for evaluation, with bag size 1, or None.
+        splits: the document split of each training corpus.
     """
 
     train: RunDataset
@@ -44,14 +44,14 @@ class _Source:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """How documents are split and samples are made, the same for training and validation.
+    """Settings by which documents are split and samples are made, the same for training and validation.
 
     Attributes:
-        tokenizer: for the end-of-document token.
-        seq_length: positions per sequence, L; a sample holds L x bag size + 1 tokens.
-        global_batch_size: sequences per step.
-        seed: of the split and of all orders.
-        cache: folder for splits and indices.
+        tokenizer: the tokenizer, which gives the end-of-document token.
+        seq_length: positions per sequence, L; a sample has L x bag size + 1 tokens.
+        global_batch_size: sequences per step over all ranks.
+        seed: seed of the document split and of all orders.
+        cache: directory of the cached splits and indices.
     """
 
     tokenizer: Tokenizer
@@ -68,19 +68,19 @@ def build_run_data(
     plan: SamplePlan,
     continued: list[DocumentSplit] | None = None,
 ) -> RunData:
-    """Split the corpora's documents among the phases and build every phase's samples.
+    """Split the corpora's documents among the phases and build every phase's dataset.
 
     Collective: every rank of the world calls it; the main rank splits and writes indices, the others read them.
 
     Args:
-        settings: which corpora.
-        schedule: the phases.
-        eval_iters: global batches of one evaluation; 0 for none.
-        plan: how samples are made.
-        continued: the splits of the run that this one continues; its phases keep their documents.
+        settings: the data settings, which name the corpora.
+        schedule: the phases of the run.
+        eval_iters: global batches of one evaluation; 0 if there is no evaluation.
+        plan: how documents are split and samples are made.
+        continued: the document splits of the resumed run, whose phases keep their documents.
 
     Raises:
-        UserError: if a corpus cannot be read, is too small, or is not the one that was split.
+        UserError: if a corpus cannot be read, is too small, or is not the one in ``continued``.
     """
     train, valid = _sources(settings)
     validation = None
@@ -106,12 +106,12 @@ def _sources(settings: DataSettings) -> tuple[list[_Source], list[_Source]]:
     )
     for source in train:
         if source.start == source.stop:
-            raise UserError(f"--split {settings.split}: leaves no document of {source.corpus.prefix} to train on")
+            raise UserError(f"--split {settings.split}: leaves no documents of {source.corpus.prefix} for training")
     return train, [source for source in valid if source.start < source.stop]
 
 
 def _whole_batches(sources: list[_Source], plan: SamplePlan) -> int:
-    """Return the global batches that validation holds without reading a document twice."""
+    """Return the number of global batches that validation can read without reading a document twice."""
     total = sum(source.corpus.weight for source in sources)
     sequences = []
     for source in sources:
@@ -120,8 +120,8 @@ def _whole_batches(sources: list[_Source], plan: SamplePlan) -> int:
     batches = int(min(sequences)) // plan.global_batch_size
     if not batches:
         raise UserError(
-            f"--eval-iters: validation holds {int(min(sequences))} sequences of --seq-length {plan.seq_length}, fewer "
-            f"than one global batch of {plan.global_batch_size}: widen --split, or set --eval-iters 0"
+            f"--eval-iters: validation has {int(min(sequences))} sequences of --seq-length {plan.seq_length}, fewer "
+            f"than one global batch of {plan.global_batch_size}: enlarge it by --split, or set --eval-iters 0"
         )
     return batches
 
@@ -162,11 +162,11 @@ def _build_phases(
 
 
 def _plan_split(source: _Source, wanted: list[int]) -> DocumentSplit:
-    """Plan how one source is split, given the data tokens that each phase wants to read of it."""
+    """Plan the split of one source from the data tokens that each phase will read of it."""
     lengths = source.corpus.lengths[source.start : source.stop]
     num_tokens = int(lengths.sum(dtype=numpy.int64))
     budgets = token_budgets(wanted, num_tokens, int(lengths.max()))
-    # Beginning and end stand for the corpus: a path may come to hold another one.
+    # Its beginning and end identify the corpus, because another one may be written to the same path later.
     ends = [lengths[:_ENDS].tobytes(), lengths[-_ENDS:].tobytes()]
     ends += [source.corpus.indexed[document][:_ENDS].tobytes() for document in (source.start, source.stop - 1)]
     return DocumentSplit(
@@ -179,16 +179,16 @@ def _plan_split(source: _Source, wanted: list[int]) -> DocumentSplit:
 
 
 def _continue_splits(planned: list[DocumentSplit], continued: list[DocumentSplit]) -> list[DocumentSplit]:
-    """Return the splits to continue, with the paths where their corpora lie now.
+    """Return the splits of the resumed run with the current paths of their corpora.
 
     Raises:
-        UserError: if they are not the same corpora.
+        UserError: if the corpora are not the same.
     """
     for number, split in enumerate(planned):
         if len(planned) != len(continued) or not split.is_of(continued[number]):
             raise UserError(
-                f"--data-path {split.prefix}: is not the corpus, part of it or weight that the checkpoint was trained "
-                "on; to go on with other text, add --override-run-config"
+                f"--data-path {split.prefix}: is not the corpus that the checkpoint was trained on, or has other "
+                "documents or another weight; to resume with other data, add --override-run-config"
             )
     return [replace(split, token_budgets=old.token_budgets) for split, old in zip(planned, continued, strict=True)]
 
@@ -196,9 +196,9 @@ def _continue_splits(planned: list[DocumentSplit], continued: list[DocumentSplit
 def _split(
     source: _Source, split: DocumentSplit, number: int, plan: SamplePlan
 ) -> tuple[list[NDArray[numpy.int32]], str]:
-    """Return the documents of each phase, and a digest of everything that they follow from.
+    """Return the documents of each phase, and a digest of everything that determines them.
 
-    They lie in the cache, where the main rank writes them and every rank maps them into memory.
+    The main rank writes the documents to the cache, and every rank maps them into memory.
     """
     digest = _digest(split, plan.seed, number)
     paths = [plan.cache / f"split-{digest}-phase{index}.npy" for index in range(len(split.token_budgets))]
@@ -209,7 +209,7 @@ def _split(
         return whole if len(whole) == len(paths) else None
 
     def write() -> None:
-        """Split the corpus."""
+        """Split the corpus and write the documents of each phase."""
         parts = split_into_phases(
             source.corpus.lengths, source.start, source.stop, list(split.token_budgets), plan.seed + number
         )

@@ -1,4 +1,4 @@
-"""Arrays kept in ``--data-cache-path``: written whole and to the disk, read without executing anything."""
+"""Arrays in ``--data-cache-path``: written atomically and flushed to disk, and read without executing anything."""
 
 import contextlib
 import logging
@@ -19,21 +19,21 @@ _Found = TypeVar("_Found")
 
 
 def cached(load: Callable[[], _Found | None], write: Callable[[], None], cache: Path) -> _Found:
-    """Return what ``load`` finds in the cache; where that is not whole, the main rank writes it first.
+    """Return what ``load`` finds in the cache; if it is incomplete, the main rank writes it first.
 
     Collective: every rank of the world calls it.
 
     Args:
-        load: reads the cache; returns None where something is missing or damaged.
-        write: writes what ``load`` reads.
-        cache: the folder.
+        load: function that reads the cache; it returns None if something is missing or damaged.
+        write: function that writes what ``load`` reads.
+        cache: the cache's directory.
 
     Raises:
-        UserError: if the folder cannot be written, or is not the same on all nodes.
+        UserError: if the directory cannot be written, or is not the same on all nodes.
     """
 
     def write_missing() -> None:
-        """Write on the main rank alone."""
+        """Write what is missing; only the main rank calls it."""
         if load() is not None:
             return
         try:
@@ -46,27 +46,27 @@ def cached(load: Callable[[], _Found | None], write: Callable[[], None], cache: 
     found = load()
     if found is None:
         raise UserError(
-            f"--data-cache-path {cache}: this node does not find what the main rank wrote there: "
-            "all nodes must share the folder",
+            f"--data-cache-path {cache}: this node does not find the files that the main rank wrote; "
+            "all nodes must share the directory",
             own_rank=True,
         )
     return found
 
 
 def read_array(path: Path) -> NDArray[Any] | None:
-    """Map an array into memory; returns None where there is none, or it is damaged, which is said."""
+    """Map an array into memory; return None if the file is missing, or damaged, which is logged."""
     if not path.exists():
         return None
     try:
-        # Unlike numpy.load, it knows no format but .npy and never unpickles.
+        # Unlike numpy.load, open_memmap reads only .npy files and never unpickles.
         return numpy.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a damaged header can raise anything
-        logger.warning("WARNING: %s is damaged, and made anew: %s", path, error)
+        logger.warning("WARNING: %s is damaged and will be rebuilt: %s", path, error)
         return None
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array so that the file appears complete or not at all, also after a crash of the machine."""
+    """Write an array atomically: the file appears complete or not at all, even if the machine crashes."""
     with tempfile.NamedTemporaryFile(prefix=f"{path.name}.partial-", dir=path.parent, delete=False) as file:
         try:
             with _refusal_told(path.parent):
@@ -81,25 +81,25 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
 
 @contextlib.contextmanager
 def _refusal_told(folder: Path) -> Iterator[None]:
-    """Have an error say why the disk took no more: numpy tells only how much of an array it took."""
+    """Raise the operating system's error for a failed write; numpy reports only how much of an array was written."""
     try:
         yield
     except OSError as error:
         if error.strerror is not None:
             raise
-        # Nothing may be deleted before: there would be space again.
+        # This comes before anything is deleted, because a deletion frees space.
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(1 << 22))
         raise
 
 
 def save_folder(folder: Path, fill: Callable[[Path], None], is_whole: Callable[[], bool]) -> None:
-    """Write a folder of files so that it appears complete or not at all, also after a crash of the machine.
+    """Write a directory atomically: it appears complete or not at all, even if the machine crashes.
 
     Args:
-        folder: its place; a damaged one that lies there is removed.
-        fill: writes the files into the empty folder that it is given.
-        is_whole: whether the folder lies in its place complete, as when another run was quicker to fill it.
+        folder: path of the directory; a damaged one at this path is replaced.
+        fill: function that writes the files into the empty directory that it is given.
+        is_whole: function that tells whether ``folder`` is complete, for example because another run was faster.
     """
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as room:
         new, old = Path(room) / "new", Path(room) / "old"

@@ -1,7 +1,7 @@
-"""Splits a corpus's documents among the phases, so that no phase reads another's text.
+"""Split a corpus's documents among the phases, so that no phase reads another phase's text.
 
-The documents are permuted by the seed and split where the phases' token budgets say. This is done block by block: it
-takes the memory of one block beside the result, and time linear in the number of documents.
+The documents are permuted by the seed and split by the phases' token budgets. This is done block by block: it needs
+memory for one block besides the result, and time linear in the number of documents.
 """
 
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ BLOCK_DOCUMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class DocumentSplit:
-    """How one corpus of a blend is split: with the seed, all that the samples of every phase follow from.
+    """The split of one corpus of a blend, which together with the seed determines the samples of every phase.
 
     Attributes:
-        prefix: path of its files, without the ending.
-        weight: its weight in the blend.
+        prefix: path of the corpus's files without their suffix.
+        weight: weight of the corpus in the blend.
         documents: first document that the phases read, and one past the last.
-        fingerprint: identifies the corpus, wherever it lies.
-        token_budgets: data tokens that each phase owns.
+        fingerprint: digest that identifies the corpus independently of its path.
+        token_budgets: number of data tokens that each phase owns.
     """
 
     prefix: str
@@ -34,13 +34,13 @@ class DocumentSplit:
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> "DocumentSplit":
-        """Read what a checkpoint keeps; before version 0.2 the token budgets were called ``quotas``."""
+        """Read a split that a checkpoint holds; before version 0.2 the token budgets were called ``quotas``."""
         budgets = saved["token_budgets"] if "token_budgets" in saved else saved["quotas"]
         start, stop = saved["documents"]
         return cls(saved["prefix"], saved["weight"], (start, stop), saved["fingerprint"], tuple(budgets))
 
     def is_of(self, other: "DocumentSplit") -> bool:
-        """Return whether the other splits the same documents, with the same weight in the blend."""
+        """Return whether the other split has the same documents, with the same weight in the blend."""
         facts = [(split.weight, split.documents, split.fingerprint) for split in (self, other)]
         return facts[0] == facts[1]
 
@@ -50,8 +50,8 @@ class PhaseDocuments:
     """The documents of one phase.
 
     Attributes:
-        documents: ids, int32.
-        num_tokens: data tokens they hold.
+        documents: int32 indices of the documents.
+        num_tokens: number of data tokens in these documents.
     """
 
     documents: NDArray[numpy.int32]
@@ -59,16 +59,16 @@ class PhaseDocuments:
 
 
 def token_budgets(wanted: list[int], num_tokens: int, longest: int) -> list[int]:
-    """Return how many data tokens each phase owns.
+    """Return the number of data tokens that each phase owns.
 
-    A corpus that is large enough gives each phase what it wants and one document more, and all the rest to the last
-    phase: a run that is prolonged finds new text there, and its earlier phases keep theirs. A smaller corpus is split
-    in proportion, and each phase reads its own documents more than once.
+    If the corpus is large enough, each phase gets the tokens that it will read plus one document, and the last phase
+    gets all that remain: if the run is extended, it finds new text there, and the earlier phases keep theirs. A smaller
+    corpus is split in proportion, and each phase reads its own documents more than once.
 
     Args:
-        wanted: data tokens that each phase is going to read.
-        num_tokens: data tokens of the corpus.
-        longest: data tokens of the longest document, which no split can divide.
+        wanted: number of data tokens that each phase will read.
+        num_tokens: number of data tokens in the corpus.
+        longest: number of data tokens of the longest document, which cannot be divided.
     """
     spared = [budget + longest for budget in wanted[:-1]]
     if sum(spared) + wanted[-1] <= num_tokens:
@@ -80,17 +80,17 @@ def token_budgets(wanted: list[int], num_tokens: int, longest: int) -> list[int]
 def split_into_phases(
     lengths: NDArray[numpy.int32], start: int, stop: int, budgets: list[int], seed: int
 ) -> list[PhaseDocuments]:
-    """Assign the documents ``start .. stop`` to the phases at random, up to each phase's token budget.
+    """Assign the documents ``start .. stop - 1`` to the phases at random, up to each phase's token budget.
 
-    Every document belongs to exactly one phase. Each block of documents is split in proportion to the budgets, less
-    what earlier blocks assigned in excess, so a phase's documents meet its budget to within one document.
+    Every document belongs to exactly one phase. Each block of documents is split in proportion to the budgets, minus
+    the excess that earlier blocks assigned, so a phase's documents match its budget to within one document.
 
     Args:
-        lengths: data tokens of each document of the corpus; may be a memory map.
+        lengths: number of data tokens of each document of the corpus; may be a memory map.
         start: first document to assign.
-        stop: one past the last.
-        budgets: of each phase, summing to the data tokens of these documents.
-        seed: of the permutation.
+        stop: one past the last document to assign.
+        budgets: token budget of each phase; their sum is the number of data tokens of these documents.
+        seed: seed of the permutation.
     """
     bounds = numpy.cumsum(budgets[:-1], dtype=numpy.float64) / max(sum(budgets), 1)
     assigned = numpy.zeros(len(budgets) - 1, dtype=numpy.int64)

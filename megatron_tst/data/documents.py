@@ -1,4 +1,4 @@
-"""Documents as text, streamed from files, folders and (compressed) JSON lines."""
+"""Documents as text, streamed from text files and JSON lines, compressed or not."""
 
 import itertools
 import json
@@ -11,52 +11,52 @@ from megatron_tst.config import UserError
 from megatron_tst.data.archives import DAMAGES, PACKED_SUFFIXES, UnreadableArchiveError, open_unpacked
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-# How a line of JSON begins, whatever its file is called; a byte order mark may stand before it.
+# The beginning of a JSON line, whatever the name of its file; a byte order mark may precede it.
 _JSON_BEGINS = re.compile(rb'(\xef\xbb\xbf)?\s*\[?\s*\{\s*"')
 EXAMPLES_KEPT = 5
-# Why a document without text is left out; there is nothing to look up in it.
+# The reason to skip a document without text; such documents are not listed as examples.
 EMPTY = "empty"
 
 
 @dataclass
 class Skipped:
-    """What could not be read, counted by reason, with the first few places.
+    """Documents that were skipped, counted by reason, with the places of the first few.
 
     Attributes:
-        counts: reason to number of documents.
-        examples: ``file:line`` or file of the first few that are not just empty.
+        counts: number of skipped documents by reason.
+        examples: ``file:line`` or file of the first few skipped documents that are not just empty.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
 
     def add(self, place: str, reason: str) -> None:
-        """Count one document that was left out."""
+        """Count one skipped document."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if reason != EMPTY and len(self.examples) < EXAMPLES_KEPT:
             self.examples.append(f"{place} ({reason})")
 
     @property
     def total(self) -> int:
-        """Documents left out in all."""
+        """Number of all skipped documents."""
         return sum(self.counts.values())
 
     def describe(self) -> str:
-        """Say how many were left out, why, and where the first few stood."""
+        """Return a line with the number of skipped documents, the reasons, and the places of the first few."""
         if not self.total:
-            return "no document was left out"
+            return "no document was skipped"
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
         first = f"; first: {'; '.join(self.examples)}" if self.examples else ""
-        return f"left out {self.total:,} documents: {reasons}{first}"
+        return f"skipped {self.total:,} documents: {reasons}{first}"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document and how many bytes of input stand for it.
+    """One document and its size in the input.
 
     Attributes:
-        text: its text.
-        num_bytes: bytes read, for progress.
+        text: the document's text.
+        num_bytes: bytes of the input file that hold the document, for progress.
     """
 
     text: str
@@ -64,15 +64,15 @@ class Document:
 
 
 def list_inputs(names: list[str], suffixes: tuple[str, ...] = (), excluded: frozenset[str] = frozenset()) -> list[Path]:
-    """List the files to read: each name itself, or all files below it in the order of their paths.
+    """List the files to read: each named file, and all files below each named directory in path order.
 
     Args:
-        names: files and folders.
-        suffixes: of the files below a folder, those to take; all where empty.
-        excluded: names of folders below a folder to leave out.
+        names: files and directories.
+        suffixes: suffixes of the files to read below directories; all files are read if empty.
+        excluded: names of subdirectories to skip.
 
     Raises:
-        UserError: if a name does not exist or nothing is left to read.
+        UserError: if a name does not exist or there are no files to read.
     """
     files: list[Path] = []
     for name in names:
@@ -81,7 +81,8 @@ def list_inputs(names: list[str], suffixes: tuple[str, ...] = (), excluded: froz
             raise UserError(f"--input {name}: does not exist")
         files.extend(_files_below(path, suffixes or ("",), excluded) if path.is_dir() else [path])
     if not files:
-        raise UserError(f"--input {' '.join(names)}: holds no files" + (f" ending in {suffixes}" if suffixes else ""))
+        ending = f" ending in {', '.join(suffixes)}" if suffixes else ""
+        raise UserError(f"--input {' '.join(names)}: contains no files{ending}")
     return files
 
 
@@ -94,19 +95,19 @@ def _files_below(folder: Path, suffixes: tuple[str, ...], excluded: frozenset[st
 
 
 def read_documents(files: list[Path], json_key: str, skipped: Skipped) -> Iterator[Document]:
-    """Stream the documents of all files, packed or not: a line of JSON each, or a whole text file.
+    """Stream the documents of all files, compressed or not; a document is a JSON line or a whole text file.
 
-    A file holds JSON lines if its name says so, or if the first line that is not blank begins as an object of JSON.
+    A file contains JSON lines if its name says so, or if its first line that is not blank begins like a JSON object.
     Empty documents, lines that are not JSON objects with a string under ``json_key``, and text that is not UTF-8 are
-    left out and counted.
+    skipped and counted.
 
     Args:
-        files: what to read.
-        json_key: the key of the text in a line of JSON.
-        skipped: counts what is left out.
+        files: the files to read.
+        json_key: the key of the text in a JSON line.
+        skipped: receives the counts of skipped documents.
 
     Raises:
-        UserError: if a file cannot be read or unpacked to its end, or no file holds a document.
+        UserError: if a file cannot be read or decompressed to its end, or no file contains a document.
     """
     is_empty = True
     for file in files:
@@ -117,7 +118,7 @@ def read_documents(files: list[Path], json_key: str, skipped: Skipped) -> Iterat
         except (OSError, UnreadableArchiveError, *DAMAGES) as error:
             raise UserError(f"--input {file}: cannot be read: {error}") from error
     if is_empty:
-        raise UserError(f"--input: holds no document to write: {skipped.describe()}")
+        raise UserError(f"--input: contains no documents to write: {skipped.describe()}")
 
 
 def _read_file(file: Path, json_key: str, skipped: Skipped) -> Iterator[Document]:
@@ -131,7 +132,7 @@ def _read_file(file: Path, json_key: str, skipped: Skipped) -> Iterator[Document
         if is_named_json_lines(file) or (head and _JSON_BEGINS.match(head[-1])):
             size_before = 0
             for number, line in enumerate(itertools.chain(head, content), start=1):
-                # Progress counts bytes of the file, packed or not.
+                # Progress counts bytes of the file, also if it is compressed.
                 size, size_before = raw.tell() - size_before, raw.tell()
                 text, reason = _parse_line(line, json_key)
                 if text:
@@ -147,13 +148,13 @@ def _read_file(file: Path, json_key: str, skipped: Skipped) -> Iterator[Document
 
 
 def is_named_json_lines(file: Path) -> bool:
-    """Return whether a file's name says that it holds JSON lines, packed or not, in letters of any case."""
+    """Return whether the suffix of a file's name, in upper or lower case, means JSON lines, compressed or not."""
     name = Path(file.name.lower())
     return (name.stem if name.suffix in PACKED_SUFFIXES else name.name).endswith(JSON_LINES)
 
 
 def _decode(content: bytes) -> tuple[str, str]:
-    """Return the text, or "" and why there is none."""
+    """Return the text and "", or "" and the reason to skip the document."""
     try:
         return content.decode("utf-8"), EMPTY
     except UnicodeDecodeError:
@@ -161,7 +162,7 @@ def _decode(content: bytes) -> tuple[str, str]:
 
 
 def _parse_line(line: bytes, json_key: str) -> tuple[str, str]:
-    """Return the text, or "" and why there is none."""
+    """Return the text and "", or "" and the reason to skip the document."""
     try:
         entry = json.loads(line)
     except UnicodeDecodeError:
@@ -174,7 +175,7 @@ def _parse_line(line: bytes, json_key: str) -> tuple[str, str]:
     if not isinstance(text, str):
         return "", f"no text under {json_key!r}"
     try:
-        text.encode()  # JSON can spell half a surrogate pair, which is no character
+        text.encode()  # JSON can contain lone surrogates, which are not characters
     except UnicodeEncodeError:
         return "", "not UTF-8"
     return text, EMPTY

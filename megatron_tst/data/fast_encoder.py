@@ -1,4 +1,4 @@
-"""Which tokenizers the library fastokens encodes for, with the ids that ``tokenizers`` gives, many times faster."""
+"""Fast encoding by the library fastokens, for tokenizers for which it gives the same ids as ``tokenizers``."""
 
 import json
 from typing import Any
@@ -7,8 +7,8 @@ import fastokens
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
-# How these families cut a text into pieces, each of which is then merged by itself; GPT-2's cut is ByteLevel's own.
-# Of each, tests/data/test_fast_encoder.py compares the two libraries' cuts.
+# The regular expressions by which these families split text into pieces, which are merged separately; ByteLevel itself
+# splits like GPT-2. tests/data/test_fast_encoder.py compares the splits of the two libraries for each family.
 SPLITS: dict[str, tuple[str, ...]] = {
     "GPT-2": (),
     "GPT-4, Llama 3": (
@@ -26,12 +26,12 @@ SPLITS: dict[str, tuple[str, ...]] = {
     ),
 }
 NORMALIZERS: tuple[dict[str, str] | None, ...] = (None, {"type": "NFC"})
-# With an apostrophe before it, tokenizers takes it for the contraction 's, whose case does not count; fastokens not.
+# After an apostrophe, tokenizers matches this letter as the contraction 's, ignoring case; fastokens does not.
 LONG_S = "\u017f"
 
 
 def split_bytes(splits: tuple[str, ...]) -> pre_tokenizers.PreTokenizer:
-    """Return the pre-tokenizer that cuts by each regular expression in turn, or as GPT-2's, then goes on with bytes."""
+    """Return the pre-tokenizer that splits by each regular expression, or like GPT-2 if there is none, into bytes."""
     if not splits:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     parts = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
@@ -39,10 +39,10 @@ def split_bytes(splits: tuple[str, ...]) -> pre_tokenizers.PreTokenizer:
 
 
 def find_fast_encoder(model: tokenizers.Tokenizer) -> fastokens.Tokenizer | None:
-    """Return an encoder that gives every text without a ``LONG_S`` the model's own ids, or None where none is known.
+    """Return an encoder that gives the model's own ids for every text without ``LONG_S``, or None if none is known.
 
-    It is known for byte-level BPE with one of ``SPLITS``. The code that fastokens runs depends on the processor, so
-    it has to show here that it gives this vocabulary's own text the same ids.
+    An encoder is known for byte-level BPE with one of ``SPLITS``. The code path of fastokens depends on the processor,
+    so the ids for the text of the whole vocabulary are compared here.
     """
     if not is_known(json.loads(model.to_str())):
         return None
@@ -53,7 +53,7 @@ def find_fast_encoder(model: tokenizers.Tokenizer) -> fastokens.Tokenizer | None
 
 
 def is_known(pipeline: dict[str, Any]) -> bool:
-    """Return whether the two libraries are known to agree.
+    """Return whether the two libraries are known to give the same ids.
 
     Args:
         pipeline: the content of a ``tokenizer.json``.
@@ -79,5 +79,5 @@ def _written(splits: tuple[str, ...]) -> dict[str, Any]:
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    # trim_offsets is about places in the text, not about ids.
+    # trim_offsets affects offsets into the text, not ids.
     return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]

@@ -1,4 +1,4 @@
-"""Signals that end a program, as an exception: what is half-written is removed on the way out."""
+"""Signals that end a program raise an exception, so that partially written files are removed."""
 
 import contextlib
 import signal
@@ -9,15 +9,15 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class InterruptedBySignal(BaseException):
-    """A signal came.
+    """A signal interrupted the program.
 
     Attributes:
-        name: of the signal.
-        exit_code: 128 and its number, as shells have it.
+        name: the signal's name.
+        exit_code: 128 plus the signal's number, as in shells.
     """
 
     def __init__(self, number: int) -> None:
-        """Name it."""
+        """Create the exception for a signal's number."""
         self.name = signal.Signals(number).name
         self.exit_code = 128 + number
         super().__init__(self.name)
@@ -25,13 +25,13 @@ class InterruptedBySignal(BaseException):
 
 @contextlib.contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Within ``with``: the first of ``STOP_SIGNALS`` raises, later ones are ignored.
+    """Inside the block, the first of ``STOP_SIGNALS`` raises :class:`InterruptedBySignal`; later ones are ignored.
 
-    A signal that is ignored already stays so: ``nohup`` and shells' background jobs rely on it.
+    A signal that is already ignored stays ignored, on which ``nohup`` and background jobs of shells rely.
     """
 
     def interrupt(number: int, _: FrameType | None) -> None:
-        """Let nothing disturb the way out."""
+        """Ignore further signals, so that they do not disturb the clean-up, and raise."""
         for other in before:
             signal.signal(other, signal.SIG_IGN)
         raise InterruptedBySignal(number)
@@ -49,14 +49,14 @@ def raise_on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding_back() -> Iterator[None]:
-    """Within ``with``: one of ``STOP_SIGNALS`` waits for the end, and processes that are started never hear any.
+    """Inside the block, ``STOP_SIGNALS`` are deferred to its end; processes started in it never receive any of them.
 
     Only the main thread may call it.
     """
     came: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
-        """Keep it for the end: the mask, which processes inherit, is this thread's, and another may be signalled."""
+        """Record the signal: the mask, which child processes inherit, covers only this thread, not the others."""
         came.append(number)
 
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}

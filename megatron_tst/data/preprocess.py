@@ -1,4 +1,4 @@
-"""Turn text into megatron-core's ``.bin``/``.idx`` files: streaming, in several processes, all or nothing."""
+"""Convert text to megatron-core's ``.bin``/``.idx`` files: streaming, in several processes, all or nothing."""
 
 import contextlib
 import functools
@@ -15,24 +15,24 @@ from megatron_tst.data.documents import Document, Skipped, read_documents
 from megatron_tst.data.tokenizer import Tokenizer, check_vocab_size, learn_bpe
 from megatron_tst.data.workers import ask_all, ask_one
 
-# Documents travel to the workers in batches of about this many characters: enough to amortise the trip, few enough
-# that all workers stay busy.
+# Documents are sent to the workers in batches of about this many characters: large enough to amortise the transfer, and
+# small enough to keep all workers busy.
 BATCH_CHARACTERS = 1 << 20
 
-# (texts, bytes of input they took)
+# (texts, size of the texts in the input in bytes)
 _Batch = tuple[list[str], int]
-# (token ids of all documents end to end, length of each document, bytes of input they took)
+# (token ids of all documents, concatenated; length of each document; size of the documents in the input in bytes)
 _Encoded = tuple[NDArray[numpy.uint32], NDArray[numpy.int64], int]
 
 
 @dataclass(frozen=True)
 class Written:
-    """What one run of preprocessing wrote.
+    """The files that one run of preprocessing wrote.
 
     Attributes:
-        prefix: of the ``.bin`` and ``.idx`` files.
-        num_documents: documents in them.
-        num_tokens: data tokens in them, ends of documents included.
+        prefix: path of the ``.bin`` and ``.idx`` files without their suffix.
+        num_documents: number of documents in the files.
+        num_tokens: number of data tokens in the files, including end-of-document tokens.
     """
 
     prefix: Path
@@ -51,19 +51,19 @@ def write_indexed(
 ) -> Written:
     """Encode documents and write them as ``prefix.bin`` and ``prefix.idx``, in the order given.
 
-    Both files appear at the end, complete; an error or an interruption leaves neither. No other process may write the
-    same prefix meanwhile: the caller holds its lock.
+    Both files appear complete at the end; after an error or an interruption neither exists. No other process may write
+    the same prefix in the meantime, so the caller must hold its lock.
 
     Args:
-        documents: the text.
-        tokenizer: how to encode it.
-        prefix: of the files to write.
+        documents: the documents to write.
+        tokenizer: the tokenizer that encodes them.
+        prefix: path of the files to write, without their suffix.
         append_eod: whether to end each document with the end-of-document token.
-        workers: processes that encode; 1 encodes in this one, with all its threads.
-        on_progress: called with the bytes of input done since the last call.
+        workers: number of processes that encode; with 1, this process encodes, with all its threads.
+        on_progress: function that is called with the bytes of input processed since the last call.
 
     Raises:
-        UserError: if there is no document, or the files cannot be written.
+        UserError: if there are no documents, or the files cannot be written.
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -80,7 +80,7 @@ def write_indexed(
                 num_tokens += len(ids)
                 on_progress(num_bytes)
         if not num_documents:
-            raise UserError("--input: holds no document to write")
+            raise UserError("--input: contains no documents to write")
         builder.finalize(str(partial_idx))
         partial_bin.replace(f"{prefix}.bin")
         partial_idx.replace(f"{prefix}.idx")
@@ -94,15 +94,15 @@ def write_indexed(
 
 
 def learn_tokenizer(files: list[Path], json_key: str, vocab_size: int) -> str:
-    """Learn a byte-level BPE from the documents of all files, in a process of its own.
+    """Learn a byte-level BPE from the documents of all files in a separate process.
 
-    So that this one can be interrupted meanwhile: the library does not return before it is done.
+    The separate process allows this one to be interrupted, because the library does not return before it is done.
 
     Returns:
-        The content of its ``tokenizer.json``.
+        The content of the tokenizer's ``tokenizer.json``.
 
     Raises:
-        UserError: if ``vocab_size`` is too small, a file cannot be read, or the process was ended.
+        UserError: if ``vocab_size`` is too small, a file cannot be read, or the process was killed.
     """
     check_vocab_size(vocab_size)
     content: str = ask_one(functools.partial(_learn, json_key=json_key, vocab_size=vocab_size), files)
@@ -110,7 +110,7 @@ def learn_tokenizer(files: list[Path], json_key: str, vocab_size: int) -> str:
 
 
 def _learn(files: list[Path], json_key: str, vocab_size: int) -> str:
-    # What cannot be read is counted when it is encoded.
+    # Skipped documents are counted when the files are encoded.
     return learn_bpe((document.text for document in read_documents(files, json_key, Skipped())), vocab_size)
 
 
@@ -145,7 +145,7 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, end: int | None) -> _Encoded:
 
 
 def _encode_alone(batch: _Batch, tokenizer: Tokenizer, end: int | None) -> _Encoded:
-    """Encode with one thread: the libraries' own would fight over the same cores as the other workers."""
+    """Encode with one thread, because the libraries' threads would compete with the other workers for the cores."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["FASTOKENS_BPE_THREADS"] = "1"
     return _encode(batch, tokenizer, end)

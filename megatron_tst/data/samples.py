@@ -1,7 +1,7 @@
-"""The samples of each phase, as megatron-core's GPTDataset cuts them from the phase's own documents.
+"""The datasets of the phases, whose samples megatron-core's GPTDataset takes from the phase's own documents.
 
-Sample k of a phase is the same text for any number of ranks and any length of the run: each epoch over a phase's
-share is a GPTDataset of its own, shuffled by its own seed.
+Sample k of a phase is the same text for any number of ranks and any length of the run, because each epoch over a
+phase's documents is a separate GPTDataset, shuffled by its own seed.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from megatron_tst.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What the samples of one share look like.
+    """The properties of the samples of one phase in one corpus.
 
     Attributes:
-        name: identifies the share; the folders of its indices are called so.
-        num_tokens: data tokens per sample, T; a sample has one token more, the last label.
-        seed: of the order of documents and samples.
-        cache: folder of cached indices.
+        name: name that identifies the phase's documents, used for the directories of their indices.
+        num_tokens: data tokens per sample, T; a sample has one more token, the last label.
+        seed: seed of the order of documents and samples.
+        cache: directory of cached indices.
     """
 
     name: str
@@ -40,12 +40,13 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class EpochIndex:
-    """What megatron-core's GPTDataset makes of one epoch over a share, mapped into memory.
+    """The indices that megatron-core's GPTDataset builds for one epoch, mapped into memory.
 
     Attributes:
-        document_index: ``[D]`` documents, in the order they are read.
-        sample_index: ``[N + 1, 2]`` where each sample begins: place in ``document_index``, token in that document.
-        shuffle_index: ``[N]`` the order of the samples.
+        document_index: the documents in reading order, ``[D]``.
+        sample_index: the start of each sample as an index into ``document_index`` and a token in that document,
+            ``[N + 1, 2]``.
+        shuffle_index: the order of the samples, ``[N]``.
     """
 
     document_index: NDArray[Any]
@@ -54,10 +55,10 @@ class EpochIndex:
 
 
 class CorpusDataset:
-    """The samples of one share of one corpus, epoch after epoch.
+    """The samples of one phase in one corpus, epoch after epoch.
 
     Attributes:
-        samples_per_epoch: samples in one reading of the share.
+        samples_per_epoch: number of samples in one epoch over the phase's documents.
     """
 
     def __init__(
@@ -68,24 +69,24 @@ class CorpusDataset:
         Collective: every rank of the world calls it; the main rank writes what is not cached yet.
 
         Raises:
-            UserError: if the share is too small for one sample, or the cache cannot be written.
+            UserError: if the documents are too short for one sample, or the cache cannot be written.
         """
         self._corpus = corpus
         tokens = int(corpus.lengths[documents].sum(dtype=numpy.int64))
         self.samples_per_epoch = (tokens - 1) // spec.num_tokens
         if self.samples_per_epoch < 1:
             raise UserError(
-                f"--data-path {corpus.prefix}: the share of {spec.name} has {tokens} data tokens, fewer than one "
-                f"sequence of {spec.num_tokens} + 1 (--seq-length x bag size)"
+                f"--data-path {corpus.prefix}: the documents of {spec.name} have {tokens} data tokens, fewer than one "
+                f"sequence of {spec.num_tokens} + 1 (--seq-length x bag size + 1)"
             )
         num_epochs = max(1, -(-num_samples // self.samples_per_epoch))
         self._epochs = [_index_epoch(corpus, documents, spec, epoch, tokenizer) for epoch in range(num_epochs)]
 
     def __getitem__(self, index: int) -> NDArray[Any]:
-        """Return the text of a sample, ``[T + 1]`` in the integers of the corpus.
+        """Return the text of a sample, ``[T + 1]`` in the corpus's integer type.
 
-        It is what the epoch's GPTDataset gives as ``tokens`` and the last of ``labels``, read through the same indices
-        without the masks, positions and 64-bit copies that take most of the time there.
+        The text equals ``tokens`` and the last of ``labels`` of the epoch's GPTDataset. It is read through the same
+        indices, but without the masks, positions and 64-bit copies that take most of the time there.
         """
         epoch, place = divmod(int(index), self.samples_per_epoch)
         indices = self._epochs[epoch]
@@ -102,9 +103,9 @@ class CorpusDataset:
 def build_epoch(
     corpus: Corpus, documents: NDArray[numpy.int32], spec: DatasetSpec, epoch: int, tokenizer: Tokenizer, folder: Path
 ) -> GPTDataset:
-    """Have megatron-core cut one epoch over a share into samples, and write the indices into an empty folder."""
+    """Let megatron-core divide one epoch over documents into samples and write the indices into an empty directory."""
     config = GPTDatasetConfig(
-        # numpy's RandomState takes 32 bits: draw them from everything that tells this order from another.
+        # numpy's RandomState takes a seed of 32 bits, which is drawn from everything that distinguishes this order.
         random_seed=int(numpy.random.SeedSequence((*spec.seed, epoch)).generate_state(1)[0]),
         sequence_length=spec.num_tokens,
         blend=([corpus.prefix], None),
@@ -122,13 +123,13 @@ def build_epoch(
 def _index_epoch(
     corpus: Corpus, documents: NDArray[numpy.int32], spec: DatasetSpec, epoch: int, tokenizer: Tokenizer
 ) -> EpochIndex:
-    # megatron-core names cached indices by everything but the documents they are made from, takes a half-written file
-    # for a whole one, and unpickles what it finds: each share and epoch has a folder of its own, which is moved into
-    # place complete, and read here.
+    # The names that megatron-core gives cached indices do not depend on the documents; it also accepts partially
+    # written files, and unpickles their content. Each dataset and epoch therefore has its own directory, which is
+    # moved into place when it is complete, and read by this module.
     folder = spec.cache / f"{spec.name}-epoch{epoch}"
 
     def load() -> EpochIndex | None:
-        """Map the indices into memory; None where one of them is missing or damaged."""
+        """Map the indices into memory; return None if one of them is missing or damaged."""
         found = [
             read_array(path)
             for kind in ("document", "sample", "shuffle")
@@ -138,7 +139,7 @@ def _index_epoch(
         return EpochIndex(*whole) if len(whole) == 3 else None
 
     def write() -> None:
-        """Build the indices in a folder beside their place, and move it there."""
+        """Build the indices in a temporary directory and move it into place."""
         save_folder(
             folder,
             lambda new: build_epoch(corpus, documents, spec, epoch, tokenizer, new),
@@ -149,24 +150,24 @@ def _index_epoch(
 
 
 def blend_order(weights: list[float], num_samples: int, path: Path) -> NDArray[Any]:
-    """Return for each sample of a blend its corpus and its number there, keeping the weights at every point.
+    """Return the corpus of each sample of a blend and its index there; every prefix of the order keeps the weights.
 
-    Collective: every rank of the world calls it; the main rank writes the order, all map it into memory.
+    Collective: every rank of the world calls it; the main rank writes the order, and all map it into memory.
 
     Args:
-        weights: of the corpora.
-        num_samples: samples of the blend.
-        path: where the order is kept.
+        weights: weights of the corpora.
+        num_samples: number of samples in the blend.
+        path: file in which the order is cached.
 
     Returns:
-        ``[num_samples]`` records of ``part`` int16 and ``index`` int64.
+        Records of ``part`` int16, the corpus, and ``index`` int64, the sample in it: ``[num_samples]``.
     """
 
     def write() -> None:
-        """Draw the order."""
+        """Compute and write the order."""
         part, index = numpy.zeros(num_samples, numpy.int16), numpy.zeros(num_samples, numpy.int64)
-        shares = [weight / sum(weights) for weight in weights]
-        helpers.build_blending_indices(part, index, shares, len(weights), num_samples, False)
+        fractions = [weight / sum(weights) for weight in weights]
+        helpers.build_blending_indices(part, index, fractions, len(weights), num_samples, False)
         order = numpy.empty(num_samples, dtype=[("part", numpy.int16), ("index", numpy.int64)])
         order["part"], order["index"] = part, index
         save_array(path, order)
@@ -175,44 +176,44 @@ def blend_order(weights: list[float], num_samples: int, path: Path) -> NDArray[A
 
 
 class PhaseDataset(torch.utils.data.Dataset[NDArray[Any]]):
-    """The samples of one phase, blended from its shares of all corpora.
+    """The samples of one phase, blended from its documents of all corpora.
 
     Attributes:
-        parts: the phase's share of each corpus.
-        order: of the blend, as :func:`blend_order` returns it.
+        parts: the phase's dataset of each corpus.
+        order: the order of the blend, as :func:`blend_order` returns it.
     """
 
     def __init__(self, parts: list[CorpusDataset], order: NDArray[Any]) -> None:
-        """Hold shares and order."""
+        """Store the datasets and the order."""
         self.parts = parts
         self.order = order
 
     def __len__(self) -> int:
-        """Return the samples of the phase."""
+        """Return the number of samples in the phase."""
         return len(self.order)
 
     def __getitem__(self, index: int) -> NDArray[Any]:
-        """Return the text of a sample, ``[T + 1]`` in the integers of its corpus."""
+        """Return the text of a sample, ``[T + 1]`` in the integer type of its corpus."""
         part, place = self.order[index]
         text: NDArray[Any] = self.parts[part][place]
         return text
 
     @property
     def num_epochs(self) -> float:
-        """How often the most-read corpus share is read."""
+        """Number of epochs over the corpus that is repeated most."""
         read = numpy.bincount(self.order["part"], minlength=len(self.parts))
         return max(float(count) / part.samples_per_epoch for count, part in zip(read, self.parts, strict=True))
 
 
 class RunDataset(torch.utils.data.Dataset[NDArray[Any]]):
-    """The samples of all phases, named by phase and index: one loader serves the whole run."""
+    """The samples of all phases, with pairs of phase and index as keys, so that one dataloader serves the whole run."""
 
     def __init__(self, phases: list[PhaseDataset]) -> None:
-        """Hold the phases' samples."""
+        """Store the datasets of the phases."""
         self.phases = phases
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
-        """Return the text of sample ``(phase, index)``, ``[T + 1]`` in the integers of its corpus."""
+        """Return the text of sample ``(phase, index)``, ``[T + 1]`` in the integer type of its corpus."""
         phase, index = key
         text: NDArray[Any] = self.phases[phase][index]
         return text

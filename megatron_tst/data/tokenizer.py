@@ -1,4 +1,4 @@
-"""Tokenizers: read from a Hugging Face ``tokenizer.json``, or trained on the spot as a byte-level BPE."""
+"""Tokenizers, read from a Hugging Face ``tokenizer.json`` or trained as a byte-level BPE."""
 
 import functools
 import hashlib
@@ -18,49 +18,49 @@ from megatron_tst.config import UserError
 from megatron_tst.data.fast_encoder import LONG_S, find_fast_encoder
 
 END_OF_DOCUMENT = "<|endoftext|>"
-# Where no tokenizer_config.json names the end-of-sequence token, the first of these in the vocabulary is it.
+# If no tokenizer_config.json names the end-of-sequence token, it is the first of these in the vocabulary.
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "<|eod|>", "</s>", "<eos>")
 
 
 class Tokenizer:
-    """A tokenizer as training and preprocessing need it.
+    """A tokenizer with the interface that training and preprocessing need.
 
     Attributes:
-        path: the ``tokenizer.json`` it was read from.
-        vocab_size: one more than the largest id.
+        path: path of the ``tokenizer.json``.
+        vocab_size: the largest id plus one.
         eod: id of the end-of-document token.
     """
 
     def __init__(self, path: Path, model: tokenizers.Tokenizer, eod: int) -> None:
-        """Wrap a loaded tokenizer; :func:`load_tokenizer` is the way to make one."""
+        """Wrap a loaded tokenizer; use :func:`load_tokenizer` to create one."""
         self.path = path
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = eod
         self._model = model
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the fast encoder, which another process makes for itself."""
+        """Omit the fast encoder, which another process creates for itself."""
         return {name: value for name, value in self.__dict__.items() if name != "_fast"}
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the file."""
+        """SHA-256 of the ``tokenizer.json``, in hexadecimal."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
-        """What megatron-core puts into the names of cached indices."""
+        """The values from which megatron-core derives the names of cached indices."""
         return OrderedDict(tokenizer=str(self.path), vocab_size=str(self.vocab_size))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts, without adding any special token."""
+        """Encode texts without adding special tokens."""
         return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_flat(self, texts: list[str]) -> tuple[NDArray[numpy.uint32], NDArray[numpy.int64]]:
         """Encode texts to the same ids as :meth:`encode_batch`, much faster for the usual byte-level BPE.
 
         Returns:
-            The ids of all texts end to end, and the length of each text in ids.
+            The concatenated ids of all texts, and the number of ids of each text.
         """
         if self._fast is None or any(LONG_S in text for text in texts):
             encoded = self.encode_batch(texts)
@@ -76,9 +76,9 @@ class Tokenizer:
         return find_fast_encoder(self._model)
 
     def token_bytes(self) -> list[int] | None:
-        """Return the bytes of text that each id stands for, or None where a token alone does not tell.
+        """Return the number of text bytes that each id represents, or None if it depends on other tokens.
 
-        A byte-level token is written with one character per byte. Special tokens stand for no text.
+        A byte-level token is written with one character per byte. Special tokens represent no text.
         """
         if not isinstance(self._model.decoder, tokenizers.decoders.ByteLevel):
             return None
@@ -91,27 +91,27 @@ class Tokenizer:
         return sizes
 
     def decode(self, ids: list[int]) -> str:
-        """Turn ids back into text."""
+        """Return the text of ids."""
         return str(self._model.decode(ids, skip_special_tokens=False))
 
 
 def load_tokenizer(name: str, flag: str = "--tokenizer-model") -> Tokenizer:
-    """Read ``tokenizer.json``; nothing in it is executed.
+    """Read a ``tokenizer.json`` without executing anything from it.
 
-    Truncation and padding that it stores are switched off: they are how some model's inputs were once made, and would
-    cut or lengthen every document.
+    Truncation and padding that the file specifies are switched off: they belong to the inputs of some model, and would
+    shorten or lengthen every document.
 
     Args:
-        name: the file, or a folder that holds it.
-        flag: what the user calls it, for messages.
+        name: the file, or a directory that holds it.
+        flag: the flag that names it, for messages.
 
     Raises:
-        UserError: if there is no such file, it is not a tokenizer, or has no end-of-document token.
+        UserError: if there is no such file, it is not a tokenizer, or it has no end-of-document token.
     """
     path = Path(name)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{flag} {name}: must be a tokenizer.json or a folder that holds one")
+        raise UserError(f"{flag} {name}: must be a tokenizer.json or a directory that holds one")
     try:
         model = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every malformed file
@@ -121,15 +121,15 @@ def load_tokenizer(name: str, flag: str = "--tokenizer-model") -> Tokenizer:
     ends = (_configured_end(path.with_name("tokenizer_config.json"), flag), *KNOWN_ENDS)
     eod = next((model.token_to_id(end) for end in ends if end and model.token_to_id(end) is not None), None)
     if eod is None:
-        raise UserError(f"{flag} {name}: has no end-of-document token; known are {', '.join(KNOWN_ENDS)}")
+        raise UserError(f"{flag} {name}: has no end-of-document token, such as {', '.join(KNOWN_ENDS)}")
     return Tokenizer(path, model, eod)
 
 
 def _configured_end(path: Path, flag: str) -> str | None:
-    """Return the end-of-sequence token that ``tokenizer_config.json`` names, or None where it names none.
+    """Return the end-of-sequence token that ``tokenizer_config.json`` names, or None if it names none.
 
     Raises:
-        UserError: if the file cannot be read, or names something else than a token.
+        UserError: if the file cannot be read, or its end-of-sequence token is not text.
     """
     if not path.exists():
         return None
@@ -147,24 +147,26 @@ def _configured_end(path: Path, flag: str) -> str | None:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuse a vocabulary that is too small to be learned.
+    """Check that a vocabulary is large enough for byte-level BPE.
 
     Raises:
-        UserError: if it does not hold all bytes and the end-of-document token.
+        UserError: if it is too small for all bytes and the end-of-document token.
     """
     if vocab_size < 257:
-        raise UserError(f"--tst-train-bpe {vocab_size}: must be at least 257, all bytes and the end of document")
+        raise UserError(
+            f"--tst-train-bpe {vocab_size}: must be at least 257, for all bytes and the end-of-document token"
+        )
 
 
 def learn_bpe(texts: Iterable[str], vocab_size: int) -> str:
     """Learn a byte-level BPE.
 
     Args:
-        texts: what to learn from; read once.
-        vocab_size: tokens to learn, at least the 256 bytes and the end-of-document token.
+        texts: texts to learn from, which are read once.
+        vocab_size: size of the vocabulary, at least 257 for all bytes and the end-of-document token.
 
     Returns:
-        The content of its ``tokenizer.json``.
+        The content of the tokenizer's ``tokenizer.json``.
 
     Raises:
         UserError: if ``vocab_size`` is too small.
@@ -184,10 +186,10 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def save_tokenizer(content: str, path: Path) -> Tokenizer:
-    """Write a ``tokenizer.json``, which appears complete or not at all, and load it.
+    """Write a ``tokenizer.json`` atomically and load it.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the file cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
     try:

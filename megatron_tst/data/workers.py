@@ -1,4 +1,4 @@
-"""Processes that answer requests: they end with this one however it ends, and one that dies is named."""
+"""Worker processes that answer requests; they end with this process, and the error names one that dies."""
 
 import contextlib
 import multiprocessing
@@ -14,16 +14,16 @@ from typing import Any
 from megatron_tst.config import UserError
 from megatron_tst.data.interruption import holding_back
 
-# Of each worker: a request that it answers, and one that waits for it.
+# Each worker has one request that it is answering and one that waits.
 REQUESTS_AT_A_TIME = 2
 REQUESTS_AHEAD = 3
 
 
 class _Worker:
-    """One process. Two threads may wait for an answer at a time, in the order in which they ask."""
+    """One worker process. Two threads may wait for its answers at a time, which come in the order of their requests."""
 
     def __init__(self, answer: Callable[[Any], Any]) -> None:
-        # Spawned, not forked: this process may already run threads, the tokenizer's among them.
+        # The process is spawned, not forked, because this process may already run threads, such as the tokenizer's.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, answer))
@@ -32,7 +32,7 @@ class _Worker:
         self._sending, self._receiving, self._joining = threading.Lock(), threading.Lock(), threading.Lock()
 
     def ask(self, request: Any) -> Any:
-        """Return the answer.
+        """Return the worker's answer to a request.
 
         Raises:
             UserError: if the worker raised one, or ended.
@@ -54,22 +54,22 @@ class _Worker:
     def _obituary(self) -> str:
         self._join()
         code = self._process.exitcode or 0
-        cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = "; did memory run out? fewer --workers need less" if code == -signal.SIGKILL else ""
+        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        hint = "; if memory ran out, use fewer --workers" if code == -signal.SIGKILL else ""
         return f"--workers: worker process {self._process.pid} {cause}{hint}"
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process and wait for its end."""
         self._process.kill()
         self._join()
 
     def _join(self) -> None:
-        with self._joining:  # of two threads that wait for one process, the second would not learn its exit code
+        with self._joining:  # if two threads waited at the same time, the second would not get the exit code
             self._process.join()
 
 
 def _serve(pipe: Connection, answer: Callable[[Any], Any]) -> None:
-    """Answer requests until the other end is closed, as it is when the process there ends, however it ends."""
+    """Answer requests until the other end of the pipe closes, which it does however the process there ends."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             request = pipe.recv()
@@ -80,7 +80,7 @@ def _serve(pipe: Connection, answer: Callable[[Any], Any]) -> None:
 
 
 def ask_one(answer: Callable[[Any], Any], request: Any) -> Any:
-    """Call a function in a process of its own, which dies with this one.
+    """Call a function in a separate process, which ends with this one.
 
     Raises:
         UserError: if the function raised one, or the process ended without an answer.
@@ -90,26 +90,26 @@ def ask_one(answer: Callable[[Any], Any], request: Any) -> Any:
 
 
 def ask_all(answer: Callable[[Any], Any], requests: Iterable[Any], count: int) -> Generator[Any, None, None]:
-    """Call a function for each request in several processes; the answers come in the order of the requests.
+    """Call a function for each request in several processes, and yield the answers in the order of the requests.
 
-    Close the iterator where it is not read to its end: it stops the processes.
+    Close the iterator if it is not read to its end, to stop the processes.
 
     Args:
-        answer: the function; it is pickled, as requests and answers are.
-        requests: its arguments, read a few ahead.
-        count: processes.
+        answer: the function to call, which must be picklable, as must requests and answers.
+        requests: arguments of the calls, which are read a few ahead.
+        count: number of processes.
 
     Raises:
         UserError: if the function raised one, or a process ended.
     """
-    # Workers leave first: threads that wait for them then go on.
+    # The workers are stopped before the threads, which otherwise would keep waiting for them.
     with ThreadPoolExecutor(count * REQUESTS_AT_A_TIME) as threads, _started(answer, count) as workers:
         free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in workers * REQUESTS_AT_A_TIME:
             free.put(worker)
 
         def ask(request: Any) -> Any:
-            """Have whichever worker is free answer."""
+            """Return the answer of the next free worker."""
             worker = free.get()
             try:
                 return worker.ask(request)
@@ -130,7 +130,7 @@ def _started(answer: Callable[[Any], Any], count: int) -> Iterator[list[_Worker]
     workers: list[_Worker] = []
     try:
         for _ in range(count):
-            # Signals may be sent to all processes at once: this one stops the others, also one that is half started.
+            # A signal may go to all processes at once; this process stops the others, even one that is still starting.
             with holding_back():
                 workers.append(_Worker(answer))
         yield workers

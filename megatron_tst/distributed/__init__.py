@@ -1,4 +1,4 @@
-"""The device and the ranks of a run: process groups, rank 0 and the others, rendezvous, signals, RNG state."""
+"""Device and ranks of a run: process groups, rank-0 helpers, rendezvous, signals, RNG state."""
 
 from megatron_tst.distributed.device import Device, enter_device
 from megatron_tst.distributed.parallel_state import (

@@ -1,4 +1,4 @@
-"""The device of this process: its CUDA card, or the CPU where no card exists."""
+"""The device of this process: its CUDA GPU, or the CPU if there is no GPU."""
 
 import functools
 import os
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 
 import torch
 
-# What megatron-core does that torch or itself warns of; a user can do nothing about it.
+# Warnings that megatron-core causes or prints itself, and that a user can do nothing about.
 _KNOWN_WARNINGS = (
     r"`torch\.distributed\.\w+_tensor` is deprecated",
     r"Please use DTensor instead and we are deprecating ShardedTensor",
     r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
-    # Attention registers its last projection before its first, so a bucket may begin between them: its weights are
-    # asked for early, once, and nothing is computed otherwise.
+    # Attention registers its last projection before its first, so a bucket may begin between them. The bucket is then
+    # gathered early, once; the results do not change.
     r"The next bucket's parameter all-gather operation has already been dispatched",
 )
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a rank computes on.
+    """The device on which a rank computes.
 
     Attributes:
-        torch_device: where tensors live.
-        backend: the ``torch.distributed`` backend that connects such devices.
-        name: in words, for the run's first lines.
+        torch_device: device of the rank's tensors.
+        backend: the ``torch.distributed`` backend for such devices.
+        name: description of the device for the run's first log lines.
     """
 
     torch_device: torch.device
@@ -39,8 +39,8 @@ class Device:
 def enter_device() -> Device:
     """Choose this process's device and make megatron-core use it; further calls return the same device.
 
-    With CUDA, the card is the one numbered by torchrun's ``LOCAL_RANK``. Without, megatron-core is made to run on
-    the CPU (:mod:`megatron_tst.megatron_patches.cpu`) and ranks talk through gloo.
+    With CUDA, torchrun's ``LOCAL_RANK`` is the index of the GPU. Without CUDA, megatron-core is made to run on the CPU
+    (:mod:`megatron_tst.megatron_patches.cpu`) and ranks communicate through gloo.
     """
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -48,17 +48,17 @@ def enter_device() -> Device:
         index = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(index)
         return Device(torch.device("cuda", index), "nccl", torch.cuda.get_device_name(index))
-    # Imported only here: it reads megatron-core's modules, which a CUDA run must find untouched.
+    # Imported only here because the module changes megatron-core, which a CUDA run must use unchanged.
     from megatron_tst.megatron_patches.cpu import CPU, enter_cpu
 
     enter_cpu()
-    # megatron-core warns where this CUDA setting is absent; there is no CUDA here to set.
+    # megatron-core warns if this variable is not set, although it has no effect without CUDA.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return Device(CPU, "gloo", f"CPU, {torch.get_num_threads()} threads")
 
 
 def visible_gpus() -> list[str]:
-    """Return the cards that a process may be given, each as CUDA_VISIBLE_DEVICES names it."""
+    """Return the GPUs that processes can use, under the names that CUDA_VISIBLE_DEVICES gives them."""
     count = torch.cuda.device_count()
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     return names.split(",")[:count] if names else [str(number) for number in range(count)]
@@ -74,7 +74,7 @@ def driver_version() -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory this process has held: allocated on its card, or resident where there is none."""
+    """Return the peak memory of this process: allocated on its GPU, or resident if there is no GPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that megatron-core writes on the main rank alone, between collectives."""
+"""Error handling for checkpoint files that megatron-core writes only on the main rank, between collectives."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from megatron_tst.megatron_patches.safe_checkpoint import METADATA
 from megatron_tst.megatron_patches.shard_writer import refusal
 from megatron_tst.megatron_patches.versions import common_state_writers
 
-# Who writes a file, by which function, and the file's path from the function's arguments.
+# For each file: owner and name of the function that writes it, and a function from its arguments to the file's path.
 _WRITERS: tuple[tuple[Any, str, Callable[..., Path]], ...] = (
     *((owner, name, lambda _, state, folder: Path(folder) / COMMON_STATE) for owner, name in common_state_writers()),
     (FileSystemWriterAsync, "finish", lambda writer, *_: Path(writer.path) / METADATA),
@@ -25,15 +25,15 @@ _WRITERS: tuple[tuple[Any, str, Callable[..., Path]], ...] = (
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Let every rank fail if the main rank cannot write a file of its own inside.
+    """Make every rank fail if the main rank cannot write one of these files inside the block.
 
-    An error raised where the file is written would leave the other ranks waiting in the next collective, and they would
-    end with other exit codes.
+    An error raised while the file is written would leave the other ranks waiting in the next collective, and they would
+    exit with different codes.
 
     Collective: every rank of the world enters and leaves it.
 
     Raises:
-        CheckpointException: on every rank, at the end.
+        CheckpointException: on every rank, at the end of the block.
     """
     failures: dict[int, Any] = {}
     originals = [getattr(owner, name) for owner, name, _ in _WRITERS]
@@ -49,7 +49,7 @@ def failing_together() -> Iterator[None]:
 
 
 def _held_back(write: Callable[..., None], path_of: Callable[..., Path], failures: dict[int, Any]) -> Any:
-    """Return a function that writes as before, and keeps an error instead of raising it."""
+    """Return a function that calls ``write`` and records an error instead of raising it."""
 
     def write_or_note(*args: Any) -> None:
         try:

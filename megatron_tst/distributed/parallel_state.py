@@ -1,4 +1,4 @@
-"""Processes and their groups: who this process is, and with whom it shares work."""
+"""Parallel state: the process groups, this process's place in them, and helpers for collective calls."""
 
 import os
 from collections.abc import Callable
@@ -21,9 +21,9 @@ _is_in_main_rank_alone = ContextVar("is_in_main_rank_alone", default=False)
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How many ranks share a model in each way; the rest of the world is data parallel.
+    """Sizes of the model-parallel dimensions; the remaining factor of the world size is data parallelism.
 
-    Attributes are Megatron-LM's flags of the same names.
+    The attributes have the names and meanings of Megatron-LM's flags.
     """
 
     tensor_model_parallel_size: int = 1
@@ -39,19 +39,19 @@ class ParallelState:
 
     Attributes:
         rank: 0-based number in the world.
-        world_size: processes in all.
-        tp_rank: place among the ranks that share each tensor.
-        tp_size: how many they are.
-        dp_rank: place among the ranks that read different sequences.
-        dp_size: how many they are.
-        cp_rank: place among the ranks that share each sequence.
-        cp_size: how many they are.
-        pp_rank: number of this pipeline stage.
-        pp_size: how many they are.
-        ep_size: ranks that share the experts.
+        world_size: number of processes.
+        tp_rank: rank in the tensor-parallel group, which shares each tensor.
+        tp_size: size of the tensor-parallel group.
+        dp_rank: rank in the data-parallel group, whose members read different sequences.
+        dp_size: size of the data-parallel group.
+        cp_rank: rank in the context-parallel group, which shares each sequence.
+        cp_size: size of the context-parallel group.
+        pp_rank: index of this pipeline stage.
+        pp_size: number of pipeline stages.
+        ep_size: size of the expert-parallel group, which shares the experts.
         is_first_stage: whether this pipeline stage embeds tokens.
         is_last_stage: whether this pipeline stage computes the loss.
-        last_stage_rank: global rank of the loss-computing stage of this pipeline.
+        last_stage_rank: global rank of the last stage of this pipeline.
         groups: megatron-core's process groups.
     """
 
@@ -73,26 +73,26 @@ class ParallelState:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for the run: writes its files and its lines."""
+        """Whether this process is the main rank, which writes the run's files and log lines."""
         return self.rank == 0
 
     @property
     def layout(self) -> dict[str, int]:
-        """Sizes of the parallel layout."""
+        """Sizes of the parallel layout, by short name."""
         return {
             "tp": self.tp_size, "pp": self.pp_size, "cp": self.cp_size, "dp": self.dp_size, "ep": self.ep_size,
         }  # fmt: skip
 
     @property
     def owns_text(self) -> bool:
-        """Whether this pipeline stage needs text: the first embeds it, the last predicts it."""
+        """Whether this pipeline stage needs the text: the first stage embeds it, and the last predicts it."""
         return self.is_first_stage or self.is_last_stage
 
 
 def init_parallel_state(sizes: ParallelSizes, timeout_minutes: int = 30) -> ParallelState:
-    """Join the other processes, named by torchrun's environment, and build megatron-core's groups.
+    """Join the other processes, which torchrun's environment describes, and build megatron-core's groups.
 
-    Without torchrun this is a world of one process. Collective: every rank of the world calls it.
+    Without torchrun the world is one process. Collective: every rank of the world calls it.
 
     Args:
         sizes: the parallel layout; its product must divide the world size.
@@ -121,7 +121,7 @@ def init_parallel_state(sizes: ParallelSizes, timeout_minutes: int = 30) -> Para
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
         context_parallel_size=sizes.context_parallel_size,
         expert_model_parallel_size=sizes.expert_model_parallel_size,
-        # With etp > 1 the dispatcher needs an uneven all-gather, which gloo lacks.
+        # With expert tensor parallelism the dispatcher needs an uneven all-gather, which gloo lacks.
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=timeout_minutes,
     )
@@ -162,7 +162,7 @@ def run_on_main_rank(function: Callable[[], _Result]) -> _Result:
     Collective: every rank of the world calls it.
 
     Raises:
-        UserError, StoppedInSetUp: on every rank, if the main rank's call raised one: no rank is left waiting.
+        UserError, StoppedInSetUp: on every rank if the main rank's call raised one, so that no rank is left waiting.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -182,14 +182,14 @@ def run_on_main_rank(function: Callable[[], _Result]) -> _Result:
 
 
 def is_alone() -> bool:
-    """Return whether an error raised here and now leaves no other rank in a collective that this one never joins."""
+    """Return whether this rank can raise an error now without leaving other ranks waiting in a collective."""
     return not dist.is_initialized() or dist.get_world_size() == 1 or _is_in_main_rank_alone.get()
 
 
 def any_rank(*facts: bool) -> list[bool]:
-    """Return for each fact whether it holds on at least one rank.
+    """Return, for each fact, whether it is true on at least one rank.
 
-    Collective: every rank of the world calls it, with as many facts.
+    Collective: every rank of the world calls it with the same number of facts.
     """
     if dist.get_world_size() == 1:
         return list(facts)
@@ -199,7 +199,7 @@ def any_rank(*facts: bool) -> list[bool]:
 
 
 def every_rank(value: _Result) -> list[_Result]:
-    """Return the values of all ranks, in their order.
+    """Return the values of all ranks, in rank order.
 
     Collective: every rank of the world calls it.
     """

@@ -1,4 +1,4 @@
-"""Ranks that meet before they form process groups, so that a missing one is missed by name."""
+"""A rendezvous of all ranks before process groups are formed, which reports missing ranks by name."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_tst.config import UserError
 
-# Beside torchrun's own store, which the process groups use later.
+# The port next to that of torchrun's own store, which the process groups use later.
 PORT_OFFSET = 1
 
 
@@ -19,16 +19,16 @@ class Rendezvous:
 
     Attributes:
         rank: 0-based number in the world.
-        world_size: processes in all.
+        world_size: number of processes.
         host: name of this machine.
         store: torch's key-value store.
     """
 
     def __init__(self, timeout_s: float) -> None:
-        """Connect to the main rank, which is named by torchrun's environment.
+        """Connect to the main rank, whose address torchrun's environment gives.
 
         Args:
-            timeout_s: how long any rank waits for another.
+            timeout_s: seconds that a rank waits for another.
 
         Raises:
             UserError: if the main rank cannot be reached.
@@ -53,33 +53,33 @@ class Rendezvous:
             ) from error
 
     def gather(self, topic: str, report: Any) -> list[Any]:
-        """Return all ranks' reports, in their order, on every rank.
+        """Return the reports of all ranks, in rank order, on every rank.
 
-        Every rank calls it; one that does not is named by its rank, and its host where SLURM tells it.
+        Collective: every rank calls it. The error names missing ranks, and their hosts if the job script lists them.
 
         Args:
-            topic: a name that is used once.
-            report: of this rank, as JSON can hold it.
+            topic: a name that is used only once.
+            report: this rank's report, which must be representable in JSON.
 
         Raises:
-            UserError: on the ranks that are there, if one stays away longer than the timeout.
+            UserError: on the ranks that call, if another does not call within the timeout.
         """
         self.store.set(f"{topic}/{self.rank}", json.dumps(report))
         if self.rank == 0:
             missing = [rank for rank in range(self.world_size) if not self._arrives(f"{topic}/{rank}")]
             self.store.set(f"{topic}/missing", json.dumps(missing))
         elif not self._arrives(f"{topic}/missing", patience=2):
-            raise UserError(f"preflight: {self.host} hears nothing of the main rank any more", own_rank=True)
+            raise UserError(f"preflight: {self.host} lost contact with rank 0", own_rank=True)
         missing = json.loads(self.store.get(f"{topic}/missing"))
         here = [rank for rank in range(self.world_size) if rank not in missing]
         reports = {rank: json.loads(self.store.get(f"{topic}/{rank}")) for rank in here}
         self._wait_for_readers(topic, here)
         if missing:
-            raise UserError(f"preflight: nothing heard of {self._names(missing)} within {self._timeout} ({topic})")
+            raise UserError(f"preflight: no report from {self._names(missing)} within {self._timeout} ({topic})")
         return [reports[rank] for rank in here]
 
     def _wait_for_readers(self, topic: str, ranks: list[int]) -> None:
-        """Keep the main rank, whose process holds the store, until all others have read."""
+        """Make the main rank, whose process holds the store, wait until all other ranks have read the reports."""
         if self.rank != 0:
             self.store.set(f"{topic}/read/{self.rank}", "")
             return
@@ -95,7 +95,7 @@ class Rendezvous:
         return True
 
     def _names(self, ranks: list[int]) -> str:
-        """Name ranks, and their hosts if the job script has listed them."""
+        """Return the names of ranks, with their hosts if the job script lists them."""
         hosts = os.environ.get("TST_NODES", "").split()
         per_host = max(self.world_size // max(len(hosts), 1), 1)
         named = [f"rank {rank} on {hosts[rank // per_host]}" if hosts else f"rank {rank}" for rank in ranks]

@@ -1,4 +1,4 @@
-"""Seeds and states of every generator a run draws from."""
+"""Seed, read and restore the RNG state of every generator that a run uses."""
 
 import random
 from typing import Any
@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_c
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy, torch and megatron-core's tracker as Megatron-LM's ``--seed`` does.
 
-    Pipeline stages draw from different streams (100 apart); data-parallel ranks from the same.
+    Seeds of successive pipeline stages differ by 100; data-parallel ranks have the same seed.
     """
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(stage_seed)
@@ -22,7 +22,7 @@ def seed_everything(seed: int) -> None:
 
 
 def get_rng_states() -> dict[str, Any]:
-    """Return the states of this rank's generators, under Megatron-LM's names."""
+    """Return the states of this rank's generators by the names that Megatron-LM gives them."""
     return {
         "random_rng_state": random.getstate(),
         "np_rng_state": numpy.random.get_state(),
@@ -33,7 +33,7 @@ def get_rng_states() -> dict[str, Any]:
 
 
 def set_rng_states(states: dict[str, Any]) -> None:
-    """Put this rank's generators back to where :func:`get_rng_states` found them."""
+    """Restore the states of this rank's generators that :func:`get_rng_states` returned."""
     random.setstate(states["random_rng_state"])
     numpy.random.set_state(states["np_rng_state"])
     torch.set_rng_state(states["torch_rng_state"])

@@ -1,4 +1,4 @@
-"""What megatron-core needs stood in or mended, what its versions differ in, and the libraries it computes with."""
+"""Stand-ins and repairs for megatron-core, differences between its versions, and the libraries it computes with."""
 
 from megatron_tst.megatron_patches.libraries import Libraries, find_libraries
 

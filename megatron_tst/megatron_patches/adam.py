@@ -1,7 +1,7 @@
-"""torch's Adam under megatron-core's distributed optimizer, made able to save and to resume.
+"""Repairs that let megatron-core's distributed optimizer save and resume torch's Adam.
 
-Without Transformer Engine and Apex, megatron-core 0.16.1 shards the state of torch's Adam, whose step count is a
-tensor per parameter; its checkpoint code was written for optimizers that count in the parameter group.
+Without Transformer Engine and Apex, megatron-core 0.16.1 shards the state of torch's Adam, which keeps the step count
+in one tensor per parameter. Its checkpoint code expects optimizers that keep the step count in the parameter group.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from megatron_tst.megatron_patches.optimizer_state import KeptStateOptimizer
 
 
 class TorchAdamDistributedOptimizer(KeptStateOptimizer):
-    """megatron-core's distributed optimizer over torch's Adam, its three faults of saving and loading repaired."""
+    """megatron-core's distributed optimizer over torch's Adam, with three bugs of saving and loading repaired."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that is not sharded.
 
-        The original reads the step count of the first parameter: there is none before the first step.
+        The original reads the step count of the first parameter, which does not exist before the first step.
         """
         self._allocate()
         state: dict[str, Any] = super().state_dict()
@@ -38,7 +38,7 @@ class TorchAdamDistributedOptimizer(KeptStateOptimizer):
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
         """Set a parameter's main weights and moments.
 
-        The original leaves the step count out of what it loads, then asks for it.
+        The original does not load the step count but then requires it.
         """
         group, place = self.model_param_group_index_map[model_param]
         main_param = self.optimizer.param_groups[group]["params"][place]
@@ -46,7 +46,7 @@ class TorchAdamDistributedOptimizer(KeptStateOptimizer):
         super()._set_main_param_and_optimizer_states(model_param, {"step": step, **tensors})
 
     def _allocate(self) -> None:
-        """Give every parameter the state that Adam's first step would."""
+        """Give every parameter the state that Adam's first step would allocate."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
@@ -57,7 +57,7 @@ class TorchAdamDistributedOptimizer(KeptStateOptimizer):
 
 
 def make_resumable(optimizer: Any) -> None:
-    """Let ``optimizer``, if it is a distributed one, keep its state by parameter, and repair it over torch's Adam."""
+    """Make a distributed optimizer save its state by parameter, and repair it if it wraps torch's Adam."""
     if type(optimizer) is DistributedOptimizer:
         over_torch = isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
         optimizer.__class__ = TorchAdamDistributedOptimizer if over_torch else KeptStateOptimizer

@@ -1,7 +1,7 @@
-"""What a checkpoint holds beside shards: step counts, settings, Megatron-LM's ``args``.
+"""The common state: what a checkpoint holds besides shards, such as step counts, settings and Megatron-LM's ``args``.
 
-megatron-core keeps it in the file ``common.pt``, from 0.19 on in an entry of the shards. Here it is written as the
-file, which every version takes first, and read from either, without executing anything.
+megatron-core stores it in the file ``common.pt``, and from 0.19 on in an entry of the shards. This module writes the
+file, which every version prefers, and reads either of them without executing anything.
 """
 
 import io
@@ -21,25 +21,25 @@ _ENTRY = MetadataIndex("common_state/shard_0_1")
 
 
 class ForeignValue:
-    """Stands for an object of a class that the installed megatron-core may lack, such as a setting in ``args``."""
+    """Placeholder for an object whose class the installed megatron-core may lack, such as a setting in ``args``."""
 
     def __init__(self, *_: Any) -> None:
-        """Forget what the object was made of."""
+        """Ignore the object's constructor arguments."""
 
     def __setstate__(self, state: Any) -> None:
-        """Forget what the object held."""
+        """Ignore the object's state."""
 
 
 def write_common_state(folder: Path, content: dict[str, Any], content_metadata: dict[str, Any]) -> None:
-    """Write ``common.pt`` unless megatron-core has; the main rank calls it.
+    """Write ``common.pt`` unless megatron-core has written it; only the main rank calls it.
 
     Args:
-        folder: of one checkpoint.
-        content: what was handed to ``dist_checkpointing.save``, shards included.
-        content_metadata: likewise.
+        folder: the checkpoint's directory.
+        content: the state dictionary that was passed to ``dist_checkpointing.save``, shards included.
+        content_metadata: the content metadata that was passed with it.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     if not (folder / COMMON_STATE).exists():
         _, plain = extract_matching_values(
@@ -51,19 +51,19 @@ def write_common_state(folder: Path, content: dict[str, Any], content_metadata: 
 
 
 def read_common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
-    """Read what a checkpoint holds beside shards; nothing in it is executed.
+    """Read a checkpoint's common state without executing anything from it.
 
     Args:
-        folder: of one checkpoint, ``iter_0000123``.
-        metadata: its table of contents.
+        folder: the checkpoint's directory, ``iter_0000123``.
+        metadata: the checkpoint's table of contents.
 
     Raises:
-        UserError: if it is missing, damaged, or names functions or classes that no checkpoint needs.
+        UserError: if the common state is missing or damaged, or names functions or classes that no checkpoint needs.
     """
     file = folder / COMMON_STATE
     state = unpickle(io.BytesIO(file.read_bytes()), str(file)) if file.exists() else _read_entry(folder, metadata)
     if not isinstance(state, dict):
-        raise UserError(f"{folder}: its common state is not a dictionary")
+        raise UserError(f"{folder}: the checkpoint's common state is not a dictionary")
     return state
 
 
@@ -83,16 +83,16 @@ def _read_entry(folder: Path, metadata: Metadata) -> Any:
 
 
 def unpickle(stream: io.BytesIO, source: str) -> Any:
-    """Read what ``torch.save`` wrote: plain values, tensors, and the classes that torch and megatron-core call safe.
+    """Read the output of ``torch.save``: plain values, tensors, and classes that torch and megatron-core declare safe.
 
-    Other classes of Megatron-LM's, which another version may have, become :class:`ForeignValue`.
+    Objects of other Megatron-LM classes, which may exist only in another version, become :class:`ForeignValue`.
 
     Args:
-        stream: what to read.
-        source: its name, for messages.
+        stream: the stream to read.
+        source: the stream's name, for messages.
 
     Raises:
-        UserError: if it is damaged, or names anything else.
+        UserError: if the stream is damaged or names anything else.
     """
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(stream)

@@ -1,7 +1,7 @@
-"""The CPU as a platform for megatron-core, which writes ``"cuda"`` and ``torch.cuda`` where it means "the device".
+"""The CPU as a platform for megatron-core, whose code names ``"cuda"`` and ``torch.cuda`` instead of "the device".
 
-Everything that makes megatron-core 0.16.1 run without a GPU stands in this file, each entry with its reason, and
-is entered once, at start, by :func:`megatron_tst.distributed.enter_device`.
+This file contains everything that makes megatron-core run without a GPU, each entry with its reason.
+:func:`megatron_tst.distributed.enter_device` applies it once at startup.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ CPU = torch.device("cpu")
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Read every "cuda" that is handed to a torch function as "cpu"."""
+    """Replaces every "cuda" device that is passed to a torch function by "cpu"."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` with its device on the CPU."""
         kwargs = kwargs or {}
-        # Literals such as torch.zeros([], device="cuda") in the pipeline schedules.
+        # The pipeline schedules contain literals such as torch.zeros([], device="cuda").
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
-        # Host memory is pinned for copies to a card, such as the rotary embedding's choice of context-parallel chunks.
+        # megatron-core pins host memory for copies to a GPU, such as the rotary embedding's context-parallel chunks.
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         if func is torch.Tensor.cuda:
             return args[0]
-        # The mixed-precision and distributed optimizers tell dtypes by the name of the CUDA tensor type.
+        # The mixed-precision and distributed optimizers recognise dtypes by the name of the CUDA tensor type.
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         # The caching allocator's stream bookkeeping has no CPU counterpart.
@@ -54,18 +54,18 @@ def _names_cuda(device: object) -> bool:
 
 
 class IdleStream:
-    """A CUDA stream or event that has nothing to wait for."""
+    """A CUDA stream or event that never has anything to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        """Accept whatever a stream or event is made with."""
+        """Accept and ignore the arguments of a stream or event."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Answer wait_stream, record_event, synchronize, ... by doing nothing; an event is as idle as its stream."""
+        """Return a method that does nothing and returns this object, for wait_stream, record_event and all others."""
         return _returning(self)
 
 
 def _returning(value: Any) -> Callable[..., Any]:
-    """Make a function of its own: torch.compile's tables want no function under two names of ``torch.cuda``."""
+    """Return a new function each time: torch.compile accepts no function under two names of ``torch.cuda``."""
 
     def stand_in(*_: Any, **__: Any) -> Any:
         """Ignore the arguments."""
@@ -92,11 +92,11 @@ def _manual_seed(seed: int) -> None:
 
 
 def _split_sizes_to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Turn split sizes into numpy also where they are on the CPU already (the original asks ``is_cuda`` first)."""
+    """Convert split sizes to numpy even if they are on the CPU already (the original requires ``is_cuda``)."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-# (module, name, stand-in): what megatron-core calls on the way of a training step.
+# (module, name, stand-in): the names that megatron-core uses in a training step.
 STAND_INS: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "current_device", _returning(CPU)),
     (torch.cuda, "set_device", _returning(None)),
@@ -110,10 +110,10 @@ STAND_INS: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "stream", _stream_context),
     (torch.cuda, "current_stream", _returning(IdleStream())),
     (torch.cuda, "default_stream", _returning(IdleStream())),
-    # The random tracker of dropout and initialisation keeps "the CUDA generator": here the CPU's.
+    # The RNG tracker of dropout and initialisation stores the state of "the CUDA generator", which is the CPU's here.
     (megatron_random, "_get_cuda_rng_state", _get_rng_state),
     (megatron_random, "_set_cuda_rng_state", _set_rng_state),
-    # The alltoall dispatcher hands split sizes to torch.distributed, which wants host numbers.
+    # The alltoall dispatcher passes split sizes to torch.distributed, which needs them as host numbers.
     (token_dispatcher, "maybe_move_tensor_to_cpu", _split_sizes_to_numpy),
     # The router reads this name whether or not Transformer Engine, which defines it, could be imported.
     (moe_utils, "te_general_gemm", None),
@@ -121,7 +121,7 @@ STAND_INS: tuple[tuple[Any, str, Any], ...] = (
 
 
 def _is_not_about_shared_generator(record: logging.LogRecord) -> bool:
-    # Forking "the CUDA generator" does move the CPU's here: they are one, and the fork puts it back.
+    # Forking "the CUDA generator" changes the CPU's here because they are the same; the fork restores it.
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 

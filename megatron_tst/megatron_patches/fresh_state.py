@@ -1,4 +1,4 @@
-"""An optimizer's state of one weight, as for a weight that has just been initialised."""
+"""Reset an optimizer's state of one weight to that of a newly initialised weight."""
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer
@@ -8,13 +8,13 @@ from torch import Tensor
 
 @torch.no_grad()
 def forget_history(optimizer: ChainedOptimizer, parameter: Tensor) -> None:
-    """Take a parameter's new values for its main weights, and set its moments to zero.
+    """Copy a parameter's new values to its main weights and set its moments to zero.
 
-    Adam's count of steps goes on: optimizers keep one for all parameters, and so do checkpoints.
+    Adam's step count is not reset, because optimizers and checkpoints have one count for all parameters.
 
     Args:
-        optimizer: of the model.
-        parameter: of the model, or of one of its shards; the whole of it holds the new values on every rank.
+        optimizer: the model's optimizer.
+        parameter: a parameter of the model or of one of its shards, which holds all new values on every rank.
     """
     for part in optimizer.chained_optimizers:
         main = _main_weights(part, parameter)
@@ -26,7 +26,7 @@ def forget_history(optimizer: ChainedOptimizer, parameter: Tensor) -> None:
 
 
 def _main_weights(part: object, parameter: Tensor) -> Tensor | None:
-    """Give the main weights a parameter's values, and return them; None where the optimizer has none on this rank."""
+    """Copy a parameter's values to its main weights and return these; None if this rank's optimizer has none."""
     if isinstance(part, DistributedOptimizer):
         if parameter not in part.model_param_group_index_map:
             return None

@@ -1,4 +1,4 @@
-"""Which parts of the optional accelerator libraries a run computes with."""
+"""The parts of optional accelerator libraries that a run computes with."""
 
 import importlib.metadata
 import importlib.util
@@ -10,12 +10,11 @@ class Libraries:
     """What Transformer Engine and NVIDIA's apex contribute to a run; nothing by default.
 
     Attributes:
-        transformer_engine: its version, or None where it is not used. Layers with their norms and attention, fused
-            rotary embedding and expert permutation, the fused cross-entropy and Adam come from it.
-        apex: whether it is used: Adam comes from it where Transformer Engine is absent.
+        transformer_engine: version of Transformer Engine, or None if it is not used. It provides layers with their
+            norms and attention, fused rotary embedding and expert permutation, fused cross-entropy, and Adam.
+        apex: whether apex is used; it provides Adam if Transformer Engine is absent.
         gradient_accumulation_fusion: whether weight gradients are added to ``main_grad`` inside their matrix
-            multiplication. The output layer is megatron-core's own, whatever the others are, and needs an extension
-            of apex for it.
+            multiplication. The output layer is always megatron-core's own, which needs an extension of apex for this.
     """
 
     transformer_engine: str | None = None
@@ -24,16 +23,16 @@ class Libraries:
 
     @property
     def adam(self) -> str:
-        """Whose Adam megatron-core takes: it imports them in this order."""
+        """The library whose Adam megatron-core uses, by the order in which it tries to import them."""
         if self.transformer_engine is not None:
             return "Transformer Engine"
         return "apex" if self.apex else "torch"
 
     def describe(self, cross_entropy: str) -> str:
-        """Name what computes each part of a step, for the run's first lines.
+        """Name the library that computes each part of a step, for the run's first log lines.
 
         Args:
-            cross_entropy: the chosen implementation, ``te`` or ``native``.
+            cross_entropy: the implementation of the loss, ``te`` or ``native``.
         """
         has_te = self.transformer_engine is not None
         parts = {
@@ -47,7 +46,7 @@ class Libraries:
 
 
 def find_libraries() -> Libraries:
-    """Look for the libraries without importing them; ``megatron_tst/__init__.py`` hides those that cannot be used."""
+    """Find the libraries without importing them; ``megatron_tst/__init__.py`` hides those that cannot be used."""
     has_te, has_apex, has_fusion = (
         importlib.util.find_spec(name) is not None
         for name in ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda")

@@ -1,9 +1,9 @@
-"""The distributed optimizer's state in checkpoints: each parameter's lies whole on one of the ranks that share it.
+"""The distributed optimizer's state in checkpoints: one rank saves and loads the whole state of a parameter.
 
-megatron-core's distributed optimizer cuts its state where its buffers happen to be cut; a checkpoint that any layout
-can load holds it parameter by parameter. megatron-core therefore gathers the whole state on every data-parallel rank.
-Here each parameter has one keeper among those ranks: its pieces are sent to the keeper before a save and come from it
-after a load, so that a rank holds in host memory what it writes or reads, and no more.
+megatron-core's distributed optimizer splits its state at the boundaries of its buffers' shards, but a checkpoint that
+any layout can load stores it parameter by parameter. megatron-core therefore gathers the whole state on every
+data-parallel rank. Here each parameter has one keeper among those ranks: the keeper receives the pieces before a save
+and sends them after a load, so that a rank holds in host memory only what it writes or reads.
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-# What Adam keeps of a parameter, float32: the main weights and the two moments.
+# Adam's float32 state of a parameter: the main weights and the two moments.
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where a parameter's state lies among the ranks that share it.
+    """How a parameter's state is distributed over the ranks that share it.
 
     Attributes:
-        parameter: of the model.
-        keeper: the rank that writes and reads the whole.
-        pieces: rank to start and end of its piece, in elements of the flattened parameter.
+        parameter: the model's parameter.
+        keeper: the rank that writes and reads the whole state.
+        pieces: start and end of each rank's piece, in elements of the flattened parameter.
     """
 
     parameter: Tensor
@@ -38,7 +38,7 @@ class _Placement:
 
 
 class KeptStateOptimizer(DistributedOptimizer):  # type: ignore[misc]
-    """megatron-core's distributed optimizer, whose state is saved and loaded by one keeper per parameter."""
+    """megatron-core's distributed optimizer with one keeper per parameter that saves and loads its state."""
 
     def sharded_param_state_fully_reshardable(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict[str, Any] | None = None
@@ -48,9 +48,9 @@ class KeptStateOptimizer(DistributedOptimizer):  # type: ignore[misc]
         Collective: every rank of the data-parallel group calls it.
 
         Args:
-            model_sharded_state_dict: the model's shards, of which the state's shards are shaped.
-            is_loading: whether the state is about to be read: then nothing is gathered.
-            metadata: not used; the keys and shapes are those of megatron-core's ``fully_reshardable``.
+            model_sharded_state_dict: the model's shards, whose shapes the state's shards have.
+            is_loading: whether the state is about to be loaded, in which case nothing is gathered.
+            metadata: ignored; keys and shapes are those of megatron-core's ``fully_reshardable`` format.
         """
         dist.barrier(self.data_parallel_group)
         model_shards, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
@@ -58,7 +58,7 @@ class KeptStateOptimizer(DistributedOptimizer):  # type: ignore[misc]
         listed: dict[int, dict[str, Any]] = {}
         for index, place in enumerate(self._placements()):
             shard = shard_of[place.parameter]
-            # The last number tells data-parallel copies apart; the keeper's is the only one.
+            # The last number distinguishes data-parallel copies, of which only the keeper's exists.
             replica_id = (*shard.replica_id[:-1], 0)
             if is_loading:
                 tensors = self._empty(place)
@@ -71,7 +71,7 @@ class KeptStateOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return listed
 
     def load_parameter_state_from_fully_reshardable(self, state_dict: dict[int, dict[str, Tensor]]) -> None:
-        """Hand out what each keeper has read.
+        """Distribute the state that each keeper has loaded.
 
         Collective: every rank of the data-parallel group calls it.
         """
@@ -82,7 +82,7 @@ class KeptStateOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 self._set_main_param_and_optimizer_states(place.parameter, tensors)
 
     def _placements(self) -> Iterator[_Placement]:
-        """Say where each parameter's state lies; the same on every rank of the data-parallel group."""
+        """Yield the placement of each parameter's state, which is the same on every rank of the data-parallel group."""
         group_size = self.data_parallel_group.size()
         found = [(parameter, buffer) for buffer in self.buffers for parameter in buffer.param_index_map]
         kept = [0] * group_size
@@ -95,13 +95,13 @@ class KeptStateOptimizer(DistributedOptimizer):  # type: ignore[misc]
             yield _Placement(parameter, keepers[parameter], _pieces(buffer, parameter, group_size))
 
     def _empty(self, place: _Placement) -> dict[str, Tensor]:
-        """Return room in host memory for a parameter's state on its keeper, nothing elsewhere."""
+        """Return uninitialised host tensors for a parameter's state on its keeper, and nothing on other ranks."""
         if place.keeper != self.data_parallel_group.rank():
             return {}
         return {name: torch.empty(place.parameter.numel(), dtype=torch.float32, device="cpu") for name in STATES}
 
     def _gather(self, place: _Placement) -> dict[str, Tensor]:
-        """Return a parameter's state on its keeper, nothing elsewhere; the state itself where it lies there whole."""
+        """Return a parameter's whole state on its keeper, without a copy if it is there already, nothing elsewhere."""
         own_rank, device = self.data_parallel_group.rank(), place.parameter.device
         own = self._own_piece(place) if own_rank in place.pieces else {}
         if place.keeper != own_rank:
@@ -117,11 +117,11 @@ class KeptStateOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return {name: tensor.cpu() for name, tensor in whole.items()}
 
     def _scatter(self, place: _Placement, loaded: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """Return this rank's piece of a parameter's state, nothing where it has none.
+        """Return this rank's piece of a parameter's state, or nothing if it has none.
 
         Args:
-            place: of the parameter.
-            loaded: its whole state, on its keeper.
+            place: the placement of the parameter's state.
+            loaded: the whole state on the keeper, None on other ranks.
         """
         own_rank, device = self.data_parallel_group.rank(), place.parameter.device
         if loaded is None:
@@ -143,7 +143,7 @@ class KeptStateOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return {name: tensors[name].detach().float() for name in STATES}
 
     def _exchange(self, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> None:
-        """Send and receive tensors, each to or from a rank of the data-parallel group, and wait for all."""
+        """Send tensors to and receive tensors from ranks of the data-parallel group, and wait for all of them."""
         group = self.data_parallel_group
         operations = [
             dist.P2POp(operation, tensor, dist.get_global_rank(group, peer), group)
@@ -155,7 +155,7 @@ class KeptStateOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
 
 def _pieces(buffer: Any, parameter: Tensor, group_size: int) -> dict[int, tuple[int, int]]:
-    """Return the pieces of a parameter: a bucket, its padding included, is cut into equal shards, one per rank."""
+    """Return a parameter's pieces; a bucket, including its padding, is split into equal shards, one per rank."""
     start, end, bucket_index = buffer.param_index_map[parameter]
     bucket = buffer.buckets[bucket_index]
     shard = bucket.grad_data.numel() // group_size
@@ -165,7 +165,7 @@ def _pieces(buffer: Any, parameter: Tensor, group_size: int) -> dict[int, tuple[
 
 
 def _like(shard: Any, name: str, tensor: Tensor, replica_id: tuple[int, ...]) -> Any:
-    """Return a shard of a parameter's state, placed like the parameter's own."""
+    """Return a shard of a parameter's state with the same offsets as the parameter's own shard."""
     changes: dict[str, Any] = {"key": f"optimizer.state.{name}.{shard.key}", "data": tensor.view(shard.data.shape)}
     if not isinstance(shard, ShardedTensorFactory):
         changes["dtype"] = tensor.dtype

@@ -1,7 +1,7 @@
-"""Reading megatron-core's checkpoints without executing anything from them.
+"""Read megatron-core's checkpoints without executing anything from them.
 
-A ``torch_dist`` checkpoint keeps its table of contents (``.metadata``) and its non-tensor entries as pickles, which
-torch.distributed.checkpoint reads with the plain unpickler. Here both are read with a fixed list of classes.
+A ``torch_dist`` checkpoint stores its table of contents (``.metadata``) and its non-tensor entries as pickles, which
+torch.distributed.checkpoint reads with the plain unpickler. This module reads both with fixed lists of allowed classes.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from megatron_tst.megatron_patches.versions import common_state_reader
 
 METADATA = ".metadata"
 
-# What a table of contents is made of: module to names. Nothing else is looked up, so nothing else can be called.
+# The names that a table of contents needs, by module. No other name is looked up, so nothing else can be called.
 _ALLOWED: dict[str, frozenset[str]] = {
     "torch.distributed.checkpoint.metadata": frozenset(
         {
@@ -50,17 +50,17 @@ _ALLOWED: dict[str, frozenset[str]] = {
 
 
 def _enum_member(kind: Any, name: str) -> enum.Enum:
-    """Stand in for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle an enumeration's members."""
+    """Replace ``getattr``, with which Python 3.11.0 to 3.11.3 pickle the members of an enumeration."""
     if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
         raise pickle.UnpicklingError(f"it names {kind}.{name}, which no checkpoint needs")
     return kind[name]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """An unpickler that knows only the classes of a table of contents."""
+    """An unpickler that accepts only the names that a table of contents needs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class of the list; every other name is refused."""
+        """Return an allowed class or function; refuse every other name."""
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) == ("builtins", "getattr"):
@@ -71,13 +71,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read a checkpoint's table of contents; nothing in it is executed.
+    """Read a checkpoint's table of contents without executing anything from it.
 
     Args:
-        folder: of one checkpoint, ``iter_0000123``.
+        folder: the checkpoint's directory, ``iter_0000123``.
 
     Raises:
-        UserError: if it is missing, damaged, or names anything else than such a table needs.
+        UserError: if the table is missing or damaged, or names anything that such a table does not need.
     """
     path = folder / METADATA
     try:
@@ -92,22 +92,22 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class _SafeReader(FileSystemReader):
-    """Reads the shards of a checkpoint; tensors are read weights-only by torch itself."""
+    """Reads the shards of a checkpoint; torch itself loads the tensors with ``weights_only=True``."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Read the table of contents with the fixed list of classes."""
+        """Read the table of contents with the fixed list of allowed classes."""
         metadata = read_metadata(Path(self.path))
         metadata.storage_meta = None
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
-        """Read what is planned; planners would execute entries that are no tensors."""
+        """Read what is planned; the planner's own ``load_bytes`` would execute non-tensor entries."""
         planner.load_bytes = functools.partial(_load_entry, planner)
         return super().read_data(plan, planner)
 
 
 def _load_entry(planner: Any, read_item: ReadItem, value: io.BytesIO) -> None:
-    """Put one entry where the model's state wants it."""
+    """Store one entry at its place in the state dictionary."""
     name = read_item.dest_index.fqn
     entry = unpickle(value, name)
     if planner.flatten_state_dict:
@@ -118,10 +118,10 @@ def _load_entry(planner: Any, read_item: ReadItem, value: io.BytesIO) -> None:
 
 @contextlib.contextmanager
 def safe_loading() -> Iterator[None]:
-    """Make megatron-core's ``dist_checkpointing.load`` execute nothing of what it reads."""
+    """Keep megatron-core's ``dist_checkpointing.load`` from executing anything that it reads."""
 
     def read_common(*arguments: Any) -> dict[str, Any]:
-        """Take the folder, which may come after the object that the function is a method of."""
+        """Read from the directory in the last argument; if the function is a method, its object precedes it."""
         folder = Path(arguments[-1])
         return read_common_state(folder, read_metadata(folder))
 
@@ -130,9 +130,9 @@ def safe_loading() -> Iterator[None]:
         _replaced(*common_state_reader(), read_common),
         warnings.catch_warnings(),
     ):
-        # megatron-core calls torch.distributed.checkpoint by names that torch has renamed.
+        # megatron-core calls functions of torch.distributed.checkpoint that torch has renamed.
         warnings.simplefilter("ignore", FutureWarning)
-        # Later versions let each rank load for itself, and torch takes that for a mistake.
+        # In later versions each rank loads by itself, which makes torch warn of a likely mistake.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         warnings.filterwarnings("ignore", "The argument order of load has been changed")
         yield

@@ -1,8 +1,8 @@
-"""Writing megatron-core's checkpoint shards from threads of this process.
+"""Write megatron-core's checkpoint shards on threads of this process.
 
-megatron-core writes shards from forked processes and collects their results through a manager process that it spawns.
-A process that holds a CUDA context, NCCL and loader workers is better not forked, and a spawned one imports the
-program again. Threads have neither fault; writing and hashing leave the interpreter's lock free.
+megatron-core writes shards in forked processes and collects their results through a manager process that it spawns.
+A process with a CUDA context, NCCL and dataloader workers should not be forked, and a spawned process imports the
+program again. Threads avoid both problems; writing and hashing release the interpreter lock.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ HASH_BLOCK_BYTES = 1 << 22
 
 
 class InPlaceSaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's way to save, which plans to write tensors from where they are, without copies."""
+    """megatron-core's save strategy, which plans to write host tensors in place, without copying them."""
 
     def async_save(self, sharded_state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> AsyncRequest:
         """Plan to write this rank's shards. Collective: every rank of the world calls it."""
@@ -39,7 +39,7 @@ class InPlaceSaveStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def planning_for_threads() -> Iterator[None]:
-    """Make the save requests planned inside report through a queue of this process."""
+    """Make the save requests that are planned inside report their results through a queue of this process."""
     name = results_queue_name()
     original = getattr(filesystem_async, name)
     setattr(filesystem_async, name, queue.Queue)
@@ -50,19 +50,19 @@ def planning_for_threads() -> Iterator[None]:
 
 
 class ShardWriting:
-    """This rank's files of one checkpoint on their way to disk."""
+    """This rank's files of one checkpoint while they are being written."""
 
     def __init__(self, request: AsyncRequest, keep_training: bool) -> None:
-        """Start to write this rank's tensors as they are now.
+        """Start writing this rank's tensors with their current values.
 
         Args:
-            request: what ``dist_checkpointing.save(..., async_sharded_save=True)`` returned.
-            keep_training: whether tensors may change before :meth:`finish`: they are copied first.
+            request: the request that ``dist_checkpointing.save(..., async_sharded_save=True)`` returned.
+            keep_training: whether tensors may change before :meth:`finish`; if so, they are copied first.
         """
         self._request = request
         self._results: queue.Queue[Any] | None = None
         buckets, transforms = [], []
-        # A rank that owns nothing has no function to call.
+        # A rank without files to write has no function to call.
         if request.async_fn is not None:
             transforms, _ = request.async_fn.args
             _, buckets, self._results = request.async_fn_args
@@ -75,19 +75,19 @@ class ShardWriting:
 
     @property
     def is_done(self) -> bool:
-        """Whether each file of this rank is written, or has failed."""
+        """Whether every file of this rank has been written or has failed."""
         return all(write.done() for write in self._writes)
 
     def finish(self) -> dict[str, str]:
-        """Wait for this rank's files, then complete the checkpoint's table of contents.
+        """Wait for this rank's files, then write the checkpoint's table of contents.
 
         Collective: every rank of the world calls it.
 
         Returns:
-            The SHA-256 of this rank's files, by name.
+            The SHA-256 digests of this rank's files, by name.
 
         Raises:
-            CheckpointException: on every rank, if one of them could not write.
+            CheckpointException: on every rank, if any rank could not write.
         """
         self._threads.shutdown(wait=True)
         written = [write.result() for write in self._writes]
@@ -100,7 +100,7 @@ class ShardWriting:
 
 
 def sha256(path: Path, on_progress: Callable[[int], object] = lambda _: None) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal; each part's number of bytes is told as it is read."""
+    """Return a file's SHA-256 in hexadecimal; ``on_progress`` receives the number of bytes of each block read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):
@@ -110,10 +110,10 @@ def sha256(path: Path, on_progress: Callable[[int], object] = lambda _: None) ->
 
 
 def _without_slack(tensor: Tensor) -> Tensor:
-    """Return a tensor over the same host memory whose storage ends where it does.
+    """Return a tensor over the same host memory whose storage spans only the tensor itself.
 
-    torch.save writes a view's whole storage, and so megatron-core copies each view: a parameter is one, into the buffer
-    that holds all of them.
+    torch.save writes the whole storage of a view, so megatron-core copies every view first. Parameters are views of the
+    buffer that holds all of them.
     """
     if not tensor.is_cpu or not tensor.is_contiguous():
         return tensor
@@ -123,16 +123,16 @@ def _without_slack(tensor: Tensor) -> Tensor:
 
 
 def _copy_to_host(buckets: list[Any]) -> None:
-    """Put a copy in the place of each planned tensor, and let go of the tensor: what was gathered is so freed."""
+    """Replace each planned tensor by a host copy and drop the reference to it, which frees gathered tensors."""
     planned = [(tensors, place) for _, _, (_, tensors) in buckets for place in range(len(tensors))]
-    # By address: the parts of one tensor follow each other, and with the last of them it is freed.
+    # Sorted by address, the parts of a tensor are adjacent, and the tensor is freed after the last of them.
     for tensors, place in sorted(planned, key=lambda one: one[0][one[1]][1].data_ptr()):
         item, tensor = tensors[place]
         tensors[place] = item, tensor.to("cpu", copy=True)
 
 
 def _taken(tensors: list[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
-    """Bring planned tensors to the host's memory one by one, and let go of each once it is written."""
+    """Yield planned tensors in host memory one by one, and drop the reference to each after it is written."""
     tensors.reverse()
     while tensors:
         item, tensor = tensors.pop()
@@ -140,10 +140,10 @@ def _taken(tensors: list[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
 
 
 def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[Any, str, str]:
-    """Write one file with megatron-core's function; returns its results or its exception, the name and the SHA-256."""
+    """Write one file with megatron-core's function; return its results or exception, the name and the SHA-256."""
     path, name, (entries, tensors) = bucket
     results: queue.Queue[Any] = queue.Queue()
-    # megatron-core's function ticks off a queue of files to write; this one holds the one file.
+    # megatron-core's function removes an item from a queue of files to write, which holds only this file here.
     pending: queue.Queue[int] = queue.Queue()
     pending.put(number)
     write_file = filesystem_async.FileSystemWriterAsync.write_preloaded_data
@@ -155,7 +155,7 @@ def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[Any, str, s
 
 
 def refusal(path: Path, error: Exception) -> OSError:
-    """Return what the disk says of a file that could not be written: torch's archive writer hides it."""
+    """Return the operating system's error for a file that could not be written, which torch's archive writer hides."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, str(path))
     try:

@@ -5,10 +5,10 @@ A superposed step runs the transformer over the same positions as an ordinary on
 
 from megatron_tst.shape.model_shape import ModelShape
 
-# The backward pass multiplies once more for the inputs' gradients and once more for the weights'.
+# A step costs three forward passes, because the backward pass computes gradients of the inputs and of the weights.
 PASSES = 3
-# Dense bfloat16 peak of a card in 1e12 FLOPs per second, by a part of its name (NVIDIA's data sheets). A card for PCI
-# Express comes before the faster one whose name its own begins with.
+# Dense bfloat16 peak of a GPU in 1e12 FLOPs per second, by a part of its name (NVIDIA's data sheets). The first match
+# counts, so a PCI Express variant precedes the faster GPU whose name is a prefix of its own.
 PEAK_TFLOPS = {
     "GB200": 2500.0, "B200": 2250.0, "H200 NVL": 835.0, "H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0,
     "H100": 989.0, "A100": 312.0,
@@ -16,23 +16,23 @@ PEAK_TFLOPS = {
 
 
 def attention_flops_per_sequence(shape: ModelShape) -> int:
-    """Return what scores and values of one layer take in a forward pass over one sequence, causal."""
+    """Return the FLOPs of one layer's causal attention scores and values in a forward pass over one sequence."""
     return 2 * 2 * (shape.seq_length * (shape.seq_length + 1) // 2) * shape.query_width
 
 
 def head_flops_per_sequence(shape: ModelShape) -> int:
-    """Return what the output layer takes in a forward pass over one sequence."""
+    """Return the FLOPs of the output layer in a forward pass over one sequence."""
     return 2 * shape.seq_length * shape.hidden_size * shape.padded_vocab_size
 
 
 def forward_flops_per_sequence(shape: ModelShape) -> int:
-    """Return the multiply-adds, times two, of one forward pass over one sequence.
+    """Return the FLOPs of one forward pass over one sequence: two per multiply-add.
 
     With L positions, hidden D, heads H of width E, K key-value heads, inner width F, vocabulary V::
 
         projections  2 L D (H E + 2 K E) + 2 L H E D
-        attention    2 * 2 * L (L + 1) / 2 * H E           scores and values, causal
-        MLP          2 L D F * (3 gated, 2 plain)          times top-k for experts, plus the router 2 L D N
+        attention    2 * 2 * L (L + 1) / 2 * H E           causal scores and values
+        MLP          2 L D F * (3 if gated, else 2)        in MoE times top-k, plus 2 L D N for the router of N experts
         head         2 L D V
 
     Look-ups, norms, activations and the loss are not counted.
@@ -52,5 +52,5 @@ def step_flops(shape: ModelShape, global_batch_size: int) -> int:
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Return a card's dense bfloat16 peak in 1e12 FLOPs per second, or None for one that is not known."""
+    """Return a GPU's dense bfloat16 peak in 1e12 FLOPs per second, or None if the GPU is unknown."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)

@@ -1,4 +1,4 @@
-"""Cards and what connects them, by NVIDIA's data sheets."""
+"""GPUs and the links between them, from NVIDIA's data sheets."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from megatron_tst.shape.flops import PEAK_TFLOPS
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of card, in nodes of eight.
+    """One kind of GPU, in nodes of eight.
 
     Attributes:
-        name: as on the command line.
-        peak_tflops: dense bfloat16 peak, 1e12 FLOPs per second.
-        memory_gib: as the driver reports it.
-        nvlink_gb_per_s: to the other cards of its node, one direction, 1e9 bytes per second.
-        network_gb_per_s: to other nodes, per card, one direction.
-        per_node: cards of a node.
+        name: name on the command line.
+        peak_tflops: dense bfloat16 peak in 1e12 FLOPs per second.
+        memory_gib: memory in GiB, as the driver reports it.
+        nvlink_gb_per_s: bandwidth to the other GPUs of the node in one direction, 1e9 bytes per second.
+        network_gb_per_s: bandwidth per GPU to other nodes in one direction, 1e9 bytes per second.
+        per_node: GPUs per node.
     """
 
     name: str
@@ -39,10 +39,10 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return a card by its name, whatever the case.
+    """Return the GPU of a name; case does not matter.
 
     Raises:
-        UserError: if it is not known.
+        UserError: if the name is unknown.
     """
     if name.lower() not in GPUS:
         raise UserError(f"--gpu {name}: unknown; choose from {', '.join(GPUS)}")

@@ -1,4 +1,4 @@
-"""The sizes of a model: what settings leave open, and what follows from them, is derived here and nowhere else."""
+"""The sizes of a model. This is the only place that fills in sizes that settings leave open and derives others."""
 
 import math
 from dataclasses import dataclass
@@ -8,33 +8,33 @@ from megatron_tst.config import ModelSettings, ParallelSettings, require
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Every size that weights, operations and memory of a model follow from.
+    """All sizes that determine a model's weights, FLOPs and memory.
 
-    The fields have the names of the settings; none of them is open.
+    Fields that correspond to settings have their names; every field has a value.
 
     Attributes:
         num_layers: transformer layers.
         hidden_size: width of the residual stream, D.
         num_attention_heads: query heads.
-        num_query_groups: key-value heads; as many as query heads where they are not grouped.
+        num_query_groups: key-value heads; as many as query heads without grouped-query attention.
         kv_channels: width of one head.
         ffn_hidden_size: inner width of a dense feed-forward network.
         num_experts: experts per layer; 0 in a dense model.
         moe_ffn_hidden_size: inner width of one expert.
-        moe_router_topk: experts that one position uses; 0 in a dense model.
+        moe_router_topk: experts that process each position; 0 in a dense model.
         seq_length: positions per sequence, L.
         max_position_embeddings: positions that the model can embed.
-        vocab_size: tokens of the vocabulary, V.
-        padded_vocab_size: rows of the embedding and columns of the head over all tensor-parallel ranks.
+        vocab_size: tokens in the vocabulary, V.
+        padded_vocab_size: rows of the embedding, and of the output layer, over all tensor-parallel ranks.
         layers_per_stage: layers of one pipeline stage.
         num_virtual_stages: chunks of layers that each pipeline stage holds; 1 without interleaving.
-        is_gated: whether feed-forward networks have a gate beside their up projection.
+        is_gated: whether feed-forward networks have a gate projection beside the up projection.
         has_bias: whether linear layers have biases.
         has_qk_norms: whether queries and keys are normalised per head.
-        has_position_table: whether positions are learned.
-        has_rope: whether positions enter by rotation.
-        norm_tensors: parameters of a norm per channel: a scale, and in LayerNorm a bias.
-        is_tied: whether the output layer is the embedding.
+        has_position_table: whether position embeddings are learned.
+        has_rope: whether position embeddings are rotary.
+        norm_tensors: parameters of a norm per channel: 1 in RMSNorm (scale), 2 in LayerNorm (scale and bias).
+        is_tied: whether the output layer shares the embedding's weight.
     """
 
     num_layers: int
@@ -62,47 +62,47 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """Width of all query heads."""
+        """Width of all query heads together."""
         return self.num_attention_heads * self.kv_channels
 
     @property
     def key_width(self) -> int:
-        """Width of all key heads, and of all value heads."""
+        """Width of all key heads together, which is also that of all value heads."""
         return self.num_query_groups * self.kv_channels
 
     @property
     def query_key_value_width(self) -> int:
-        """Rows of the matrix that makes queries, keys and values."""
+        """Rows of the matrix that computes queries, keys and values."""
         return self.query_width + 2 * self.key_width
 
     @property
     def inner_width(self) -> int:
-        """Inner width of the network that a layer has: of one expert, or of the dense one."""
+        """Inner width of one expert in an MoE model, of the feed-forward network in a dense one."""
         return self.moe_ffn_hidden_size if self.num_experts else self.ffn_hidden_size
 
     @property
     def gate_up_width(self) -> int:
-        """Width of a dense network's gate and up projections together."""
+        """Width of the gate and up projections of a dense feed-forward network together."""
         return 2 * self.ffn_hidden_size
 
     @property
     def expert_gate_up_width(self) -> int:
-        """The same of an expert's."""
+        """Width of the gate and up projections of one expert together."""
         return 2 * self.moe_ffn_hidden_size
 
 
 def resolve_shape(
     model: ModelSettings, vocab_size: int | None = None, parallel: ParallelSettings | None = None
 ) -> ModelShape:
-    """Return the sizes of a model, on a parallel layout.
+    """Return the sizes of a model under a parallel layout.
 
     Args:
-        model: its settings.
-        vocab_size: tokens of the vocabulary before padding; ``--vocab-size`` where not given.
-        parallel: the layout, which vocabulary padding and stages follow from; one rank where not given.
+        model: the model's settings.
+        vocab_size: tokens in the vocabulary before padding; ``--vocab-size`` if not given.
+        parallel: the layout, which determines vocabulary padding and pipeline stages; one rank if not given.
 
     Raises:
-        UserError: if a size is not given that nothing else implies.
+        UserError: if a required size is missing.
     """
     parallel = parallel or ParallelSettings()
     layers, hidden = require("--num-layers", model.num_layers), require("--hidden-size", model.hidden_size)
@@ -139,11 +139,11 @@ def resolve_shape(
 
 
 def pad_vocabulary(vocab_size: int, multiple: int) -> int:
-    """Return the vocabulary rounded up to a multiple, as Megatron-LM does."""
+    """Return the vocabulary size rounded up to a multiple, as Megatron-LM does."""
     return math.ceil(vocab_size / multiple) * multiple
 
 
 def virtual_stages(num_layers: int, parallel: ParallelSettings) -> int | None:
-    """Return the chunks of layers that each pipeline stage holds, or None without interleaving."""
+    """Return the number of layer chunks per pipeline stage, or None without interleaving."""
     per_chunk = parallel.num_layers_per_virtual_pipeline_stage
     return None if per_chunk is None else num_layers // parallel.pipeline_model_parallel_size // per_chunk

@@ -1,4 +1,4 @@
-"""Parameters of a model, counted from its shape."""
+"""Parameter counts of a model, computed from its shape."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from megatron_tst.shape.model_shape import ModelShape
 
 @dataclass(frozen=True)
 class ParameterParts:
-    """Parameters by how ranks share them.
+    """Parameter counts, separated by how ranks share the parameters.
 
     Attributes:
-        layer_matrices: of one layer: matrices and their biases that tensor parallelism splits.
-        layer_copied: of one layer: what every tensor-parallel rank holds whole: norms, router, some biases.
-        layer_experts: of one layer: all its experts.
-        layer_active_experts: of these, the experts that one position uses.
-        table: the embedding of all words; as much again for an output weight of its own.
-        positions: learned positions.
-        last_norm: the norm before the output.
+        layer_matrices: parameters of one layer that tensor parallelism splits: matrices and their biases.
+        layer_copied: parameters of one layer that every tensor-parallel rank holds whole: norms, router, some biases.
+        layer_experts: parameters of all experts of one layer.
+        layer_active_experts: parameters of the experts of one layer that process one position.
+        table: parameters of the token embedding; an untied output layer has as many.
+        positions: parameters of learned position embeddings.
+        last_norm: parameters of the norm before the output layer.
     """
 
     layer_matrices: int
@@ -29,16 +29,16 @@ class ParameterParts:
 
 
 def parameter_parts(shape: ModelShape) -> ParameterParts:
-    """Return the parameters by part.
+    """Return the parameter counts of a model's parts.
 
-    With hidden D, heads H of width E, K key-value heads, inner width F, vocabulary V, N experts, c parameters of a norm
-    per channel (1 for RMSNorm, 2 for LayerNorm)::
+    With hidden D, heads H of width E, K key-value heads, inner width F, vocabulary V, P learned positions, N experts
+    and c parameters of a norm per channel (1 in RMSNorm, 2 in LayerNorm)::
 
-        table      V D; learned positions P D
+        table      V D, and P D for learned positions
         attention  D (H E + 2 K E) + H E D, and 2 c E for norms of queries and keys
-        MLP        D F * (3 gated, 2 plain), N times for experts, plus the router N D
-        norms      2 c D per layer, c D at the end
-        biases     one per row of each matrix of a layer, where there are any
+        MLP        D F * (3 if gated, else 2), in MoE times N, plus N D for the router
+        norms      2 c D per layer, and c D before the output layer
+        biases     one per row of each matrix of a layer, if linear layers have biases
     """
     hidden, norm, num_experts = shape.hidden_size, shape.norm_tensors, shape.num_experts
     rows = shape.inner_width * (2 if shape.is_gated else 1)
@@ -60,7 +60,7 @@ def parameter_parts(shape: ModelShape) -> ParameterParts:
 
 
 def count_parameters(shape: ModelShape, *, active: bool = False) -> int:
-    """Return the parameters of the whole model; ``active`` counts only the experts that one position uses."""
+    """Return the parameter count of the whole model; ``active`` counts only the experts that process one position."""
     parts = parameter_parts(shape)
     experts = parts.layer_active_experts if active else parts.layer_experts
     layer = parts.layer_matrices + parts.layer_copied + experts
@@ -69,5 +69,5 @@ def count_parameters(shape: ModelShape, *, active: bool = False) -> int:
 
 
 def checkpoint_bytes(num_parameters: int, bf16: bool) -> int:
-    """Return the bytes of a checkpoint: weights, and with the optimizer float32 main weights and two moments."""
+    """Return the bytes of a checkpoint: weights, and the optimizer's float32 main weights and two moments."""
     return num_parameters * ((2 if bf16 else 4) + 12)

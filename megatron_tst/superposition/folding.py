@@ -1,4 +1,4 @@
-"""Fold a sequence of data tokens into bags, and its labels into bags of targets.
+"""Fold sequences of data tokens into bags, and their labels into bags of targets.
 
 Shape letters: B sequences, T data tokens, S bag size, L = T / S positions.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def fold_tokens(tokens: Tensor, bag_size: int) -> Tensor:
-    """Cut each sequence into contiguous, non-overlapping bags.
+    """Split each sequence into contiguous, non-overlapping bags.
 
     Args:
         tokens: ``[B, T]`` integers; T must be a multiple of ``bag_size``.
@@ -31,13 +31,13 @@ def fold_labels(labels: Tensor, bag_size: int, ignore_index: int = -100) -> Tens
     """Fold next-token labels so that each position's targets are the next bag.
 
     ``labels[:, t]`` is the token after token t, so the tokens of bag j+1 are the labels (j+1)S-1 .. (j+2)S-2:
-    a shift by S-1 to the left lines them up with bag j. The tail that the shift uncovers is ignored; the last
+    a shift by S-1 to the left aligns them with bag j. The vacated tail is filled with ``ignore_index``; the last
     position keeps one valid target, the token after the sequence.
 
     Args:
         labels: ``[B, T]`` integers; T must be a multiple of ``bag_size``.
-        bag_size: S, at least 1. With 1 the labels come back unshifted.
-        ignore_index: marks targets that carry neither loss nor gradient.
+        bag_size: S, at least 1. With 1 the labels are not shifted.
+        ignore_index: value of targets that contribute neither loss nor gradient.
 
     Returns:
         ``[B, L, S]``: the targets of position j, in reading order.
@@ -50,12 +50,12 @@ def fold_labels(labels: Tensor, bag_size: int, ignore_index: int = -100) -> Tens
 
 
 def slide_labels(labels: Tensor, bag_size: int, ignore_index: int = -100) -> Tensor:
-    """Give each single token the next S tokens as targets: superposition of the output alone.
+    """Give each single token the next S tokens as targets: superposition of the output only.
 
     Args:
         labels: ``[B, L]`` integers, next-token labels.
         bag_size: S, at least 1.
-        ignore_index: marks targets beyond the sequence.
+        ignore_index: value of targets beyond the end of the sequence.
 
     Returns:
         ``[B, L, S]``: position j predicts the labels j .. j+S-1, in reading order.

@@ -1,4 +1,4 @@
-"""The multi-hot cross-entropy (MCE): arithmetic shared by every implementation, and the reference itself.
+"""The multi-hot cross-entropy (MCE): the arithmetic that all implementations share, and the reference implementation.
 
 For one row of logits z with targets y_i, bag weights w_i and validity m_i::
 
@@ -8,7 +8,7 @@ For one row of logits z with targets y_i, bag weights w_i and validity m_i::
 
 The loss of a batch is the sum of its row losses over the sum of its row weights.
 
-Shape letters: V vocabulary, S bag size; ``...`` any leading shape, the same in all arguments.
+Shape letters: V vocabulary, S bag size; ``...`` stands for any leading shape, the same in all arguments.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def bag_mass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """MCEAlt: minus the logarithm of the total probability of the bag's distinct tokens; an :data:`Objective`.
 
-    Bag weights play no part; a row with any valid target weighs 1.
+    Bag weights have no effect; the weight of a row with any valid target is 1.
     """
     places = range(targets.shape[-1])
     repeats = [(targets[..., :i] == targets[..., i : i + 1]).any(dim=-1) for i in places]
@@ -48,13 +48,13 @@ def bag_mass(
 
 
 def row_weights(objective: str, targets: Tensor, weights: Tensor, ignore_index: int = -100) -> Tensor:
-    """Return each row's weight omega under an objective, before any logit is known.
+    """Return each row's weight omega under an objective; it does not depend on the logits.
 
     Args:
         objective: ``mce`` or ``mce_alt``.
         targets: ``[..., S]`` integers.
         weights: ``[S]`` float32.
-        ignore_index: the target that carries neither loss nor gradient.
+        ignore_index: value of targets that contribute neither loss nor gradient.
 
     Returns:
         ``[...]`` float32.
@@ -68,12 +68,12 @@ OBJECTIVES: dict[str, Objective] = {"mce": multi_hot, "mce_alt": bag_mass}
 
 
 def target_weights(targets: Tensor, weights: Tensor, ignore_index: int = -100) -> Tensor:
-    """Return w_i m_i, each target's weight, zero where it is ignored.
+    """Return w_i m_i: the weight of each target, which is zero for ignored targets.
 
     Args:
         targets: ``[..., S]`` integers.
         weights: ``[S]`` float32.
-        ignore_index: the target that carries neither loss nor gradient.
+        ignore_index: value of targets that contribute neither loss nor gradient.
 
     Returns:
         ``[..., S]`` float32; its sum over the last axis is the row weight omega.
@@ -82,14 +82,14 @@ def target_weights(targets: Tensor, weights: Tensor, ignore_index: int = -100) -
 
 
 def target_coefficients(columns: Tensor, weights: Tensor) -> Tensor:
-    """Return c_i, the summed weight of all targets of the row that share target i's column.
+    """Return c_i: the summed weight of all targets in the row that have the same column as target i.
 
-    The gradient in that column is then ``omega p_i - c_i``, one value however often the column repeats, so it
-    can be written instead of added: the order of the writes does not matter.
+    The gradient in that column is then ``omega p_i - c_i``, however often the column repeats. It can therefore be
+    written instead of added, and the order of the writes does not matter.
 
     Args:
         columns: ``[..., S]`` integers.
-        weights: ``[..., S]`` float32, zero for targets that do not count.
+        weights: ``[..., S]`` float32, zero for ignored targets.
 
     Returns:
         ``[..., S]`` float32.
@@ -101,17 +101,17 @@ def target_coefficients(columns: Tensor, weights: Tensor) -> Tensor:
 def multi_hot_cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """Compute the multi-hot cross-entropy of each row on one rank: the reference, differentiable.
+    """Compute the multi-hot cross-entropy of each row on one rank: the differentiable reference.
 
     Args:
         logits: ``[..., V]`` of any floating dtype; computed in float32 unless float64.
         targets: ``[..., S]`` integers in 0 .. V-1, or ``ignore_index``.
         weights: ``[S]`` float32 bag weights.
-        ignore_index: marks targets that carry neither loss nor gradient.
+        ignore_index: value of targets that contribute neither loss nor gradient.
 
     Returns:
-        ``(row_loss, row_weight)``, both ``[...]``: nats per position (the form without the constant -log S),
-        and the sum of the weights of the row's valid targets.
+        ``(row_loss, row_weight)``, both ``[...]``: the loss in nats per position (the form without the constant
+        -log S), and the sum of the weights of the row's valid targets.
     """
     if logits.dtype.itemsize < 4:
         logits = logits.float()

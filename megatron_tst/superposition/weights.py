@@ -1,4 +1,4 @@
-"""How much each token of a bag counts in the multi-hot loss (paper, appendix on bag weights).
+"""Weights of the tokens of a bag in the multi-hot loss (appendix on bag weights of the paper).
 
 Shape letters: S bag size.
 """
@@ -33,7 +33,7 @@ def bag_weights(name: str, bag_size: int, device: torch.device | None = None) ->
         name: ``uniform`` 1, ``power_law`` 1/i, ``exponential`` exp(-i), ``first_token`` (only i = 1) or
             ``mutual_information`` C0 + a i^k, for i = 1 .. S.
         bag_size: S, at least 1.
-        device: where to make the tensor; no host value is copied to it.
+        device: device on which the weights are computed; nothing is copied from the host.
 
     Returns:
         ``[S]`` float32, sum 1.

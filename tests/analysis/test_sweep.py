@@ -131,7 +131,7 @@ def test_all_settings_are_checked_before_anything_runs(tmp_path: Path):
         ({"settings": {"lr": ["-1"]}}, "--min-lr 0.0: must lie between 0 and --lr|--lr"),
         ({"settings": {"lr": ["1e-2", "0.01"]}}, "baseline: is named twice"),
         ({"settings": {"bf16": ["yes"]}}, "--vary bf16 yes: must be true or false"),
-        ({"settings": {"tst_objective": ["mce_alt"]}, "weights": ("power_law",)}, "mce_alt: has no bag weights"),
+        ({"settings": {"tst_objective": ["mce_alt"]}, "weights": ("power_law",)}, "mce_alt: uses no bag weights"),
         ({"flags": [*FLAGS, "--eval-iters", "0"]}, "--eval-iters 0: a grid compares"),
         ({"flags": [*FLAGS, "--lr-decay-iters", "9"]}, "--lr-decay-iters 9: is more than the runs' 8 steps"),
         ({"flags": [*FLAGS, "--global-batch-size", "3"]}, "--global-batch-size 3"),

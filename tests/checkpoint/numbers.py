@@ -1,9 +1,9 @@
-"""What a small run computes under several layouts, to the last bit, to be compared between two environments:
+"""Print the exact numbers that a small run computes under several layouts, to compare two environments:
 
     python3.11 -m venv OLD && OLD/bin/pip install torch==2.14.1 megatron-core==0.16.1 --editable '.[dev]'
     diff <(OLD/bin/python -m tests.checkpoint.numbers) <(.venv-3.12/bin/python -m tests.checkpoint.numbers)
 
-``numbers.json`` is what it wrote.
+``numbers.json`` is a recorded output.
 """
 
 import json
@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[int, str]] = {
 
 
 def compute(layout: str) -> dict[str, list[str]]:
-    """Losses, gradient norms and validation of a layout's run, as hexadecimal fractions."""
+    """Return losses, gradient norms and validation losses of a layout's run as hexadecimal floats."""
     ranks, flags = LAYOUTS[layout]
     with tempfile.TemporaryDirectory() as folder:
         outcome = run_distributed(train_layout, ranks, arguments(Path(folder), "run", flags), timeout_s=600)[0]

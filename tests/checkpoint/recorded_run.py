@@ -4,8 +4,8 @@
 
     python -m tests.checkpoint.recorded_run
 
-and holds ``metrics.json`` and the checkpoint after step 4, of two tensor-parallel times two data-parallel ranks that
-share the optimizer's state.
+and holds ``metrics.json`` and the checkpoint after step 4, saved by two tensor-parallel times two data-parallel ranks
+with the distributed optimizer.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ RUN = (
 
 
 def arguments(folder: Path, name: str, flags: str) -> list[str]:
-    """The command line of the run, over a corpus and a tokenizer that are the same everywhere."""
+    """Return the command line of the run, with a corpus and a tokenizer that are the same everywhere."""
     words = [f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrst"]
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
@@ -46,7 +46,7 @@ def arguments(folder: Path, name: str, flags: str) -> list[str]:
 
 
 def record(version: str) -> None:
-    """Train, and keep the checkpoint and the metrics."""
+    """Train and record the checkpoint and the metrics."""
     with tempfile.TemporaryDirectory() as temporary:
         argv = arguments(Path(temporary), "run", f"{TWO_RANKS} --save-interval {SAVED_STEP}")
         outcome = run_distributed(train_layout, 4, argv)[0]

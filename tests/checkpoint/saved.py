@@ -31,7 +31,7 @@ from megatron_tst.superposition import Phase, Schedule
 
 ITERATION, VOCAB = 12, 301
 
-# Sizes that differ wherever they may: no transposition or mix-up of two of them fits.
+# The sizes are all different if possible, so that transposing or confusing two of them fails.
 LLAMA: dict[str, Any] = {
     "num_layers": 4,
     "hidden_size": 32,
@@ -69,7 +69,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(model: dict[str, Any], parallel: ParallelSettings | None = None, bf16: bool = False) -> list[TSTGPTModel]:
-    """This rank's model chunks, without wrappers, with weights that depend on nothing but their names."""
+    """Return this rank's model chunks, not wrapped, with weights that depend only on their names."""
     parallel = parallel or ParallelSettings()
     settings = ModelSettings(**model)
     shape = resolve_shape(settings, VOCAB, parallel)
@@ -92,7 +92,7 @@ def build(model: dict[str, Any], parallel: ParallelSettings | None = None, bf16:
 
 
 def fill(chunks: list[TSTGPTModel]) -> None:
-    """Give each weight values that follow from its key and place alone; padding of the vocabulary is not a number."""
+    """Fill each weight with values that depend only on its key and offset; the vocabulary's padding is NaN."""
 
     def visit(node: Any) -> None:
         if isinstance(node, ShardedTensorFactory):
@@ -118,13 +118,13 @@ def _whole(key: str, size: tuple[int, ...]) -> Tensor:
     if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
         real = torch.randn(VOCAB, size[1], generator=draw) * 0.2
         return torch.cat((real, torch.full((size[0] - VOCAB, size[1]), torch.nan)))
-    # Large enough for every part of a layer to show in the logits.
+    # The values are large enough for every part of a layer to affect the logits.
     around = 1.0 if "norm" in key else 0.0
     return around + 0.2 * torch.randn(size, generator=draw)
 
 
 def save(chunks: list[TSTGPTModel], checkpoints: Path, run: RunConfig, tokenizer: str, ranks: ParallelState) -> None:
-    """Save the model's tensors and, as an optimizer would, one that is not the model's."""
+    """Save the model's tensors and one tensor of an optimizer."""
     moment = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.output_layer.weight", torch.zeros(3))
     moment.replica_id = ranks.rank
     content = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
@@ -147,7 +147,7 @@ def change_contents(folder: Path, edit: Callable[[Any], object]) -> None:
 
 
 def save_here(checkpoints: Path, name: str, tokenizer: str, ranks: ParallelState, bf16: bool = False) -> TSTGPTModel:
-    """Save a model of one rank, in a process that has joined; returns it."""
+    """Save a model on one rank, in a process that has joined megatron-core's groups; return the model."""
     seed_everything(1)
     (chunk,) = build(MODELS[name], bf16=bf16)
     run = RunConfig(model=ModelSettings(**MODELS[name]), training=TrainingSettings(bf16=bf16))
@@ -156,7 +156,7 @@ def save_here(checkpoints: Path, name: str, tokenizer: str, ranks: ParallelState
 
 
 def save_layout(checkpoints: Path, name: str, tokenizer: str, parallel: ParallelSettings) -> None:
-    """Save a model of several ranks; every rank calls it."""
+    """Save a model on several ranks; every rank calls it."""
     per_stage = parallel.num_layers_per_virtual_pipeline_stage
     stages = MODELS[name]["num_layers"] // parallel.pipeline_model_parallel_size // per_stage if per_stage else None
     sizes = {field.name for field in dataclasses.fields(ParallelSizes)} - {"virtual_pipeline_model_parallel_size"}
@@ -170,7 +170,7 @@ def save_layout(checkpoints: Path, name: str, tokenizer: str, parallel: Parallel
 
 
 def load_here(folder: Path, model: dict[str, Any]) -> TSTGPTModel:
-    """Load a checkpoint's weights by megatron-core's own reader into a model of one rank."""
+    """Load a checkpoint's weights with megatron-core's own reader into a model on one rank."""
     (chunk,) = build(model)
     with torch.no_grad():
         for parameter in chunk.parameters():

@@ -4,8 +4,8 @@
 
     torchrun -m tests.checkpoint.stock_trainer --save tests/checkpoint/stock/VERSION --save-interval 3 --no-save-rng
 
-It is ``megatron.training`` of the installed megatron-core, which has it from 0.19 on. For 0.16.1 it is
-``pretrain_gpt.py`` of Megatron-LM's tag core_v0.16.1, whose folder comes first in PYTHONPATH (needs pybind11 and six).
+The trainer is ``megatron.training`` of the installed megatron-core, which contains it from 0.19 on. For 0.16.1 it is
+``pretrain_gpt.py`` of Megatron-LM's tag core_v0.16.1, whose directory is first in PYTHONPATH (needs pybind11 and six).
 """
 
 import functools
@@ -21,7 +21,7 @@ from megatron_tst.megatron_patches.cpu import enter_cpu, enter_cpu_card
 
 STOCK = Path(__file__).parent / "stock"
 SAVED_STEP = 3
-# Sizes that differ wherever they may, and settings whose defaults are others here or there.
+# The sizes are all different if possible; the other settings have different defaults here and in Megatron-LM.
 MODEL = (
     "--num-layers 2 --hidden-size 6 --ffn-hidden-size 12 --num-attention-heads 6 --kv-channels 2 "
     "--group-query-attention --num-query-groups 2 --seq-length 16 --max-position-embeddings 16 --swiglu "
@@ -38,7 +38,7 @@ TRAINER = (
 
 
 def enter_card() -> None:
-    """Let the trainer find a card, which is the CPU."""
+    """Make the trainer use the CPU as if it were a GPU."""
     enter_cpu()
     enter_cpu_card()
     from megatron.training import training
@@ -47,14 +47,14 @@ def enter_card() -> None:
 
 
 def train() -> None:
-    """Do with the trainer of the installed version what ``pretrain_gpt.py`` does: flags are read, a GPT trains."""
+    """Read flags and train a GPT with the trainer of the installed version, as ``pretrain_gpt.py`` does."""
     from megatron.core.datasets import utils
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    utils.compile_helpers = lambda: None  # the wheel has them compiled
+    utils.compile_helpers = lambda: None  # the wheel contains them compiled
     args = parse_and_validate_args()
     build_datasets.is_distributed = True
     settings = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -77,20 +77,20 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
 
 
 def forward_step(batches: Any, model: torch.nn.Module, *_: Any) -> Any:
-    """Return what the model makes of the next batch, and the function that makes a loss of it."""
+    """Return the model's output for the next batch, and the function that computes the loss from it."""
     batch = next(batches)
     losses_BL = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
     return losses_BL, functools.partial(loss, batch["loss_mask"])
 
 
 def loss(mask_BL: torch.Tensor, losses_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the sum over positions, their number, and what is logged."""
+    """Return the sum over positions, the number of positions, and the values to log."""
     total, count = (losses_BL * mask_BL).sum(), mask_BL.sum().int()
     return total, count, {"lm loss": torch.stack((total.detach(), count.float()))}
 
 
 def main(flags: list[str]) -> None:
-    """Train with the flags of the recorded model, and with more."""
+    """Train with the flags of the recorded model and additional flags."""
     enter_card()
     sys.argv[1:] = [*MODEL.split(), *TRAINER.split(), *flags]
     script = importlib.util.find_spec("pretrain_gpt")

@@ -1,4 +1,4 @@
-"""One run under every supported version of megatron-core: the same numbers, and checkpoints that each resumes."""
+"""A run gives the same numbers under every supported version of megatron-core, and each resumes the others' runs."""
 
 import json
 
@@ -15,7 +15,7 @@ METRICS = json.loads((RECORDED / VERSIONS[0] / "metrics.json").read_text())
 
 
 def differs(outcome, start: int = 0) -> float:
-    """The largest relative difference from the recorded run of losses and gradient norms."""
+    """Return the largest relative difference of losses and gradient norms from the recorded run."""
     pairs = [*zip(outcome.losses, METRICS["loss"][start:], strict=True)]
     pairs += zip(outcome.grad_norms, METRICS["grad_norm"][start:], strict=True)
     pairs += zip(outcome.valid, METRICS["valid"], strict=True)
@@ -27,7 +27,7 @@ def test_both_versions_are_recorded():
     assert sum(path.stat().st_size for path in RECORDED.rglob("*")) < 600_000
 
 
-def test_the_installed_version_trains_as_the_recorded_one(tmp_path):
+def test_installed_version_trains_as_the_recorded_one(tmp_path):
     outcome = run_distributed(train_layout, 2, arguments(tmp_path, "run", TWO_RANKS))[0]
     assert differs(outcome) < 1e-6
     other_seed = run_distributed(train_layout, 2, arguments(tmp_path, "other", f"{TWO_RANKS} --seed 7"))[0]
@@ -47,12 +47,12 @@ def test_the_installed_version_trains_as_the_recorded_one(tmp_path):
     ],
 )
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_installed_version_resumes_what_each_has_saved(tmp_path, version, ranks, flags):
+def test_installed_version_resumes_checkpoints_of_each_version(tmp_path, version, ranks, flags):
     argv = [*arguments(tmp_path, "run", flags), "--load", str(RECORDED / version)]
     assert differs(run_distributed(train_layout, ranks, argv)[0], SAVED_STEP) < 1e-6
 
 
-def test_a_run_without_the_saved_moments_is_told_apart(tmp_path):
+def test_run_without_the_saved_moments_differs(tmp_path):
     argv = [*arguments(tmp_path, "run", ONE_RANK), "--load", str(RECORDED / VERSIONS[0]), "--no-load-optim"]
     assert differs(run_distributed(train_layout, 1, argv)[0], SAVED_STEP) > 1e-4
 
@@ -64,8 +64,8 @@ def largest_difference(found: dict, written: dict) -> float:
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_computes_what_was_written_down(layout):
-    """Both versions gave these numbers, bitwise under one torch; another torch or processor may round otherwise."""
+def test_every_layout_computes_the_recorded_numbers(layout):
+    """Both versions gave these numbers, bitwise with one torch; another torch or processor may round differently."""
     found, written = compute(layout), json.loads(NUMBERS.read_text())
     limit = 1e-2 if "bf16" in layout else 1e-6
     assert largest_difference(found, written[layout]) < limit

@@ -1,4 +1,4 @@
-"""Which settings a run may change when it goes on from a checkpoint."""
+"""The settings that a run may change when it resumes from a checkpoint."""
 
 from dataclasses import replace
 
@@ -31,18 +31,18 @@ def test_equal_settings_have_no_changes():
         replace(SAVED, parallel=ParallelSettings(tensor_model_parallel_size=4)),
     ],
 )
-def test_what_any_start_may_change_is_none(wanted):
+def test_settings_that_may_change_freely_are_not_changes(wanted):
     assert find_changes(SAVED, wanted) == []
 
 
-def test_what_makes_another_run_is_binding():
+def test_change_of_the_method_is_binding():
     wanted = replace(SAVED, superposition=SuperpositionSettings(tst_bag_size=8))
     (change,) = find_changes(SAVED, wanted)
     assert change.is_binding
     assert str(change) == "--tst-bag-size 8: the checkpoint was made with 1"
 
 
-def test_a_rate_is_told_but_not_binding():
+def test_change_of_the_learning_rate_is_reported_but_not_binding():
     (change,) = find_changes(SAVED, replace(SAVED, optimizer=OptimizerSettings(lr=2e-3)))
     assert not change.is_binding
     assert change.flag == "--lr"
@@ -66,21 +66,21 @@ def model_changes(saved: ModelSettings, **wanted) -> list[str]:
         (MODEL, {"normalization": "RMSNorm"}),
         (MODEL, {"disable_bias_linear": True}),
         (MODEL, {"untie_embeddings_and_output_weights": True}),
-        # The same weights, cut into other heads.
+        # The same weights are divided into other heads.
         (MODEL, {"num_attention_heads": 2, "kv_channels": 16}),
         (EXPERTS, {"moe_router_topk": 1}),
         (EXPERTS, {"moe_expert_capacity_factor": 0.5}),
         (replace(MODEL, position_embedding_type="learned_absolute"), {"max_position_embeddings": 32}),
     ],
 )
-def test_what_makes_another_function_of_the_same_weights_is_found(model, wanted):
+def test_changes_of_the_models_function_are_found(model, wanted):
     assert set(wanted) <= set(model_changes(model, **wanted))
 
 
 @pytest.mark.parametrize(
     ("model", "wanted"),
     [
-        # What an import writes out, and a command line leaves to defaults.
+        # An import writes these settings out, and a command line leaves them at their defaults.
         (MODEL, {"kv_channels": 8, "ffn_hidden_size": 128, "num_query_groups": 4, "max_position_embeddings": 16}),
         (MODEL, {"group_query_attention": True, "num_query_groups": 4}),
         (MODEL, {"moe_router_topk": 8, "moe_token_drop_policy": "position"}),
@@ -89,5 +89,5 @@ def test_what_makes_another_function_of_the_same_weights_is_found(model, wanted)
         (replace(MODEL, position_embedding_type="none"), {"rotary_base": 5000}),
     ],
 )
-def test_another_way_to_write_one_model_is_no_change(model, wanted):
+def test_other_notations_of_the_same_model_are_not_changes(model, wanted):
     assert model_changes(model, **wanted) == []

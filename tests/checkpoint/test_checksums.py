@@ -1,4 +1,4 @@
-"""Checksums that coreutils reads, and that find every kind of damage."""
+"""Checksums are readable by coreutils and detect every kind of damage."""
 
 import subprocess
 from pathlib import Path
@@ -16,17 +16,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_sha256sum_reads_them(folder: Path):
+def test_sha256sum_reads_the_checksums(folder: Path):
     done = subprocess.run(["sha256sum", "--check", CHECKSUMS], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()) == [".metadata:", "OK", "OK", "__0_0.distcp:"]
 
 
-def test_a_whole_folder_has_no_damage(rank, folder: Path):
+def test_intact_directory_has_no_damage(rank, folder: Path):
     assert find_damage(folder, rank) is None
 
 
-def test_every_byte_is_told_as_it_is_read(folder: Path):
+def test_progress_adds_up_to_all_bytes(folder: Path):
     told: list[int] = []
     assert find_damage_alone(folder, on_progress=told.append) is None
     assert sum(told) == sum(path.stat().st_size for path in folder.iterdir() if path.name != CHECKSUMS)

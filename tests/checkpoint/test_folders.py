@@ -1,4 +1,4 @@
-"""A folder that carries a step's name is whole, and the tracker names one of them."""
+"""A directory with the name of a step is always complete, and the tracker names one of them."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ def save(folders: CheckpointFolders, step: int, content: str = "") -> None:
     folders.publish(step)
 
 
-def test_nothing_is_there_at_first(folders):
+def test_new_directory_has_no_checkpoints(folders):
     assert folders.steps() == []
     assert folders.latest() is None
 
 
-def test_what_is_being_written_is_not_a_checkpoint(folders):
+def test_partially_written_directory_is_not_a_checkpoint(folders):
     save(folders, 5)
     folders.begin(10)
     (folders.partial(10) / "shard").write_text("half")
@@ -36,22 +36,22 @@ def test_what_is_being_written_is_not_a_checkpoint(folders):
     assert (folders.path / "iter_0000010" / "shard").read_text() == "half"
 
 
-def test_the_tracker_comes_last(folders, monkeypatch):
-    """Killed before the tracker is moved: the checkpoint before is the latest, and whole."""
+def test_tracker_is_updated_last(folders, monkeypatch):
+    """If the process is killed before the tracker is updated, the latest checkpoint is the previous one."""
     save(folders, 5)
     monkeypatch.setattr(folders, "point_to", lambda _: None)
     save(folders, 10)
     assert folders.latest() == 5
 
 
-def test_remains_of_a_killed_save_are_cleared(folders):
+def test_remains_of_a_killed_save_are_deleted(folders):
     folders.begin(5)
     (folders.partial(5) / "stale").write_text("")
     save(folders, 5)
     assert [path.name for path in folders.of(5).iterdir()] == ["shard"]
 
 
-def test_a_checkpoint_saved_again_is_moved_aside(folders):
+def test_checkpoint_that_is_saved_again_is_moved_aside(folders):
     save(folders, 5, "damaged")
     save(folders, 5, "whole")
     assert (folders.of(5) / "shard").read_text() == "whole"
@@ -59,7 +59,7 @@ def test_a_checkpoint_saved_again_is_moved_aside(folders):
     assert folders.steps() == [5]
 
 
-def test_later_checkpoints_are_of_another_course(folders):
+def test_later_checkpoints_of_another_course_are_moved_aside(folders):
     for step in (5, 10, 15):
         save(folders, step)
     folders.begin(7)
@@ -71,7 +71,7 @@ def test_later_checkpoints_are_of_another_course(folders):
 
 
 @pytest.mark.parametrize("text", ["", " \n", "release", "-5", "1.5", "1_0", "\u0661"])
-def test_a_tracker_may_name_no_step(folders, text):
+def test_tracker_may_name_no_step(folders, text):
     save(folders, 5)
     folders.tracker.write_text(text, encoding="utf-8")
     assert folders.latest() is None
@@ -79,13 +79,13 @@ def test_a_tracker_may_name_no_step(folders, text):
     assert folders.latest() == 12
 
 
-def test_a_tracker_that_cannot_be_read_is_named(folders):
+def test_error_names_a_tracker_that_cannot_be_read(folders):
     folders.tracker.mkdir(parents=True)
     with pytest.raises(UserError, match=r"latest_checkpointed_iteration.txt: cannot be read: Is a directory"):
         folders.latest()
 
 
-def test_an_abandoned_or_removed_checkpoint_leaves_nothing(folders):
+def test_abandoned_or_removed_checkpoint_leaves_no_files(folders):
     save(folders, 5)
     folders.begin(10)
     folders.abandon(10)
@@ -93,7 +93,7 @@ def test_an_abandoned_or_removed_checkpoint_leaves_nothing(folders):
     assert [path.name for path in folders.path.iterdir()] == [folders.tracker.name]
 
 
-def test_an_unwritable_tracker_is_named(folders):
+def test_error_names_a_tracker_that_cannot_be_written(folders):
     save(folders, 5)
     folders.tracker.unlink()
     folders.tracker.mkdir()

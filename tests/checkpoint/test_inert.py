@@ -1,4 +1,4 @@
-"""The files of a checkpoint that are text are read as text: an object in one of them is refused, not made."""
+"""A checkpoint's text files are read as text: an object in one of them is refused and never created."""
 
 import contextlib
 import pickle
@@ -21,7 +21,7 @@ READERS = {
 
 
 class Bomb:
-    """Makes a folder when it is unpickled."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -32,16 +32,16 @@ class Bomb:
 
 @pytest.mark.parametrize("file", READERS)
 @pytest.mark.parametrize("language", ["pickle", "YAML"])
-def test_an_object_in_a_text_file_is_not_made(tmp_path: Path, file, language):
+def test_object_in_a_text_file_is_not_created(tmp_path: Path, file, language):
     canary = tmp_path / "executed"
     bomb = (
         pickle.dumps(Bomb(canary)) if language == "pickle" else f"!!python/object/apply:os.mkdir ['{canary}']".encode()
     )
     (tmp_path / file).write_bytes(bomb)
-    # The tracker that names no step may be passed over.
+    # A tracker that names no step is ignored without an error.
     with pytest.raises(UserError) if file != TRACKER else contextlib.suppress(UserError):
         READERS[file](tmp_path)
     assert not canary.exists()
-    # The control: the bomb is live.
+    # Negative control: the bomb goes off when it is unpickled.
     (pickle.loads if language == "pickle" else yaml.unsafe_load)((tmp_path / file).read_bytes())
     assert canary.exists()

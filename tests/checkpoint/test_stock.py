@@ -1,4 +1,4 @@
-"""Checkpoints of stock Megatron-LM here, and ours in stock Megatron-LM."""
+"""Checkpoints of stock Megatron-LM load here, and ours load in stock Megatron-LM."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ PADDED_VOCABULARY = 264
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> tuple[str, ...]:
-    """Flags that name a corpus and a tokenizer that the recorded models know all tokens of."""
+    """Return flags for a corpus and a tokenizer whose tokens are all in the recorded models' vocabulary."""
     folder = tmp_path_factory.mktemp("text")
     tokenizer = train_bpe(["the text of a tokenizer"], 260, folder / "tokenizer.json")
     documents = [[(7 * place * place + 31 * number) % 256 for place in range(40)] for number in range(60)]
@@ -47,7 +47,7 @@ def text(tmp_path_factory) -> tuple[str, ...]:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, read by torch alone."""
+    """Return all tensors of a checkpoint, read by torch alone."""
     reader = dcp.FileSystemReader(folder)
     entries = reader.read_metadata().state_dict_metadata.items()
     tensors = {
@@ -69,7 +69,7 @@ def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
 
 
 def first_weights(argv: list[str]) -> list:
-    """What a rank starts a run with."""
+    """Return the weights with which a rank starts a run."""
     started = [
         (*piece[:3], piece[3].detach().clone()) for piece in pieces(start_run(parse_config(argv), StopSignals()))
     ]
@@ -94,7 +94,7 @@ def test_both_versions_are_recorded():
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "flags"), [(1, ""), (2, "--tensor-model-parallel-size 2 --sequence-parallel")])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_run_starts_from_its_weights(text, tmp_path, version, ranks, flags):
+def test_run_starts_from_weights_of_megatron_lm(text, tmp_path, version, ranks, flags):
     wanted = weights(of_stock(version))
     argv = our_flags(text, tmp_path / "run", f"{flags} --tst-bag-size 4 --tst-steps 2")
     load = ["--load", str(STOCK / version), "--finetune"]
@@ -109,7 +109,7 @@ def test_a_run_starts_from_its_weights(text, tmp_path, version, ranks, flags):
 
 
 @pytest.mark.distributed
-def test_another_function_of_its_weights_is_refused_by_name(text, tmp_path):
+def test_settings_that_change_the_models_function_are_refused(text, tmp_path):
     load = f"--load {STOCK / VERSIONS[1]} --finetune"
     for flags, rule in {
         "--norm-epsilon 1e-5": "--norm-epsilon 1e-05: the checkpoint was made with 0.001",
@@ -121,7 +121,7 @@ def test_another_function_of_its_weights_is_refused_by_name(text, tmp_path):
 
 
 def changed(version: str, target: Path, **arguments) -> Path:
-    """A copy of the recorded checkpoints with other arguments."""
+    """Copy the recorded checkpoints and change their arguments; return the copy."""
     folder = CheckpointFolders(Path(shutil.copytree(STOCK / version, target))).of(SAVED_STEP)
     common = torch.load(folder / "common.pt", weights_only=False)
     vars(common["args"]).update(arguments)
@@ -130,9 +130,9 @@ def changed(version: str, target: Path, **arguments) -> Path:
 
 
 @pytest.mark.distributed
-def test_a_model_that_is_none_of_ours_is_refused_by_name(text, tmp_path):
+def test_unsupported_model_of_megatron_lm_is_refused(text, tmp_path):
     checkpoints = changed("0.16.1", tmp_path / "changed", layernorm_zero_centered_gamma=True)
-    with pytest.raises(UserError, match="made with layernorm_zero_centered_gamma=True, which no model here has"):
+    with pytest.raises(UserError, match="made with layernorm_zero_centered_gamma=True, which no model here supports"):
         find_saved_checkpoint(checkpoints, None)
     argv = our_flags(text, tmp_path / "run", f"--load {checkpoints} --finetune")
     with pytest.raises(AssertionError, match=r"layernorm_zero_centered_gamma=True.*--override-run-config"):
@@ -141,7 +141,7 @@ def test_a_model_that_is_none_of_ours_is_refused_by_name(text, tmp_path):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_it_converts_to_hugging_face(text, tmp_path, version):
+def test_checkpoint_of_megatron_lm_converts_to_hugging_face(text, tmp_path, version):
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     tokenizer = Path(text[-1]).parent
     argv = ("--load", STOCK / version, "--save", tmp_path / "hf", "--tokenizer", tokenizer, "--verify")
@@ -152,7 +152,7 @@ def test_it_converts_to_hugging_face(text, tmp_path, version):
     assert difference[2] == difference[3] == "16"
     (line,) = done.stderr.splitlines()
     assert line.endswith("has no checksums, for megatron-tst did not write it: it was converted unchecked")
-    # Both sides of that comparison have their settings from here.
+    # Both models of that comparison are built from this configuration.
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings.items() >= {
         "num_hidden_layers": 2, "hidden_size": 6, "intermediate_size": 12, "num_attention_heads": 6,
@@ -161,7 +161,7 @@ def test_it_converts_to_hugging_face(text, tmp_path, version):
     }.items()  # fmt: skip
 
 
-def test_what_a_conversion_needs_is_asked_for(tmp_path):
+def test_conversion_names_what_the_checkpoint_lacks(tmp_path):
     argv = ("--load", STOCK / VERSIONS[1], "--save", tmp_path / "hf")
     done = start("tools/convert_ckpt.py", *map(str, argv))
     assert (done.returncode, (tmp_path / "hf").exists()) == (2, False)
@@ -172,7 +172,7 @@ def test_what_a_conversion_needs_is_asked_for(tmp_path):
         find_saved_checkpoint(bare, None)
 
 
-def test_without_checksums_a_checkpoint_of_ours_is_damaged(tmp_path):
+def test_checkpoint_of_ours_without_checksums_is_refused(tmp_path):
     ours = Path(shutil.copytree(RECORDED / VERSIONS[0], tmp_path / "ours"))
     folder = CheckpointFolders(ours).of(RECORDED_STEP)
     assert find_saved_checkpoint(ours, None).has_checksums
@@ -187,7 +187,7 @@ needs_trainer = pytest.mark.skipif(
 
 
 def train_ours(text, folder: Path, ranks: int, flags: str) -> Path:
-    """Our run's last checkpoint."""
+    """Train with megatron-tst and return the last checkpoint."""
     run_distributed(train_layout, ranks, our_flags(text, folder, flags))
     return CheckpointFolders(folder / "checkpoints").of(4)
 
@@ -200,11 +200,11 @@ def train_stock(ranks: int, flags: str) -> None:
 
 @needs_trainer
 @pytest.mark.distributed
-def test_stock_starts_from_our_weights(text, tmp_path):
+def test_megatron_lm_starts_from_our_weights(text, tmp_path):
     wanted = weights(
         train_ours(text, tmp_path / "run", 1, "--tst-bag-size 4 --tst-steps 2 --use-distributed-optimizer")
     )
-    # A step at no rate leaves the weights as they were loaded.
+    # A step with learning rate 0 does not change the loaded weights.
     train_stock(
         2,
         f"--load {tmp_path}/run/checkpoints --finetune --lr 0 --train-iters 1 --save {tmp_path}/stock "
@@ -217,9 +217,9 @@ def test_stock_starts_from_our_weights(text, tmp_path):
 
 @needs_trainer
 @pytest.mark.distributed
-def test_stock_resumes_our_run(text, tmp_path):
+def test_megatron_lm_resumes_our_run(text, tmp_path):
     wanted = stored(train_ours(text, tmp_path / "run", 1, ""))
-    # It loads step 4, has nothing left to do, and saves.
+    # Megatron-LM loads step 4, has no steps left to train, and saves.
     train_stock(1, f"--load {tmp_path}/run/checkpoints --train-iters 4 --save {tmp_path}/stock --save-interval 3")
     resumed = tmp_path / "stock" / "iter_0000004"
     assert sum(key.startswith("optimizer.") for key in wanted) == 2 * len(weights(resumed))

@@ -1,4 +1,4 @@
-"""What of Megatron-LM's arguments says what a model computes."""
+"""The arguments of Megatron-LM that affect what a model computes."""
 
 import dataclasses
 import re
@@ -13,24 +13,24 @@ from megatron_tst.config import ModelSettings
 from tests.checkpoint.stock_trainer import SAVED_STEP, STOCK
 
 VERSIONS = sorted(folder.name for folder in STOCK.iterdir())
-# One for each kind of part.
+# One argument of each kind.
 FOREIGN = {
     "layernorm_zero_centered_gamma": True, "rotary_interleaved": True, "use_rope_scaling": True,
     "position_embedding_type": "yarn", "window_size": (128, 0), "softmax_type": "learnable", "squared_relu": True,
     "add_qkv_bias": True, "use_mup": True, "multi_latent_attention": True,
 }  # fmt: skip
 
-# Fields of the model's configuration on which the function of the weights does not depend, beyond rounding.
+# Fields of the model's configuration that do not affect the function of the weights, except by rounding.
 NEUTRAL = re.compile(
-    # Initial values, dropout of probabilities, and what only training does.
+    # Initial values, dropout of probabilities, and losses and routing that only affect training.
     r"(.*_)?init_.*|perform_initialization|use_cpu_initialization|embedding_init.*|qk_clip.*|log_max_attention_logit|"
     r"calculate_per_token_loss|moe_(aux_loss|z_loss)_coeff|moe_router_(load_balancing_type|bias_update_rate|force_.*|"
     r"quantile_balancing_ema)|moe_input_jitter_eps|moe_token_dropping|moe_per_layer_logging|moe_enable_routing_replay|"
-    # Types and precision.
+    # Dtypes and precision.
     r"fp8.*|fp4.*|fp16|bf16|.*_in_bf16|first_last_layers_bf16|params_dtype|.*_dtype|attention_softmax_in_fp32|"
     r"apply_query_key_layer_scaling|fp32_residual_connection|disable_bf16_reduced_precision_matmul|quant_recipe|"
     r"tp_only_amax_red|moe_router_padding_.*|use_te_activation_func|"
-    # Where and how fast it is computed.
+    # Devices, communication and speed.
     r".*parallel.*|.*pipeline.*|.*fusion.*|.*fused.*|.*fuser.*|.*overlap.*|.*recompute.*|.*offload.*|.*cuda_graph.*|"
     r"tp_comm.*|cp_comm.*|inference.*|use_inference.*|.*kitchen.*|moe_(hybridep|ncclep|deepep|flex|paged|permute|pad|"
     r"single|layer_recompute|enable_deepep|token_dispatcher|grouped_gemm|router_topk_limited|expert_rank|"
@@ -41,10 +41,10 @@ NEUTRAL = re.compile(
     r"use_ring_exchange_p2p|batch_p2p_.*|deallocate_.*|clone_scatter_.*|disable_parameter_transpose_cache|.*_buffers|"
     r"autocast_dtype|enable_autocast|grad_scale_func|no_sync_func|.*_sync_func|hetereogenous_dist_checkpoint|"
     r"heterogeneous_block_specs|moe_extended_tp|.*_activation_checkpoints|activation_func_fp8_.*|"
-    # Of parts that another field turns on, or that ordinary next tokens do not pass.
+    # Parts that another field enables, or that next-token prediction does not use.
     r"mtp_.*|mamba_.*|is_hybrid_model|use_mamba_.*|linear_(conv|key|value|num)_.*|dsa_.*|mup_.*|window_attn_skip_freq|"
     r"mrope_section|moe_router_num_groups|moe_shared_expert_(gate|glu_interleave_size)|"
-    # Under another name among the arguments.
+    # Fields that have another name among the arguments.
     r"num_moe_experts|gated_linear_unit|activation_func|softmax_scale"
 )
 
@@ -54,28 +54,28 @@ def recorded(version: str) -> dict:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_recorded_model_is_understood(version):
+def test_settings_of_a_recorded_model_are_read(version):
     model = model_settings(recorded(version))
     assert (model.norm_epsilon, model.rotary_base, model.num_query_groups) == (1e-3, 5000, 2)
     assert (model.disable_bias_linear, model.untie_embeddings_and_output_weights) == (True, True)
-    # --vocab-size 263, to which its tokenizer may add tokens.
+    # The model has --vocab-size 263, to which its tokenizer may add tokens.
     assert model.vocab_size is None
     assert find_foreign(recorded(version)) == []
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_no_model_here_computes_is_named(name):
+def test_unsupported_argument_is_named(name):
     assert find_foreign({**recorded(VERSIONS[1]), name: FOREIGN[name]}) == [f"{name}={FOREIGN[name]}"]
 
 
-def test_settings_of_experts_count_where_there_are_experts():
+def test_moe_arguments_matter_only_for_moe_models():
     arguments = {**recorded(VERSIONS[1]), "moe_router_score_function": "sigmoid"}
     assert find_foreign(arguments) == []
     assert find_foreign({**arguments, "num_experts": 4}) == ["moe_router_score_function=sigmoid"]
 
 
-def test_no_field_of_the_installed_configuration_is_forgotten():
-    """A version with a new field fails here, until it is known whether the function depends on it."""
+def test_every_field_of_the_installed_configuration_is_classified():
+    """A version with a new field fails here until the field is classified as affecting the function or not."""
     ours = {field.name for field in dataclasses.fields(ModelSettings)} | {"layernorm_epsilon", "add_bias_linear"}
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert {name for name in fields - ours - _REQUIRED.keys() if not NEUTRAL.fullmatch(name)} == set()

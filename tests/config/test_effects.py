@@ -16,7 +16,7 @@ SETTINGS = [
 @pytest.mark.parametrize("name", [*SETTINGS, "config", "phases"])
 def test_every_setting_has_an_effect(name):
     effect = effect_of(RunConfig, name)
-    # Nothing that alters the function is silent, and whatever stops a run is also reported.
+    # A setting that alters the function or stops a run is also reported.
     assert effect.is_reported or not (effect.is_binding or effect.alters_function)
 
 
@@ -28,10 +28,10 @@ def test_every_setting_has_an_effect(name):
         ("data.data_path", TEXT), ("parallel.context_parallel_size", NOTHING), ("logging.log_interval", NOTHING),
     ],
 )  # fmt: skip
-def test_a_field_has_its_own_effect_or_its_sections(name, effect):
+def test_field_has_its_own_effect_or_that_of_its_section(name, effect):
     assert effect_of(RunConfig, name) == effect
 
 
-def test_an_unknown_setting_has_none():
+def test_unknown_setting_has_no_effect():
     with pytest.raises(StopIteration):
         effect_of(RunConfig, "nothing.of_that_name")

@@ -1,4 +1,4 @@
-"""Nothing that is read from a YAML or JSON file is executed."""
+"""Reading a YAML or JSON file never executes anything that it contains."""
 
 import ast
 from pathlib import Path
@@ -16,8 +16,11 @@ ROOT = Path(megatron_tst.__file__).parents[1]
 SOURCES = sorted(
     path for folder in ("megatron_tst", "tools", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
 )
-STEP = '{"step": 1, "phase": 0, "loss": 1.0, "valid_loss": 1.0, "step_time_s": 1.0, "bag_size": 1, "loss_kind": "ce"}\n'
-# What reads settings from a YAML file, given its folder.
+METRICS = (
+    '{"kind": "step", "step": 1, "phase": 0, "loss": 1.0, "step_time_s": 1.0, "bag_size": 1, "loss_kind": "ce"}\n'
+    '{"kind": "valid", "step": 1, "valid_loss": 1.0}\n'
+)
+# Functions that read settings from a YAML file, given its directory.
 READERS = {
     "--config": lambda folder: parse_config(["--config", str(folder / "config.yaml")]),
     "a run's settings": lambda folder: load_config(folder / "config.yaml"),
@@ -25,7 +28,7 @@ READERS = {
     "run_status": read_status,
     "compare_runs": read_curve,
 }
-# The names by which the standard library and PyYAML build objects or run code from text.
+# Functions and classes of the standard library and PyYAML that build objects or run code from text.
 RUNS_CODE = {
     "eval",
     "exec",
@@ -39,24 +42,24 @@ RUNS_CODE = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_yaml_file_builds_no_objects(tmp_path, reader):
+def test_yaml_file_builds_no_objects(tmp_path, reader):
     (tmp_path / "config.yaml").write_text(
         f"model:\n  num_layers: !!python/object/apply:os.mkdir [{tmp_path}/witness]\n"
     )
-    (tmp_path / "metrics.jsonl").write_text(STEP)
+    (tmp_path / "metrics.jsonl").write_text(METRICS)
     with pytest.raises(UserError, match=r"config.yaml.*python/object/apply:os.mkdir"):
         READERS[reader](tmp_path)
     assert not (tmp_path / "witness").exists()
 
 
-def test_an_unsafe_loader_would_have_run_it(tmp_path):
-    """Control: the file above does what it is suspected of."""
+def test_unsafe_loader_executes_the_same_file(tmp_path):
+    """Negative control: the file above runs code when an unsafe loader reads it."""
     yaml.unsafe_load(f"!!python/object/apply:os.mkdir [{tmp_path}/witness]")
     assert (tmp_path / "witness").exists()
 
 
 def code_runners(source: str) -> list[str]:
-    """Names of what could run code from a file, and of YAML loaders without SafeLoader's kind."""
+    """Return the names of calls that could run code from a file, and of YAML loads without a safe loader."""
     tree, found = ast.parse(source), []
     safe = {
         node.name
@@ -75,11 +78,11 @@ def code_runners(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_reader_can_run_code(source: Path):
+def test_source_has_no_call_that_runs_code_from_files(source: Path):
     assert code_runners(source.read_text(encoding="utf-8")) == []
 
 
-def test_a_reader_that_can_would_be_found():
+def test_check_finds_calls_that_run_code():
     assert code_runners("yaml.load(text)\nyaml.load(text, Loader=yaml.FullLoader)\neval(text)") == [
         "yaml.load", "yaml.load", "eval",
     ]  # fmt: skip

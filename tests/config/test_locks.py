@@ -1,4 +1,4 @@
-"""Locks against another process."""
+"""Locks that keep another process from writing the same output."""
 
 import signal
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_tst.config.locks import locked
 from tests.locks import held_by_another
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path):
+def test_lock_is_refused_until_its_holder_ends(tmp_path: Path):
     path = tmp_path / "out.lock"
     with held_by_another(path) as other:
         with (
@@ -26,7 +26,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_cannot_be_written_is_named(tmp_path: Path):
+def test_error_names_an_output_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--flag x: cannot be written"), locked(tmp_path / "file" / "out", "--flag x"):
         pass

@@ -27,7 +27,7 @@ def test_flags_are_flat_and_typed():
     assert config.schedule.phases == (Phase(4, 3), Phase(1, 7))
 
 
-def test_yaml_under_flags_over_preset(tmp_path: Path):
+def test_flags_override_yaml_and_yaml_overrides_the_preset(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("model: {tst_preset: 270m, num_layers: 3}\noptimizer: {lr: 3e-4}\ntraining: {train_iters: 7}\n")
     config = parse_config(["--config", str(file), *GOOD[2:12], "--tokenizer-model", "t", "--tst-run-dir", "r",
@@ -39,7 +39,7 @@ def test_yaml_under_flags_over_preset(tmp_path: Path):
     assert config.training.train_iters == 10
 
 
-def test_phases_of_any_number(tmp_path: Path):
+def test_yaml_accepts_any_number_of_phases(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("phases: [{bag_size: 8, steps: 2}, {bag_size: 2, steps: 3}, {bag_size: 1, steps: 5}]\n")
     config = parse_config([*GOOD, "--config", str(file)])
@@ -48,7 +48,7 @@ def test_phases_of_any_number(tmp_path: Path):
         parse_config([*GOOD, "--config", str(file), "--train-iters", "11"])
 
 
-def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
+def test_dumped_config_reads_back_the_same(tmp_path: Path):
     config = parse("--tst-preset 600m --hidden-size 960 --num-attention-heads 15 --tst-bag-size 6 --tst-steps 3")
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(config))
@@ -62,16 +62,16 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
     [
         ("--tst-bag-size 0", "--tst-bag-size 0: must be at least 1"),
         ("--tst-bag-size 4", "--tst-bag-size 4: needs --tst-step-ratio"),
-        ("--tst-objective mce_alt --tst-superpose input", "--tst-objective mce_alt: has no bag weights"),
+        ("--tst-objective mce_alt --tst-superpose input", "--tst-objective mce_alt: uses no bag weights"),
         ("--tst-objective mce_alt --tst-bag-weights power_law", "but they are power_law"),
         ("--tst-superpose all", "invalid choice 'all' for argument '--tst-superpose'"),
         ("--tst-bag-size 4 --tst-step-ratio 1.2", "--tst-step-ratio 1.2: must lie between 0 and 1"),
         ("--tst-bag-size 4 --tst-steps 11", "--tst-steps 11: must lie between 0 and --train-iters 10"),
-        ("--tst-bag-size 4 --tst-steps 3 --tst-step-ratio 0.3", "excludes --tst-step-ratio"),
-        ("--tst-reinitialize-at-switch", "--tst-reinitialize-at-switch: needs a phase with bags and one of bag size 1"),
+        ("--tst-bag-size 4 --tst-steps 3 --tst-step-ratio 0.3", "conflicts with --tst-step-ratio"),
+        ("--tst-reinitialize-at-switch", "--tst-reinitialize-at-switch: needs a phase with bags, followed by one"),
         (
             "--tst-bag-size 4 --tst-step-ratio 1 --tst-reinitialize-at-switch",
-            "--tst-reinitialize-at-switch: needs a phase with bags and one of bag size 1 after it",
+            "--tst-reinitialize-at-switch: needs a phase with bags, followed by one of bag size 1",
         ),
         ("--hidden-size 66", "--hidden-size 66: must be a multiple of --num-attention-heads 4"),
         ("--group-query-attention --num-query-groups 3", "--num-query-groups 3: must divide"),
@@ -99,16 +99,16 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
         ("--overlap-param-gather --use-distributed-optimizer", "--overlap-param-gather: needs --overlap-grad-reduce"),
         ("--ddp-bucket-size 1000", "--ddp-bucket-size 1000: needs --overlap-grad-reduce"),
         ("--overlap-grad-reduce --ddp-bucket-size 0", "--ddp-bucket-size 0: must be above 0"),
-        ("--lr-warmup-iters 10", "--lr-warmup-iters 10: must lie below"),
+        ("--lr-warmup-iters 10", "--lr-warmup-iters 10: must lie before"),
         ("--lr-decay-style WSD", "--lr-wsd-decay-iters None: with --lr-decay-style WSD"),
         ("--min-lr 1", "--min-lr 1.0: must lie between 0 and --lr"),
         ("--train-iters 0", "--train-iters 0: must be above 0"),
         ("--recompute-granularity full", "needs --recompute-method"),
-        ("--valid-data-path x", "--data-path: excludes"),
-        ("--reset-position-ids", "--reset-position-ids: is not taken: a bag may span two documents"),
-        ("--reset-attention-mask", "--reset-attention-mask: is not taken"),
-        ("--mtp-num-layers 2", "--mtp-num-layers 2: is not taken: multi-token prediction"),
-        ("--train-samples 100", "--train-samples 100: is not taken: a run is counted in steps"),
+        ("--valid-data-path x", "--data-path: conflicts with"),
+        ("--reset-position-ids", "--reset-position-ids: is not supported: a bag may span two documents"),
+        ("--reset-attention-mask", "--reset-attention-mask: is not supported"),
+        ("--mtp-num-layers 2", "--mtp-num-layers 2: is not supported: multi-token prediction"),
+        ("--train-samples 100", "--train-samples 100: is not supported: a run is counted in steps"),
         ("--superposition-bag-size 4", "use --tst-bag-size"),
         ("--loss-sclae 3", "--loss-sclae 3: unknown"),
         ("--lr ten", "--lr"),
@@ -117,7 +117,7 @@ def test_a_dumped_config_reads_back_the_same(tmp_path: Path):
         ("--config missing.yaml", "--config missing.yaml: cannot be read"),
     ],
 )
-def test_a_mistake_is_one_line_with_flag_value_and_rule(extra, message):
+def test_error_is_one_line_with_flag_value_and_rule(extra, message):
     with pytest.raises(UserError) as caught:
         parse(extra)
     assert message in str(caught.value)
@@ -125,7 +125,7 @@ def test_a_mistake_is_one_line_with_flag_value_and_rule(extra, message):
 
 
 @pytest.mark.parametrize("flag", ["--num-layers", "--lr", "--tokenizer-model", "--tst-run-dir", "--data-path"])
-def test_what_must_be_given(flag):
+def test_required_flag_must_be_given(flag):
     place = GOOD.index(flag)
     with pytest.raises(UserError, match=flag):
         parse_config(GOOD[:place] + GOOD[place + 2 :])
@@ -137,7 +137,7 @@ def test_what_must_be_given(flag):
         ("modell: {}", "'modell' is not a section"),
         ("model: {layers: 2}", "model.layers: is not a setting"),
         ("model: {num_layers: two}", "model.num_layers 'two'"),
-        ("training: {train_samples: 2}", "training.train_samples: is not taken: a run is counted in steps"),
+        ("training: {train_samples: 2}", "training.train_samples: is not supported: a run is counted in steps"),
         ("phases: [{bag: 2}]", "phases[0].bag: is not a setting of a phase"),
         ("phases: [{bag_size: 0, steps: 2}]", "phases[0]: bag_size is 0; it must be at least 1"),
         ("phases: {bag_size: 2, steps: 9}", "must be a list of {bag_size, steps}"),
@@ -148,9 +148,9 @@ def test_what_must_be_given(flag):
         ("phases: [{bag_size: 2, steps: 1e1}]", "phases[0].steps 10.0: must be a whole number"),
         ("phases: [{bag_size: 2, steps: 6.0}]", "phases[0].steps 6.0: must be a whole number"),
         ("phases: [{bag_size: true, steps: 6}]", "phases[0].bag_size True: must be a whole number"),
-        ("model: {num_layers: 2}\nmodel: {}", "'model' is there twice, on lines 1 and 2"),
-        ("optimizer: {lr: 1,\n lr: 2}", "'lr' is there twice, on lines 1 and 2"),
-        ("phases: [{bag_size: 2, bag_size: 3, steps: 1}]", "'bag_size' is there twice"),
+        ("model: {num_layers: 2}\nmodel: {}", "'model' appears twice, on lines 1 and 2"),
+        ("optimizer: {lr: 1,\n lr: 2}", "'lr' appears twice, on lines 1 and 2"),
+        ("phases: [{bag_size: 2, bag_size: 3, steps: 1}]", "'bag_size' appears twice"),
         ("optimizer: {lr: true}", "optimizer.lr True: must be a number or null"),
         ("optimizer: {lr: '1e-3'}", "optimizer.lr '1e-3': must be a number or null"),
         ("training: {seed: 010}", "training.seed '010': must be a whole number"),
@@ -186,7 +186,7 @@ def test_what_must_be_given(flag):
         ("model: !!python/object/apply:os.system ['true']", "could not determine a constructor for the tag"),
     ],
 )
-def test_a_mistake_in_yaml_names_file_and_place(tmp_path: Path, yaml, message):
+def test_error_in_yaml_names_the_file_and_the_setting(tmp_path: Path, yaml, message):
     file = tmp_path / "bad.yaml"
     file.write_text(yaml)
     with pytest.raises(UserError) as caught:
@@ -194,7 +194,7 @@ def test_a_mistake_in_yaml_names_file_and_place(tmp_path: Path, yaml, message):
     assert message in str(caught.value) and "bad.yaml" in str(caught.value)
 
 
-def test_yaml_is_taken_as_it_looks(tmp_path: Path):
+def test_yaml_values_are_read_by_the_rules_of_yaml_1_2(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "optimizer: {lr: &rate 3e-4, min_lr: 0, adam_eps: *rate, clip_grad: .5}\n"
@@ -210,14 +210,14 @@ def test_yaml_is_taken_as_it_looks(tmp_path: Path):
 @pytest.mark.parametrize(
     "text", ["yes", "010", "1e3", "0x10", "null", "true", "12", "1.5", ".inf", "~", "", "é", "a: b"]
 )
-def test_a_dump_keeps_text_text(tmp_path: Path, text):
+def test_dump_quotes_text_that_looks_like_another_type(tmp_path: Path, text):
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(parse_config([*GOOD, f"--wandb-project={text}"])), encoding="utf-8")
     assert load_config(file).logging.wandb_project == text
 
 
-def test_every_field_refuses_what_is_not_of_its_type(tmp_path: Path):
-    """Of each type there is, all settings refuse the values of the others."""
+def test_every_field_refuses_values_of_other_types(tmp_path: Path):
+    """Every setting refuses one value of each type that is not its own."""
     values = {bool: True, int: 7, float: 0.5, str: "word"}
     file, refused = tmp_path / "run.yaml", 0
     for section in dataclasses.fields(RunConfig):
@@ -245,14 +245,14 @@ def test_nothing_in_yaml_is_executed(tmp_path: Path):
     assert canary.exists()
 
 
-def test_help_lists_the_flags(capsys):
+def test_help_lists_flags(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_config(["--help"])
     assert stopped.value.code == 0
     assert "--tst-bag-size" in capsys.readouterr().out
 
 
-def test_a_flag_may_repeat_the_file_or_take_it_back(tmp_path: Path):
+def test_boolean_flag_repeats_or_negates_the_value_of_the_file(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("training: {bf16: true}\n")
     file = ["--config", str(tmp_path / "run.yaml")]
     assert parse_config([*GOOD, *file]).training.bf16

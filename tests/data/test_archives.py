@@ -1,4 +1,4 @@
-"""Packed files: whole ones of one part or several, and damaged ones of every kind."""
+"""Compressed files: complete ones of one or several parts, and files with every kind of damage."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ HALVES = LINES[: LINES.index(b"\n", len(LINES) // 2) + 1], LINES[LINES.index(b"\
 PACK = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
 SKIPPABLE = b"\x50\x2a\x4d\x18\x04\x00\x00\x00pzst"
 
-# What is done to an archive of two parts, given also where its second part begins.
+# Kinds of damage to an archive of two parts, as functions of its content and the offset of its second part.
 DAMAGE = {
     "cut at 1 byte": lambda packed, second: packed[:1],
     "cut at 100 bytes": lambda packed, second: packed[:100],
@@ -47,7 +47,7 @@ def test_all_parts_of_an_archive_are_read(tmp_path: Path, suffix):
         assert texts(file) == TEXTS, file.name
 
 
-def test_a_frame_of_a_large_window_is_read(tmp_path: Path):
+def test_frame_with_a_large_window_is_read(tmp_path: Path):
     parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True, compression_level=1)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     (tmp_path / "long.jsonl.zst").write_bytes(compressor.compress(LINES) + compressor.flush())
@@ -56,7 +56,7 @@ def test_a_frame_of_a_large_window_is_read(tmp_path: Path):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("suffix", PACK)
-def test_a_damaged_archive_is_named(tmp_path: Path, suffix, damage):
+def test_damaged_archive_is_refused(tmp_path: Path, suffix, damage):
     one, two = map(PACK[suffix], HALVES)
     file = tmp_path / f"damaged.jsonl{suffix}"
     file.write_bytes(DAMAGE[damage](one + two, len(one)))
@@ -65,7 +65,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, suffix, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_the_librarys_own_reader_takes_a_cut_archive_for_a_whole_one():
+def test_librarys_own_reader_accepts_a_truncated_archive():
     text = b"".join(b"%d\n" % number for number in range(100_000))
     packed = zstandard.compress(text)
     reader = zstandard.ZstdDecompressor().stream_reader(packed[: len(packed) // 2], read_across_frames=True)
@@ -85,8 +85,8 @@ def test_the_librarys_own_reader_takes_a_cut_archive_for_a_whole_one():
         (gzip.compress(b"member.txt".ljust(257, b"\x00") + b"ustar\x00"), "a tar archive"),
     ],
 )
-def test_what_is_packed_otherwise_is_refused(tmp_path: Path, content, kind):
+def test_unsupported_compression_is_refused(tmp_path: Path, content, kind):
     for name in ("part-00000", "in.jsonl"):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}: cannot be read: is {kind}, which is not read"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read: is {kind}, which is not supported"):
             texts(tmp_path / name)

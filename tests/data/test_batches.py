@@ -18,7 +18,7 @@ def shape(bag_size, length=6, weights="uniform", masked_after=None):
 
 
 @pytest.mark.parametrize("bag_size", [1, 4])
-def test_text_becomes_bags_targets_positions_and_weight(bag_size):
+def test_batch_has_the_bags_targets_positions_and_weight_of_the_text(bag_size):
     text = torch.randint(1, 30, (3, 6 * bag_size + 1))
     batch = make_batch(text, shape(bag_size, weights="power_law"))
     targets = batch.labels.view(3, 6, bag_size)
@@ -37,7 +37,7 @@ def test_bag_size_one_has_no_bag_axis():
 
 
 @pytest.mark.parametrize("bag_size", [1, 3])
-def test_nothing_is_predicted_after_the_end_of_a_document(bag_size):
+def test_token_after_the_end_of_a_document_is_not_predicted(bag_size):
     text = torch.randint(1, 30, (2, 6 * bag_size + 1))
     text[:, 4] = EOD
     batch = make_batch(text, shape(bag_size, masked_after=EOD))
@@ -48,14 +48,14 @@ def test_nothing_is_predicted_after_the_end_of_a_document(bag_size):
     assert float(unmasked.weight - batch.weight) == pytest.approx(2 / bag_size, rel=1e-5)
 
 
-# Since 0.18 megatron-core can also cut sequences of very different lengths.
+# Since 0.18 megatron-core can also split sequences of very different lengths.
 ORDINARY = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
 
 
 @pytest.mark.parametrize("bag_size", [1, 4])
 @pytest.mark.parametrize("cp_size", [2, 4])
-def test_context_parallel_parts_are_megatron_cores_and_make_up_the_whole(rank, monkeypatch, cp_size, bag_size):
-    # Later versions ask torch for the place in the group, which stands in for one here.
+def test_context_parallel_parts_equal_megatron_cores(rank, monkeypatch, cp_size, bag_size):
+    # Later versions of megatron-core ask torch for the rank in the group, which is a stand-in here.
     monkeypatch.setattr(dist, "get_world_size", lambda group: group.size())
     monkeypatch.setattr(dist, "get_rank", lambda group: group.rank())
     batch = make_batch(torch.randint(1, 30, (3, 16 * bag_size + 1)), shape(bag_size, length=16))
@@ -71,8 +71,8 @@ def test_context_parallel_parts_are_megatron_cores_and_make_up_the_whole(rank, m
     assert torch.equal(torch.stack([row[o] for row, o in zip(labels, order, strict=True)]), batch.labels)
 
 
-def test_shifting_after_the_cut_is_told_apart():
-    """Labels folded within a part know nothing of the next part's tokens: chunk ends would be wrong."""
+def test_shifting_after_the_context_parallel_split_gives_other_labels():
+    """Labels that are folded within a chunk miss the next chunk's tokens, so its last labels would be wrong."""
     text = torch.randint(1, 30, (1, 16 * 4 + 1))
     whole = slice_for_context_parallel(make_batch(text, shape(4, length=16)), 0, 2)
     first_chunk = make_batch(text[:, : 4 * 4 + 1], shape(4, length=4))
@@ -90,7 +90,7 @@ def test_single_tokens_predict_the_next_bag():
     assert float(batch.weight) == pytest.approx(2 * (4 + 2 / 3 + 1 / 3), rel=1e-6)
 
 
-def test_a_bags_mass_weighs_a_row_with_any_target_one():
+def test_row_weight_of_mce_alt_is_one():
     text = torch.randint(1, 30, (2, 6 * 4 + 1))
     batch = make_batch(text, BatchShape(6, 4, bag_weights("uniform", 4), objective="mce_alt"))
     assert float(batch.weight) == 12

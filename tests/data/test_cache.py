@@ -1,4 +1,4 @@
-"""What lies in the cache of a run: damaged, dangerous, or not to be written."""
+"""The cache of a run: damaged or dangerous files, and errors while writing."""
 
 import io
 import os
@@ -19,12 +19,12 @@ DAMAGE = {
     "emptied": lambda content: b"",
     "cut in its header": lambda content: content[:7],
     "cut at its end": lambda content: content[:-1],
-    "zeros, as a crash leaves them": lambda content: bytes(len(content)),
+    "zeros, as after a crash": lambda content: bytes(len(content)),
     "an open bracket in its header": lambda content: content.replace(b"}", b"("),
     "an archive of arrays": lambda content: b"PK\x03\x04" + content,
 }
 KINDS = ("document", "sample", "shuffle")
-FILES = ("cut-*-phase1.npy", "blend-*.npy", *(f"train-phase0-*/*-{kind}_index.npy" for kind in KINDS))
+FILES = ("split-*-phase1.npy", "blend-*.npy", *(f"train-phase0-*/*-{kind}_index.npy" for kind in KINDS))
 
 
 class Bomb:
@@ -45,7 +45,7 @@ def text_of(data) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_made_anew_and_named(rank, prefix, tokenizer, tmp_path, caplog, damage):
+def test_damaged_file_is_named_and_rebuilt(rank, prefix, tokenizer, tmp_path, caplog, damage):
     before = text_of(build(prefix, tokenizer, tmp_path))
     for pattern in FILES:
         file = next(tmp_path.glob(f"cache/{pattern}"))
@@ -53,12 +53,12 @@ def test_a_damaged_file_is_made_anew_and_named(rank, prefix, tokenizer, tmp_path
         file.write_bytes(DAMAGE[damage](content))
         caplog.clear()
         assert text_of(build(prefix, tokenizer, tmp_path)) == before
-        assert f"{file} is damaged, and made anew" in caplog.text
+        assert f"{file} is damaged and will be rebuilt" in caplog.text
         assert file.read_bytes() == content
     assert not list(tmp_path.glob("cache/*.partial-*"))
 
 
-def test_a_whole_cache_is_not_written_again(rank, prefix, tokenizer, tmp_path, caplog):
+def test_complete_cache_is_not_written_again(rank, prefix, tokenizer, tmp_path, caplog):
     build(prefix, tokenizer, tmp_path)
     files = {file: file.stat().st_ino for file in tmp_path.glob("cache/**/*.npy")}
     build(prefix, tokenizer, tmp_path)
@@ -82,7 +82,7 @@ def test_nothing_in_a_cache_is_executed(rank, prefix, tokenizer, tmp_path, kind)
     assert canary.exists()
 
 
-def test_megatron_cores_own_reading_executes_it_or_refuses(rank, prefix, tokenizer, tmp_path, monkeypatch):
+def test_megatron_cores_own_reader_executes_or_refuses_pickles(rank, prefix, tokenizer, tmp_path, monkeypatch):
     real, calls = samples.build_epoch, []
 
     def remember(*args):
@@ -96,7 +96,7 @@ def test_megatron_cores_own_reading_executes_it_or_refuses(rank, prefix, tokeniz
     real(*arguments)
     for file in (tmp_path / "indices").glob("*_index.npy"):
         file.write_bytes(pickle.dumps(Bomb(tmp_path / "canary")))
-    # Later versions of megatron-core refuse; on earlier ones what the pickle holds is no array.
+    # Later versions of megatron-core refuse the pickle; earlier ones load it and then find no array.
     is_guarded = hasattr(gpt_dataset, "safe_numpy_load")
     with pytest.raises(pickle.UnpicklingError if is_guarded else AttributeError):
         real(*arguments)
@@ -104,7 +104,7 @@ def test_megatron_cores_own_reading_executes_it_or_refuses(rank, prefix, tokeniz
 
 
 @pytest.mark.parametrize("place", ["file/below", "file"])
-def test_a_cache_that_cannot_be_written_is_named(rank, prefix, tokenizer, tmp_path, place):
+def test_error_names_a_cache_that_cannot_be_written(rank, prefix, tokenizer, tmp_path, place):
     (tmp_path / "file").write_text("")
     (tmp_path / "cache").symlink_to(tmp_path / place)
     with pytest.raises(UserError, match=r"--data-cache-path .*cache: cannot be written: ") as caught:
@@ -112,7 +112,7 @@ def test_a_cache_that_cannot_be_written_is_named(rank, prefix, tokenizer, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_leaves_no_partial_file(rank, prefix, tokenizer, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_partial_file(rank, prefix, tokenizer, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_no_partial_file(rank, prefix, tokenizer, tmp_path, m
 
 
 @pytest.mark.parametrize("array", [numpy.arange(5), numpy.empty(0, numpy.int32), numpy.zeros((3, 2))])
-def test_an_array_is_read_as_it_was_written(tmp_path: Path, array):
+def test_array_is_read_as_it_was_written(tmp_path: Path, array):
     save_array(tmp_path / "array.npy", array)
     found = read_array(tmp_path / "array.npy")
     assert found is not None

@@ -23,7 +23,7 @@ def texts(files, key="text"):
 
 
 @pytest.mark.parametrize("name", PACK)
-def test_json_lines_plain_and_packed(tmp_path: Path, name):
+def test_json_lines_are_read_plain_and_compressed(tmp_path: Path, name):
     file = tmp_path / name
     file.write_bytes(PACK[name]("\n".join(LINES).encode()))
     found, skipped = texts([file])
@@ -31,7 +31,7 @@ def test_json_lines_plain_and_packed(tmp_path: Path, name):
     assert skipped.total == 0
 
 
-def test_bad_lines_are_left_out_counted_and_named(tmp_path: Path):
+def test_bad_lines_are_skipped_counted_and_named(tmp_path: Path):
     file = tmp_path / "bad.jsonl"
     bad = [
         b'{"text": "\xff"}',
@@ -51,7 +51,7 @@ def test_bad_lines_are_left_out_counted_and_named(tmp_path: Path):
     assert skipped.examples[0] == f"{file}:2 (not UTF-8)"
 
 
-def test_a_text_file_is_one_document(tmp_path: Path):
+def test_text_file_is_one_document(tmp_path: Path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "c.txt").write_text("")
@@ -61,7 +61,7 @@ def test_a_text_file_is_one_document(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["in.ndjson", "in.JSONL", "part-00000", "in.txt", "in.Json.GZ", "part-00000.zst"])
-def test_json_lines_are_known_by_name_or_content(tmp_path: Path, name):
+def test_json_lines_are_recognised_by_name_or_content(tmp_path: Path, name):
     pack = PACK.get(f"packed.jsonl{Path(name).suffix.lower()}", PACK["plain.jsonl"])
     (tmp_path / name).write_bytes(pack("\n".join(["", " ", *LINES]).encode()))
     found, skipped = texts([tmp_path / name])
@@ -69,7 +69,7 @@ def test_json_lines_are_known_by_name_or_content(tmp_path: Path, name):
     assert skipped.total == 0
 
 
-def test_json_lines_by_name_begin_as_they_like(tmp_path: Path):
+def test_file_named_json_lines_may_begin_with_a_bad_line(tmp_path: Path):
     (tmp_path / "in.NDJSON").write_text("broken\n" + LINES[0])
     (tmp_path / "other").write_text("broken\n" + LINES[0])
     assert texts([tmp_path / "in.NDJSON"])[0] == [json.loads(LINES[0])["text"]]
@@ -77,7 +77,7 @@ def test_json_lines_by_name_begin_as_they_like(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["\n\n  indented\n", "{ a = 1 }\n", "[1, 2]\n", "x = {\n  'text': 1}\n"])
-def test_text_that_is_no_json_stays_whole(tmp_path: Path, text):
+def test_text_that_is_not_json_is_one_document(tmp_path: Path, text):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "a.txt").write_text(text)
     assert texts([tmp_path / "a.txt", tmp_path / "a.txt.gz"])[0] == [text, text]
@@ -92,14 +92,14 @@ def test_text_that_is_no_json_stays_whole(tmp_path: Path, text):
         ('{"text": ' + "[" * 100_000, "1 not JSON; first: "),
     ],
 )
-def test_nothing_to_read_says_why(tmp_path: Path, content, reason):
+def test_error_states_why_there_are_no_documents(tmp_path: Path, content, reason):
     (tmp_path / "in.json").write_text(content)
-    with pytest.raises(UserError, match=f"--input: holds no document to write: left out .*: {re.escape(reason)}") as e:
+    with pytest.raises(UserError, match=f"--input: contains no documents to write: .*: {re.escape(reason)}") as e:
         texts([tmp_path / "in.json"])
     assert "in.json:1" in str(e.value)
 
 
-def test_folders_are_walked_in_order_with_suffixes_and_exclusions(tmp_path: Path):
+def test_directories_are_walked_in_order_with_suffixes_and_exclusions(tmp_path: Path):
     for name in ("b/two.py", "a/one.py", "a/skip/three.py", "a/four.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -112,5 +112,5 @@ def test_missing_and_empty_inputs_are_refused(tmp_path: Path):
         list_inputs([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="--input : does not exist"):
         list_inputs([""])
-    with pytest.raises(UserError, match="holds no files"):
+    with pytest.raises(UserError, match="contains no files"):
         list_inputs([str(tmp_path)], (".py",))

@@ -1,7 +1,7 @@
-"""fastokens against tokenizers, cut by cut.
+"""fastokens and tokenizers split text at the same places.
 
-Ids alone would hide where a text is cut: most vocabularies merge nothing across the place. In the vocabulary of these
-tests any two bytes merge, so that a piece cut in another place gives other ids.
+Most vocabularies do not show where a text is split, because they merge nothing across that place. In the vocabulary of
+these tests any two bytes merge, so that a split at another place gives other ids.
 """
 
 import json
@@ -29,7 +29,7 @@ LONG = ["", "a" * 50_000, "日本" * 20_000, " " * 40_000, "\n" * 20_000, "x y "
 
 
 def mixtures(seed: int, count: int) -> list[str]:
-    """Words after one another, ASCII characters and any characters at random."""
+    """Return texts of random words, of random ASCII characters, and of random characters of all planes."""
     drawn = random.Random(seed)
     planes = (0x80, 0x800, 0xD800, 0x110000)
 
@@ -43,7 +43,7 @@ def mixtures(seed: int, count: int) -> list[str]:
 
 
 def in_contexts(codes: range) -> list[str]:
-    """Each code point beside and between a letter, a digit, a mark, a space, a line's end, an apostrophe and itself."""
+    """Return texts with each code point next to letters, digits, marks, spaces, newlines, apostrophes and itself."""
     surrogates, characters = range(0xD800, 0xE000), (code for code in codes if chr(code) != LONG_S)
     return [
         "a{0}1{0}.{0} {0}\n{0}a '{0}a{0}{0} 1{0}".format(chr(code)) for code in characters if code not in surrogates
@@ -52,7 +52,7 @@ def in_contexts(codes: range) -> list[str]:
 
 @pytest.fixture(scope="module")
 def all_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary of all bytes and all pairs of bytes, and its merges in a random order."""
+    """Return a vocabulary of all bytes and all pairs of bytes, and its merges in random order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [(first, second) for first in alphabet for second in alphabet]
     random.Random(0).shuffle(pairs)
@@ -74,7 +74,7 @@ def ids(model, texts: list[str]) -> list[list[int]]:
 
 
 def flat(model: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
-    """What our tokenizer makes of the texts, each for itself again."""
+    """Return the ids that our tokenizer gives each text."""
     flat_ids, lengths = Tokenizer(Path(), model, 0).encode_flat(texts)
     rest = iter(flat_ids.tolist())
     return [[next(rest) for _ in range(length)] for length in lengths]
@@ -82,7 +82,7 @@ def flat(model: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
 
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFC()], ids=["as it is", "NFC"])
 @pytest.mark.parametrize("family", SPLITS)
-def test_both_libraries_cut_alike(all_pairs, family, normalizer):
+def test_libraries_split_text_alike(all_pairs, family, normalizer):
     model = revealing(all_pairs, SPLITS[family], normalizer)
     assert find_fast_encoder(model) is not None
     texts = mixtures(1, 1500) + LONG + in_contexts(range(0x3400)) + in_contexts(range(0xA000, 0x110000, 97))
@@ -90,7 +90,7 @@ def test_both_libraries_cut_alike(all_pairs, family, normalizer):
             if ours != theirs] == []  # fmt: skip
 
 
-def test_another_cut_shows_in_the_ids(all_pairs):
+def test_another_split_gives_other_ids(all_pairs):
     one, other = (revealing(all_pairs, SPLITS[family]) for family in ("GPT-4, Llama 3", "Qwen 2, Qwen 3"))
     assert ids(one, ["12345"]) != ids(other, ["12345"])
     texts = mixtures(1, 300)
@@ -98,7 +98,7 @@ def test_another_cut_shows_in_the_ids(all_pairs):
 
 
 @pytest.mark.parametrize("family", SPLITS)
-def test_text_with_a_long_s_is_left_to_tokenizers(all_pairs, family):
+def test_text_with_a_long_s_is_encoded_by_tokenizers(all_pairs, family):
     model = revealing(all_pairs, SPLITS[family])
     texts = ["'\u017fx", "x'\u017fx", "Wa\u017f\u017fer", "plain"]
     assert flat(model, texts) == ids(model, texts)
@@ -106,7 +106,7 @@ def test_text_with_a_long_s_is_left_to_tokenizers(all_pairs, family):
         assert ids(find_fast_encoder(model), texts) != ids(model, texts)
 
 
-def test_added_tokens_are_found_as_tokenizers_finds_them(tokenizer):
+def test_libraries_find_added_tokens_alike(tokenizer):
     model = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     model.add_special_tokens(["<|im_start|>", "<|im"])
     kinds = [("foo", {"lstrip": True}), ("the", {"rstrip": True}), ("a", {"single_word": True}), ("é", {}), ("  ", {})]
@@ -117,7 +117,7 @@ def test_added_tokens_are_found_as_tokenizers_finds_them(tokenizer):
     assert ids(model, texts) != ids(tokenizers.Tokenizer.from_file(str(tokenizer.path)), texts)
 
 
-def test_real_text_and_other_vocabularies(tokenizer):
+def test_libraries_encode_real_text_alike(tokenizer):
     model = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     texts = [Path(file).read_text(encoding="utf-8") for file in FILES] + mixtures(3, 600)
     for change in ({}, {"ignore_merges": True}):
@@ -144,7 +144,7 @@ def test_real_text_and_other_vocabularies(tokenizer):
     ],
     ids=str,
 )
-def test_what_is_not_known_is_left_to_tokenizers(tokenizer, change):
+def test_unknown_pipeline_is_not_encoded_by_fastokens(tokenizer, change):
     pipeline = json.loads(tokenizers.Tokenizer.from_file(str(tokenizer.path)).to_str())
     assert is_known(pipeline)
     for part, value in change.items():
@@ -153,7 +153,7 @@ def test_what_is_not_known_is_left_to_tokenizers(tokenizer, change):
     assert not is_known(pipeline)
 
 
-def test_a_processor_on_which_they_differ_is_found(tmp_path: Path, tokenizer, monkeypatch):
+def test_processor_on_which_the_libraries_differ_is_detected(tmp_path: Path, tokenizer, monkeypatch):
     model = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     other = json.loads(model.to_str())
     other["model"]["merges"].pop()

@@ -28,7 +28,7 @@ def small_batches(monkeypatch):
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
-def test_the_files_hold_what_the_tokenizer_says(tmp_path: Path, tokenizer, append_eod):
+def test_files_contain_the_ids_of_the_tokenizer(tmp_path: Path, tokenizer, append_eod):
     written = write_indexed(documents(), tokenizer, tmp_path / "corpus", append_eod=append_eod)
     library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     wanted = [library.encode(text).ids + [tokenizer.eod] * append_eod for text in TEXTS]
@@ -54,7 +54,7 @@ def test_progress_adds_up_to_the_input(tmp_path: Path, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interruption_leaves_nothing(tmp_path: Path, tokenizer, workers):
+def test_interruption_leaves_no_files(tmp_path: Path, tokenizer, workers):
     def interrupted():
         yield from list(documents())[:40]
         raise KeyboardInterrupt
@@ -65,13 +65,13 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, tokenizer, workers):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_leaves_nothing_and_no_worker(tmp_path: Path, tokenizer, number):
+def test_signal_leaves_no_files_and_no_workers(tmp_path: Path, tokenizer, number):
     def interrupted():
         yield from list(documents())[:40]
         os.kill(os.getpid(), number)
         yield from documents()
 
-    # A test in the background of a shell inherits that some signals are ignored.
+    # A test in the background of a shell inherits ignored signals.
     before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     signal.signal(number, before)
     workers = 2 if number == signal.SIGTERM else 1
@@ -82,7 +82,7 @@ def test_a_signal_leaves_nothing_and_no_worker(tmp_path: Path, tokenizer, number
     assert signal.getsignal(number) is before
 
 
-def test_an_ignored_signal_stays_ignored():
+def test_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with raise_on_signals():
@@ -91,8 +91,8 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_while_a_worker_is_started_leaves_no_word_of_it(tmp_path: Path, tokenizer, monkeypatch, capfd):
-    """The process is there, and has not been told yet what it is to do."""
+def test_signal_while_a_worker_starts_prints_nothing(tmp_path: Path, tokenizer, monkeypatch, capfd):
+    """The signal arrives when the process exists but has not received its task yet."""
     spawn, started = multiprocessing.util.spawnv_passfds, []
 
     def signalled(*args):
@@ -100,10 +100,10 @@ def test_a_signal_while_a_worker_is_started_leaves_no_word_of_it(tmp_path: Path,
         os.kill(os.getpid(), signal.SIGTERM)
         return started[-1]
 
-    # Started before, so that the worker is what is signalled in.
+    # Start the resource tracker first, so that the signal arrives while the worker starts.
     multiprocessing.resource_tracker.ensure_running()
     monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", signalled)
-    # The kernel may hand a signal to any thread that does not block it.
+    # The kernel may deliver a signal to any thread that does not block it.
     ended = threading.Event()
     other = threading.Thread(target=ended.wait)
     other.start()
@@ -119,31 +119,31 @@ def test_a_signal_while_a_worker_is_started_leaves_no_word_of_it(tmp_path: Path,
     assert capfd.readouterr().err == ""
 
 
-def test_a_killed_worker_is_named(tmp_path: Path, tokenizer):
+def test_killed_worker_is_named(tmp_path: Path, tokenizer):
     def killing():
         yield from list(documents())[:40]
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         yield from documents()
 
-    with pytest.raises(UserError, match=r"--workers: worker process \d+ was ended by SIGKILL") as caught:
+    with pytest.raises(UserError, match=r"--workers: worker process \d+ was killed by SIGKILL") as caught:
         write_indexed(killing(), tokenizer, tmp_path / "corpus", workers=2)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
 
 
-def test_nothing_to_write_is_refused(tmp_path: Path, tokenizer):
-    with pytest.raises(UserError, match="no document"):
+def test_empty_input_is_refused(tmp_path: Path, tokenizer):
+    with pytest.raises(UserError, match="contains no documents"):
         write_indexed([], tokenizer, tmp_path / "corpus")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, tokenizer):
+def test_error_names_an_output_that_cannot_be_written(tmp_path: Path, tokenizer):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output-prefix .*corpus: cannot be written"):
         write_indexed(documents(), tokenizer, tmp_path / "file" / "corpus")
 
 
-def test_large_vocabularies_are_stored_wide(tmp_path: Path, tokenizer, monkeypatch):
+def test_ids_of_large_vocabularies_are_stored_in_32_bits(tmp_path: Path, tokenizer, monkeypatch):
     write_indexed(documents(), tokenizer, tmp_path / "narrow")
     monkeypatch.setattr(tokenizer, "vocab_size", 128256)
     write_indexed(documents(), tokenizer, tmp_path / "wide")

@@ -1,4 +1,4 @@
-"""What the phases read, followed document by document through the real loader."""
+"""The text that phases read, traced document by document through the real dataloader."""
 
 from collections import Counter
 from dataclasses import replace
@@ -32,7 +32,7 @@ def build(prefix, tokenizer, tmp_path, schedule=SCHEDULE, seed=1, eval_iters=0, 
 
 
 def read(data, rank, schedule=SCHEDULE, first_step=0, num_workers=0, micro_batch_size=2):
-    """All text of a run as this rank reads it, one [samples, T + 1] tensor per step."""
+    """Return all text that this rank reads in a run, one [samples, T] tensor per step."""
     reader = BatchLoader(
         data.train, schedule, rank, micro_batch_size=micro_batch_size, global_batch_size=BATCH, vocab_size=COUNT,
         num_workers=num_workers, first_step=first_step,
@@ -42,13 +42,13 @@ def read(data, rank, schedule=SCHEDULE, first_step=0, num_workers=0, micro_batch
         bag_size = schedule.phase_at(step).bag_size
         per_step = BATCH // micro_batch_size // rank.dp_size
         batches = [reader.read(shape(bag_size, LENGTH)) for _ in range(per_step)]
-        # Inputs back to text: all tokens but the last of each sample.
+        # The inputs are all tokens of each sample but the last.
         steps.append(torch.cat([batch.inputs.flatten(1) for batch in batches]))
     return steps
 
 
 def read_by(data, rank, dp_size, **kwargs):
-    """The steps of a world of dp_size ranks, each rank's part read on its own."""
+    """Return the text of each step in a world of dp_size ranks, whose parts are read separately."""
     parts = [read(data, replace(rank, dp_rank=r, dp_size=dp_size), **kwargs) for r in range(dp_size)]
     return [torch.cat(step) for step in zip(*parts, strict=True)]
 
@@ -57,7 +57,7 @@ def tokens_per_document(steps):
     return Counter(torch.cat([step.flatten() for step in steps]).tolist())
 
 
-def test_no_document_is_read_twice_within_an_epoch_and_none_by_two_phases(rank, prefix, tokenizer, tmp_path):
+def test_document_is_read_once_per_epoch_and_by_one_phase_only(rank, prefix, tokenizer, tmp_path):
     data = build(prefix, tokenizer, tmp_path)
     assert all(text.num_epochs <= 1 for text in data.train.phases)
     steps = read(data, rank)
@@ -70,8 +70,8 @@ def test_no_document_is_read_twice_within_an_epoch_and_none_by_two_phases(rank, 
     assert sum(ordinary.values()) == 40 * BATCH * LENGTH
 
 
-def test_an_epoch_skips_no_document(rank, prefix, tokenizer, tmp_path):
-    """One phase that reads its whole corpus once: every document, but for the tail shorter than a sample."""
+def test_epoch_skips_no_document(rank, prefix, tokenizer, tmp_path):
+    """One phase that reads its corpus once reads every document, except for a tail shorter than a batch."""
     total = sum(len(document) for document in traceable_documents(COUNT))
     schedule = Schedule((Phase(1, (total - 1) // LENGTH // BATCH),))
     steps = read(build(prefix, tokenizer, tmp_path, schedule), rank, schedule)
@@ -80,8 +80,8 @@ def test_an_epoch_skips_no_document(rank, prefix, tokenizer, tmp_path):
     assert len(tokens_per_document(steps)) >= COUNT - missing // 3 - 1
 
 
-def test_sharing_documents_between_phases_is_told_apart(rank, prefix, tokenizer, tmp_path):
-    """The check above fails for phases that draw from one pool, as they would with a sample order of their own."""
+def test_phases_that_are_built_separately_share_documents(rank, prefix, tokenizer, tmp_path):
+    """Negative control: phases that draw from the whole corpus independently read the same documents."""
     one_phase_each = [
         build(prefix, tokenizer, tmp_path / str(i), Schedule((p,))) for i, p in enumerate(SCHEDULE.phases)
     ]
@@ -91,27 +91,27 @@ def test_sharing_documents_between_phases_is_told_apart(rank, prefix, tokenizer,
 
 
 @pytest.mark.parametrize("dp_size", [2, 4])
-def test_the_same_text_for_any_number_of_ranks(rank, prefix, tokenizer, tmp_path, dp_size):
+def test_text_is_the_same_for_any_number_of_ranks(rank, prefix, tokenizer, tmp_path, dp_size):
     data = build(prefix, tokenizer, tmp_path)
     for alone, together in zip(read(data, rank), read_by(data, rank, dp_size), strict=True):
         assert sorted(alone.tolist()) == sorted(together.tolist())
 
 
-def test_worker_processes_change_nothing(rank, prefix, tokenizer, tmp_path):
+def test_worker_processes_do_not_change_the_text(rank, prefix, tokenizer, tmp_path):
     data = build(prefix, tokenizer, tmp_path)
     for here, there in zip(read(data, rank), read(data, rank, num_workers=2), strict=True):
         assert torch.equal(here, there)
 
 
 @pytest.mark.parametrize("first_step", [7, 20, 33])
-def test_reading_from_a_step_on_continues_the_run(rank, prefix, tokenizer, tmp_path, first_step):
+def test_reading_from_a_later_step_on_continues_the_run(rank, prefix, tokenizer, tmp_path, first_step):
     data = build(prefix, tokenizer, tmp_path)
     whole, rest = read(data, rank), read(data, rank, first_step=first_step)
     assert len(rest) == SCHEDULE.num_steps - first_step
     assert all(torch.equal(a, b) for a, b in zip(whole[first_step:], rest, strict=True))
 
 
-def test_order_follows_the_seed_and_not_the_cache(rank, prefix, tokenizer, tmp_path):
+def test_order_depends_on_the_seed_and_not_on_the_cache(rank, prefix, tokenizer, tmp_path):
     def text(seed, cache):
         return torch.cat([s.flatten() for s in read(build(prefix, tokenizer, tmp_path / cache, seed=seed), rank)])
 
@@ -120,7 +120,7 @@ def test_order_follows_the_seed_and_not_the_cache(rank, prefix, tokenizer, tmp_p
     assert not torch.equal(text(1, "a"), text(2, "a"))
 
 
-def test_another_corpus_under_the_same_name_is_not_taken_for_the_first(rank, prefix, tokenizer, tmp_path):
+def test_cache_is_not_used_for_another_corpus_of_the_same_name(rank, prefix, tokenizer, tmp_path):
     first = build(prefix, tokenizer, tmp_path)
     write_corpus(Path(prefix), traceable_documents(COUNT, seed=5), COUNT)
     second = build(prefix, tokenizer, tmp_path)
@@ -128,7 +128,7 @@ def test_another_corpus_under_the_same_name_is_not_taken_for_the_first(rank, pre
     assert not (len(cuts[0]) == len(cuts[1]) and (cuts[0] == cuts[1]).all())
 
 
-def test_a_corpus_too_small_is_read_in_epochs_each_whole(rank, tokenizer, tmp_path):
+def test_small_corpus_is_read_in_complete_epochs(rank, tokenizer, tmp_path):
     documents = traceable_documents(40)
     prefix = write_corpus(tmp_path / "small", documents, COUNT)
     data = build(prefix, tokenizer, tmp_path)
@@ -139,13 +139,13 @@ def test_a_corpus_too_small_is_read_in_epochs_each_whole(rank, tokenizer, tmp_pa
             first = epoch * part.samples_per_epoch
             return {int(token) for k in range(part.samples_per_epoch) for token in part[first + k]}
 
-        # Both epochs read the same documents, but for those cut off at the end.
+        # Both epochs read the same documents, except for those in the tails.
         assert len(documents(0) ^ documents(1)) <= 8
 
 
 @pytest.mark.parametrize(("vocab_size", "stored"), [(COUNT, numpy.uint16), (100_000, numpy.int32)])
-def test_samples_are_what_megatron_core_reads(rank, tokenizer, tmp_path, monkeypatch, vocab_size, stored):
-    """Short documents, and one that whole samples lie in."""
+def test_samples_equal_megatron_cores(rank, tokenizer, tmp_path, monkeypatch, vocab_size, stored):
+    """The documents are short, but for one that is longer than several samples."""
     real, datasets = samples.build_epoch, []
 
     def remember(*args):
@@ -165,7 +165,7 @@ def test_samples_are_what_megatron_core_reads(rank, tokenizer, tmp_path, monkeyp
         assert not all(numpy.array_equal(a, b) for a, b in zip(ours[1:], theirs, strict=False))
 
 
-def test_a_blend_of_narrow_and_wide_integers_is_read(rank, tokenizer, tmp_path):
+def test_blend_of_16_and_32_bit_corpora_is_read(rank, tokenizer, tmp_path):
     narrow, wide, other = (
         write_corpus(tmp_path / name, traceable_documents(COUNT), size)
         for name, size in (("narrow", COUNT), ("wide", 100_000), ("other", 100_000))
@@ -175,7 +175,7 @@ def test_a_blend_of_narrow_and_wide_integers_is_read(rank, tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(read(wide, rank), read(mixed, rank), strict=True))
 
 
-def test_a_blend_keeps_its_weights_in_every_phase(rank, tokenizer, tmp_path):
+def test_blend_keeps_its_weights_in_every_phase(rank, tokenizer, tmp_path):
     halves = traceable_documents(COUNT)
     low = write_corpus(tmp_path / "low", halves[:1000], COUNT)
     high = write_corpus(tmp_path / "high", halves[1000:], COUNT)
@@ -186,8 +186,8 @@ def test_a_blend_keeps_its_weights_in_every_phase(rank, tokenizer, tmp_path):
         assert all(sum(from_high[:n]) == pytest.approx(0.75 * n, abs=1) for n in range(1, len(text)))
 
 
-def test_a_corpus_named_twice_is_read_like_one(rank, prefix, tokenizer, tmp_path):
-    """Two copies in a blend would be cut apart, and a phase read in one copy what another phase reads in the other."""
+def test_corpus_that_is_named_twice_is_read_like_one(rank, prefix, tokenizer, tmp_path):
+    """Negative control: two copies in a blend are split separately, so that two phases read the same documents."""
     blends = (("1", prefix), ("1", prefix, "0.5", f"{tmp_path}/./corpus"))
     once, twice = (read(build("", tokenizer, tmp_path, data_path=blend), rank) for blend in blends)
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
@@ -197,12 +197,12 @@ def test_a_corpus_named_twice_is_read_like_one(rank, prefix, tokenizer, tmp_path
     assert not superposed.keys().isdisjoint(ordinary.keys())
 
 
-def test_a_corpus_to_train_and_to_validate_on_is_refused(rank, prefix, tokenizer, tmp_path):
+def test_corpus_for_both_training_and_validation_is_refused(rank, prefix, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"--valid-data-path .*: is in --train-data-path too"):
         build("", tokenizer, tmp_path, data_path=(), train_data_path=("1", prefix), valid_data_path=(prefix,))
 
 
-def test_validation_is_apart_from_training_and_whole_batches(rank, prefix, tokenizer, tmp_path):
+def test_validation_has_whole_batches_of_held_out_documents(rank, prefix, tokenizer, tmp_path):
     data = build(prefix, tokenizer, tmp_path, split="90,10,0", eval_iters=1000)
     held_out = set(range(1800, 2000))
     valid = data.valid.phases[0]
@@ -216,7 +216,7 @@ def test_validation_is_apart_from_training_and_whole_batches(rank, prefix, token
     ("settings", "schedule", "eval_iters", "message"),
     [
         ({"split": "0,1,0"}, SCHEDULE, 0, "leaves no document"),
-        ({"split": "1999,1,0"}, SCHEDULE, 5, "--eval-iters: validation holds"),
+        ({"split": "1999,1,0"}, SCHEDULE, 5, "--eval-iters: validation has"),
         ({}, Schedule((Phase(2000, 1), Phase(1, 1))), 0, "fewer than one sequence of 16"),
     ],
 )
@@ -232,7 +232,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused(rank, prefix, tokenizer, tm
         reader.read(shape(4, LENGTH))
 
 
-def test_an_interrupted_build_of_indices_is_built_again(rank, prefix, tokenizer, tmp_path):
+def test_interrupted_build_of_indices_is_repeated(rank, prefix, tokenizer, tmp_path):
     build(prefix, tokenizer, tmp_path)
     folder = next(tmp_path.glob("cache/train-phase0-*"))
     partial = folder.with_name(folder.name + ".partial-left")
@@ -242,8 +242,8 @@ def test_an_interrupted_build_of_indices_is_built_again(rank, prefix, tokenizer,
     assert data.train[(0, 0)].shape == (4 * LENGTH + 1,)
 
 
-def test_two_runs_may_fill_one_cache_at_a_time(rank, prefix, tokenizer, tmp_path, monkeypatch):
-    """The other run finishes the same indices while this one still builds them."""
+def test_two_runs_may_fill_one_cache_at_the_same_time(rank, prefix, tokenizer, tmp_path, monkeypatch):
+    """The other run finishes the same indices while this one is still building them."""
     real, others = samples.build_epoch, []
 
     def build_beside(*args):

@@ -10,18 +10,18 @@ from megatron_tst.config import UserError
 from megatron_tst.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_bpe
 
 
-def test_file_and_folder_are_the_same(tokenizer):
+def test_tokenizer_is_read_from_a_file_or_its_directory(tokenizer):
     for name in (tokenizer.path, tokenizer.path.parent):
         again = load_tokenizer(str(name))
         assert (again.vocab_size, again.eod) == (tokenizer.vocab_size, tokenizer.eod) == (300, 0)
 
 
-def test_any_text_survives_the_round_trip(tokenizer):
+def test_decoding_restores_the_encoded_text(tokenizer):
     text = "naïve ☃ \x00 \t def f(x):\n"
     assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
 
 
-def test_the_bytes_of_tokens_add_up_to_the_text(tokenizer):
+def test_bytes_of_tokens_add_up_to_the_bytes_of_the_text(tokenizer):
     sizes = tokenizer.token_bytes()
     for text in ("naïve ☃ \x00 \t def f(x):\n", "日本語 🙂🙂", "plain"):
         ids = tokenizer.encode_batch([text])[0]
@@ -30,21 +30,21 @@ def test_the_bytes_of_tokens_add_up_to_the_text(tokenizer):
     assert max(sizes) > 1
 
 
-def test_an_added_word_has_its_own_bytes(tmp_path: Path, tokenizer):
+def test_added_word_has_the_bytes_of_its_text(tmp_path: Path, tokenizer):
     library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     library.add_tokens(["größer"])
     library.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(str(tmp_path)).token_bytes()[-1] == 8
 
 
-def test_bytes_of_a_decoder_that_looks_at_neighbours_are_not_known(tmp_path: Path, tokenizer):
+def test_bytes_of_tokens_are_unknown_if_the_decoder_uses_context(tmp_path: Path, tokenizer):
     library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     library.decoder = tokenizers.decoders.Metaspace()
     library.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(str(tmp_path)).token_bytes() is None
 
 
-def test_the_configured_end_of_sequence_comes_first(tmp_path: Path, tokenizer):
+def test_configured_end_of_sequence_has_precedence(tmp_path: Path, tokenizer):
     shutil.copy(tokenizer.path, tmp_path)
     assert load_tokenizer(str(tmp_path)).eod == 0
     end = tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(65)
@@ -52,7 +52,7 @@ def test_the_configured_end_of_sequence_comes_first(tmp_path: Path, tokenizer):
     assert load_tokenizer(str(tmp_path)).eod == 65
 
 
-def test_the_smallest_vocabulary_is_bytes(tmp_path: Path):
+def test_smallest_vocabulary_is_bytes_and_end_of_document(tmp_path: Path):
     assert train_bpe(["abc"], 257, tmp_path / "t.json").vocab_size == 257
     with pytest.raises(UserError, match="--tst-train-bpe 256: must be at least 257"):
         train_bpe(["abc"], 256, tmp_path / "t.json")
@@ -71,7 +71,7 @@ def test_the_smallest_vocabulary_is_bytes(tmp_path: Path):
         ('{"eos_token": {"content": 5}}', 'eos_token {"content": 5}: must be'),
     ],
 )
-def test_a_configuration_that_is_none_is_named(tmp_path: Path, tokenizer, content, message):
+def test_malformed_configuration_is_refused(tmp_path: Path, tokenizer, content, message):
     shutil.copy(tokenizer.path, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(UserError, match=f"--tokenizer-model .*tokenizer_config.json: {message}") as caught:
@@ -79,7 +79,7 @@ def test_a_configuration_that_is_none_is_named(tmp_path: Path, tokenizer, conten
     assert "\n" not in str(caught.value)
 
 
-def test_a_configuration_may_name_no_end(tmp_path: Path, tokenizer):
+def test_configuration_may_name_no_end_of_sequence(tmp_path: Path, tokenizer):
     shutil.copy(tokenizer.path, tmp_path)
     for content in ("{}", '{"eos_token": null}'):
         (tmp_path / "tokenizer_config.json").write_text(content)
@@ -125,7 +125,7 @@ def test_nothing_in_a_tokenizers_files_is_executed(tmp_path: Path, tokenizer, na
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
-def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content):
+def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content):
     file = tmp_path / "tokenizer.json"
     if content is not None:
         file.write_text(content)
@@ -133,7 +133,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content):
         load_tokenizer(str(file))
 
 
-def test_a_tokenizer_without_end_of_document_is_refused(tmp_path: Path, tokenizer):
+def test_tokenizer_without_end_of_document_is_refused(tmp_path: Path, tokenizer):
     content = json.loads(tokenizer.path.read_text())
     text = json.dumps(content).replace(END_OF_DOCUMENT, "<|other|>")
     (tmp_path / "tokenizer.json").write_text(text)

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks of this machine, and never hang."""
+"""Run a function on several gloo ranks of this machine without ever hanging."""
 
 import contextlib
 import multiprocessing
@@ -16,18 +16,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imported once by a server process that forks the ranks: importing torch and megatron-core takes seconds per process.
+# Imported once by a server process that forks the ranks, because importing torch and megatron-core takes seconds.
 PRELOADED = ["megatron_tst.training", "megatron_tst.megatron_patches.cpu", "tests.distributed.layouts"]
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600.0) -> list[Any]:
     """Call ``function(*args)`` on every rank and return the ranks' results in order.
 
-    The ranks find torchrun's environment. A rank that raises or dies ends all others at once.
+    The environment of the ranks is that of torchrun. If a rank raises an error or dies, all others are killed.
 
     Raises:
-        AssertionError: with the traceback of the first rank that failed, or naming the ranks that still ran when the
-            time was up.
+        AssertionError: with the traceback of the first rank that failed, or naming the ranks that still ran after the
+            timeout.
     """
     store = open_store()
     context = forking_context()
@@ -45,23 +45,23 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         return _collect(pipes, world_size, timeout_s)
     finally:
         for process in processes:
-            # It may end by itself between the look and the kill.
+            # The process may end by itself before it is killed.
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             process.join()
 
 
 def forking_context() -> ForkServerContext:
-    """Return a context whose processes begin with the slow imports done."""
+    """Return a multiprocessing context whose processes start with the slow imports done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
 def open_store() -> dist.TCPStore:
-    """Open a store whose next port is free too: the preflight meets there.
+    """Open a store whose next port is free too, because the preflight uses it.
 
-    Both lie below the ports that the kernel hands out by itself, so no connection takes the second in the meantime.
+    Both ports lie below the kernel's ephemeral range, so no connection takes the second one in the meantime.
     """
     for port in random.SystemRandom().sample(range(20000, 32000, 2), 100):
         with contextlib.suppress(OSError, RuntimeError):
@@ -75,7 +75,7 @@ def _rank(function: Callable[..., Any], args: Any, rank: int, world_size: int, p
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        # The store lives in the test's process, as torchrun's lives in its agent.
+        # The store belongs to the test's process, as torchrun's store belongs to its agent.
         TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
     torch.set_num_threads(1)
@@ -85,7 +85,7 @@ def _rank(function: Callable[..., Any], args: Any, rank: int, world_size: int, p
         message = ("error", traceback.format_exc())
     pipe.send(message)
     pipe.close()
-    # Without a goodbye: a rank that waits for a dead one at exit would hang.
+    # Exit without clean-up: a rank that waited for a dead one at exit would hang.
     os._exit(0)
 
 
@@ -102,7 +102,7 @@ def _collect(pipes: dict[Connection, int], world_size: int, timeout_s: float) ->
             try:
                 kind, content = pipe.recv()
             except EOFError:
-                kind, content = "error", "the process died without a word"
+                kind, content = "error", "the process died without a message"
             if kind == "error":
                 raise AssertionError(f"rank {rank} of {world_size} failed:\n{content}")
             results[rank] = pickle.loads(content)

@@ -1,4 +1,4 @@
-"""A small run under some parallel layout, started from given weights: what a rank does and returns."""
+"""A small run under a given parallel layout, started from given weights: what a rank executes and returns."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +17,23 @@ from megatron_tst.training import start_run, train
 from megatron_tst.training.experts import ExpertCounter, ExpertCounts
 from megatron_tst.training.run import Run
 
-# A piece of a weight: its name and where it lies in the whole.
+# A piece of a weight: name, global offset, global shape, and values.
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
 
 
 @dataclass
 class Outcome:
-    """What one rank saw of a run.
+    """What one rank recorded of a run.
 
     Attributes:
-        losses: per step, on the main rank.
-        grad_norms: per step, on the main rank.
+        losses: loss of each step, on the main rank.
+        grad_norms: gradient norm of each step, on the main rank.
         valid: losses and bits per byte of the evaluations, on the main rank.
-        pieces: this rank's parts of the final weights.
-        text: per micro-batch that this rank made, its rows as tuples of token ids.
-        expert_counts: positions per layer and expert, per step.
-        shapes: of what the decoder was given and gave, per forward pass.
-        padding: per gradient bucket of this rank, the elements of padding at its end.
+        pieces: this rank's pieces of the final weights.
+        text: rows of each micro-batch that this rank made, as tuples of token ids.
+        expert_counts: positions per layer and expert in each step.
+        shapes: shape of the decoder's output in each forward pass.
+        padding: elements of padding at the end of each gradient bucket of this rank.
     """
 
     losses: list[float]
@@ -47,7 +47,7 @@ class Outcome:
 
 
 def pieces(run: Run) -> list[Piece]:
-    """This rank's parts of all weights, as views: by megatron-core's own account of where they lie."""
+    """Return this rank's pieces of all weights as views, at the offsets that megatron-core reports."""
     found: list[Piece] = []
 
     def visit(node: Any) -> None:
@@ -65,7 +65,7 @@ def pieces(run: Run) -> list[Piece]:
 
 
 def padding(run: Run) -> list[int]:
-    """Elements of padding at the end of each of this rank's gradient buckets."""
+    """Return the elements of padding at the end of each of this rank's gradient buckets."""
     buffers = [
         buffer
         for chunk in run.stepper.train_state.chunks
@@ -75,7 +75,7 @@ def padding(run: Run) -> list[int]:
 
 
 def whole(parts: list[Piece]) -> dict[str, Tensor]:
-    """Put the weights together from all ranks' parts."""
+    """Assemble the weights from the pieces of all ranks."""
     weights: dict[str, Tensor] = {}
     for key, offset, shape, part in parts:
         total = weights.setdefault(key, torch.full(shape, torch.nan))
@@ -84,11 +84,11 @@ def whole(parts: list[Piece]) -> dict[str, Tensor]:
 
 
 def fill(run: Run, weights: dict[str, Tensor]) -> None:
-    """Give this rank its part of the given weights."""
+    """Copy this rank's pieces of the given weights into its model."""
     with torch.no_grad():
         for key, offset, _, part in pieces(run):
             slot = place(weights[key], offset, part)
-            # The vocabulary may be padded further here: the padding keeps what it has.
+            # This layout may pad the vocabulary further; the extra padding keeps its values.
             target = part.view(-1, *part.shape[1:]) if part.dim() == slot.dim() else part
             rows = tuple(slice(0, n) for n in slot.shape)
             target[rows].copy_(slot) if target.dim() == slot.dim() else target.copy_(slot.view(target.shape))
@@ -96,14 +96,14 @@ def fill(run: Run, weights: dict[str, Tensor]) -> None:
 
 
 def place(total: Tensor, offset: tuple[int, ...], part: Tensor) -> Tensor:
-    """Where a part lies in its whole; layer and expert axes are lengths of one."""
+    """Return the view of a whole weight that a piece covers; its layer and expert axes have length one."""
     lead = len(offset) - part.dim()
     sizes = (*([1] * lead), *part.shape)
     return total[tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))]
 
 
 def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> Outcome:
-    """Build a run, start it from the given weights, train it."""
+    """Build a run, start it from the given weights, and train it."""
     signals = StopSignals()
     run = start_run(parse_config(argv), signals)
     if initial is not None:
@@ -153,7 +153,7 @@ def train_layout(argv: list[str], initial: dict[str, Tensor] | None = None) -> O
 
 
 def initial_weights(argv: list[str]) -> dict[str, Tensor]:
-    """The weights that a run starts from on one rank."""
+    """Return the initial weights of a run on one rank."""
     run = start_run(parse_config(argv), StopSignals())
     weights = {key: value.clone() for key, value in whole(pieces(run)).items()}
     destroy_parallel_state()

@@ -1,4 +1,4 @@
-"""What a rank reads of a checkpoint and holds while saving one; and that the numbers stay the same."""
+"""How much a rank reads while loading a checkpoint and holds while saving one, with unchanged values."""
 
 import contextlib
 import gc
@@ -30,9 +30,9 @@ from tests.distributed.test_layouts import DENSE, MOE, setup  # noqa: F401
 
 pytestmark = pytest.mark.distributed
 
-# Enough layers for the largest tensor to be a small part of the whole.
+# The model has enough layers for its largest tensor to be a small part of it.
 DEEP = {"--num-layers 4": "--num-layers 12", "--hidden-size 32": "--hidden-size 64"}
-# Experts differ from rank to rank; all else is the same on both.
+# Experts differ between the ranks; all other parameters are the same on both.
 KINDS = {
     "replicated": (DENSE, ""),
     "sharded, padded buckets": (DENSE, f"{SHARDED} --overlap-grad-reduce --ddp-bucket-size 5000"),
@@ -41,7 +41,7 @@ KINDS = {
 
 
 class GatheringOptimizer(TorchAdamDistributedOptimizer):
-    """Lists its state as megatron-core does: all of it on every rank."""
+    """Lists its whole state on every rank, as megatron-core does."""
 
     sharded_param_state_fully_reshardable = DistributedOptimizer.sharded_param_state_fully_reshardable
     load_parameter_state_from_fully_reshardable = DistributedOptimizer.load_parameter_state_from_fully_reshardable
@@ -71,14 +71,14 @@ def counted_stream(_, path, mode):
 
 @dataclass
 class Cost:
-    """What saving and loading cost a rank.
+    """The cost of saving and loading on one rank.
 
     Attributes:
-        held: bytes at the peak of a save beside training's own, over those of the tensors that this rank writes.
-        held_async: the same of a save during which training goes on.
-        read: bytes read while loading, from all files.
-        own: part of the parameters that no other rank has.
-        is_same: whether each number came back.
+        held: peak of the memory that a save allocates, over the bytes of the tensors that this rank writes.
+        held_async: the same ratio for an asynchronous save, during which training continues.
+        read: bytes read from all files while loading.
+        own: fraction of the parameters that no other rank has.
+        is_same: whether all loaded values equal the saved ones.
         is_own: whether the saved main weights, float32 like the weights, are those of the same parameters.
     """
 
@@ -91,7 +91,7 @@ class Cost:
 
 
 def tensors_of(run):
-    """Weights, main weights and moments of this rank."""
+    """Yield this rank's weights, main weights and moments."""
     train_state = run.stepper.train_state
     yield from (p.detach() for chunk in train_state.chunks for p in chunk.parameters())
     for part in train_state.optimizer.chained_optimizers:
@@ -100,7 +100,7 @@ def tensors_of(run):
 
 
 def step(run):
-    """Take a step along gradients drawn at random."""
+    """Take an optimizer step with random gradients."""
     generator = torch.Generator().manual_seed(1)
     for chunk in run.stepper.train_state.chunks:
         for parameter in chunk.parameters():
@@ -109,7 +109,7 @@ def step(run):
 
 
 def save(run, number: int) -> float:
-    """Save; return the peak of memory over the bytes of the tensors in this rank's files."""
+    """Save a checkpoint; return the peak memory of the save over the bytes of the tensors in this rank's files."""
     gc.collect()
     with Allocations(thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)) as allocations:
         run.save(number, 0.0)
@@ -125,14 +125,14 @@ def save(run, number: int) -> float:
 
 
 def has_own_weights(folder: Path) -> bool:
-    """Compare a checkpoint's main weights, where the optimizer shards them, with its weights."""
+    """Return whether a checkpoint's main weights, if the optimizer shards them, equal its weights."""
     stored, prefix = StackedWeights(folder), "optimizer.state.param."
     keys = [key.removeprefix(prefix) for key in stored.entries if key.startswith(prefix)]
     return all(torch.equal(stored.read(key, ()), stored.read(prefix + key, ())) for key in keys)
 
 
 def save_and_load(argv, as_megatron_core: bool) -> Cost:
-    """Save two checkpoints and load one."""
+    """Save two checkpoints, load one, and return the cost."""
     if as_megatron_core:
         load._sharing = lambda ranks: TorchDistLoadShardedStrategy()
     FileSystem.create_stream = counted_stream
@@ -161,7 +161,7 @@ def save_and_load(argv, as_megatron_core: bool) -> Cost:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_share_what_they_read_and_hold_no_more_than_they_write(setup, kind):  # noqa: F811
+def test_ranks_share_the_reading_and_hold_no_more_than_they_write(setup, kind):  # noqa: F811
     argv, _ = setup
     model, flags = KINDS[kind]
     for shallow, deep in DEEP.items():
@@ -172,11 +172,11 @@ def test_ranks_share_what_they_read_and_hold_no_more_than_they_write(setup, kind
     )
     for cost, unshared in zip(ours, original, strict=True):
         assert cost.is_same and cost.is_own
-        # A control: megatron-core mixes up parameters behind padded buckets.
+        # Negative control: megatron-core confuses the state of parameters behind padded buckets.
         assert unshared.is_same == unshared.is_own == ("padded" not in kind)
         assert cost.held < 1.1
         assert cost.held_async < 1.1
-        # Both ranks have the same but for the experts. The excess: a tensor is read whole, and brings a header.
+        # The ranks differ only in experts. Each reads a little over half, because it reads whole tensors with headers.
         assert cost.read < 1.1 * unshared.read * (cost.own + (1 - cost.own) / 2)
-        # The control: without sharing, a rank reads all that it has and gathers what the other one writes.
+        # Negative control: without sharing, a rank reads all its parameters and also gathers what the other one writes.
         assert SHARDED not in flags or unshared.held > 1.5

@@ -1,4 +1,4 @@
-"""A checkpoint knows no layout: saved under one, a run goes on under another; and ranks stop together."""
+"""A checkpoint that is saved under one layout resumes under another; and ranks stop together."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ TP2, PP2, EP2 = (f"--{kind}-model-parallel-size 2" for kind in ("tensor", "pipel
 SHARDED = "--use-distributed-optimizer"
 OVERLAPPED = OVERLAPS["gather"]
 INTERLEAVED = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
-# Vocabularies padded differently: 300 tokens are 384 columns on one rank, 512 on two.
+# Layouts pad the vocabulary differently: 300 tokens are 384 columns on one rank and 512 on two.
 PADDED = "--make-vocab-size-divisible-by 128"
 
 # kind: (model, ranks and flags that save, {name: ranks and flags that load})
@@ -45,7 +45,7 @@ KINDS = {
         {"one rank": (1, SHARDED), "tp2": (2, f"{TP2} --sequence-parallel {SHARDED}")},
     ),
     "experts, plain": (MOE, (2, EP2), {"one rank": (1, ""), "dp2": (2, "")}),
-    # In padded buckets, before weights are gathered.
+    # Saved in padded buckets, before the weights are gathered.
     "overlapped": (DENSE, (2, OVERLAPPED), {"one rank": (1, SHARDED), "dp4": (4, f"{OVERLAPPED} {SINGLE}")}),
     "overlapped experts": (MOE, (4, f"{EP2} {OVERLAPPED} {SINGLE}"), {"one rank": (1, f"{SHARDED} {SINGLE}")}),
 }
@@ -54,7 +54,7 @@ CASES = [(kind, name) for kind, (_, _, loads) in KINDS.items() for name in loads
 
 @pytest.fixture(scope="module")
 def saved(setup):  # noqa: F811
-    """Trains a run of each kind once, saving after steps 3, 4, 6 and 8 of 8."""
+    """Return a function that trains a run of each kind once, saving after steps 3, 4, 6 and 8 of 8."""
     argv, _ = setup
     known = {}
 
@@ -70,7 +70,7 @@ def saved(setup):  # noqa: F811
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_run_goes_on_under_another_layout(setup, saved, kind, name):  # noqa: F811
+def test_run_resumes_under_another_layout(setup, saved, kind, name):  # noqa: F811
     argv, _ = setup
     alone, folder = saved(kind)
     model, _, loads = KINDS[kind]
@@ -84,8 +84,8 @@ def test_a_run_goes_on_under_another_layout(setup, saved, kind, name):  # noqa: 
     assert resumed.valid == pytest.approx(alone.valid, rel=1e-5)
 
 
-def test_another_step_is_told_apart(setup, saved):  # noqa: F811
-    """The control: the checkpoint of the switch, taken for that of step 3."""
+def test_checkpoint_of_another_step_gives_other_losses(setup, saved):  # noqa: F811
+    """Negative control: the checkpoint of the switch is loaded instead of that of step 3."""
     argv, _ = setup
     alone, folder = saved("plain")
     load = ["--load", str(folder), "--ckpt-step", "4"]
@@ -93,7 +93,7 @@ def test_another_step_is_told_apart(setup, saved):  # noqa: F811
     assert resumed.losses != pytest.approx(alone.losses[3:7], rel=1e-5)
 
 
-def test_one_layout_resumes_bitwise(setup, saved):  # noqa: F811
+def test_run_resumes_bitwise_under_the_same_layout(setup, saved):  # noqa: F811
     argv, _ = setup
     alone, folder = saved("sharded")
     model, (world_size, flags), _ = KINDS["sharded"]
@@ -103,7 +103,7 @@ def test_one_layout_resumes_bitwise(setup, saved):  # noqa: F811
 
 
 def signalled_on_one_rank(argv, rank, step):
-    """Train; one rank alone is signalled within a step."""
+    """Train, and send a signal to only one rank within a step."""
     record = MetricsLogger.record
 
     def recording(monitor, done, *rest):
@@ -115,7 +115,7 @@ def signalled_on_one_rank(argv, rank, step):
     return len(train_layout(argv).text)
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(setup):  # noqa: F811
+def test_signal_to_one_rank_stops_all_after_the_same_step(setup):  # noqa: F811
     argv, _ = setup
     arguments = argv("signalled", DENSE, PP2)
     microbatches = run_distributed(signalled_on_one_rank, 2, arguments, 1, 5)

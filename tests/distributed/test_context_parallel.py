@@ -1,4 +1,4 @@
-"""Attention over the context-parallel group: outputs and gradients of whole sequences, in float64."""
+"""Attention over the context-parallel group has the outputs and gradients of whole sequences, in float64."""
 
 from types import SimpleNamespace
 
@@ -15,13 +15,13 @@ L, B, H, K, E = 16, 2, 4, 2, 6
 
 
 def chunks_of(rank: int, cp_size: int) -> list[int]:
-    """The positions of a rank: the chunk from the front of the text and its counterpart from the back."""
+    """Return the positions of a rank: a chunk from the front of the text and its counterpart from the back."""
     size = L // (2 * cp_size)
     return [chunk * size + i for chunk in (rank, 2 * cp_size - 1 - rank) for i in range(size)]
 
 
 def whole_attention(query, key, value):
-    """Every position's softmax over all positions up to it, one position and head at a time."""
+    """Compute each position's attention to all positions up to it, one position and head at a time."""
     rows = []
     for i in range(L):
         heads = []
@@ -34,7 +34,7 @@ def whole_attention(query, key, value):
 
 
 def attend(cp_size, inputs, upstream, broken=""):
-    """Run this rank's part; returns its output and its gradients."""
+    """Run this rank's part of the attention; return its output and gradients."""
     ranks = init_parallel_state(ParallelSizes(context_parallel_size=cp_size))
     gather = attention.gather_from_sequence_parallel_region
     if broken == "plain order":
@@ -67,11 +67,11 @@ def compare(cp_size, broken=""):
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_the_parts_of_a_sequence_attend_as_the_whole(cp_size):
+def test_parts_of_a_sequence_attend_as_the_whole(cp_size):
     compare(cp_size)
 
 
 @pytest.mark.parametrize("broken", ["plain order", "own gradients alone"])
-def test_a_wrong_gathering_is_told_apart(broken):
+def test_comparison_fails_for_wrong_gathering(broken):
     with pytest.raises(AssertionError, match="not close"):
         compare(2, broken)

@@ -1,4 +1,4 @@
-"""What the comparison of layouts must catch: reductions, labels and attention that are deliberately wrong."""
+"""Negative controls of the comparison of layouts: deliberately wrong reductions, labels and attention."""
 
 import pytest
 import torch.distributed as dist
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 
 def with_local_weight(argv, initial):
-    """Each rank divides by its own weight: a mean of means."""
+    """Divide the loss on each rank by its own weight, which gives a mean of means."""
 
     def local_weight(self, made):
         return sum(batch.weight for batch in made) * self._ranks.dp_size
@@ -26,7 +26,7 @@ def with_local_weight(argv, initial):
 
 
 def with_unreduced_bags(argv, initial):
-    """The bag's sum is never reduced over the shards of the vocabulary."""
+    """Do not reduce the sums of bags over the shards of the vocabulary."""
     from megatron_tst.model import embedding
 
     embedding.reduce_from_tensor_model_parallel_region = lambda tensor, group: tensor
@@ -35,7 +35,7 @@ def with_unreduced_bags(argv, initial):
 
 
 def with_shifted_labels(argv, initial):
-    """One data-parallel rank's labels are shifted by one."""
+    """Shift the labels of one data-parallel rank by one."""
     fold_labels = batches.fold_labels
 
     def shifted(labels, *args):
@@ -46,13 +46,13 @@ def with_shifted_labels(argv, initial):
 
 
 def with_own_keys_alone(argv, initial):
-    """Each context-parallel rank attends to its own part of the sequence alone."""
+    """Let each context-parallel rank attend only to its own part of the sequence."""
     ScaledDotProductAttention._attend_in_context = ScaledDotProductAttention._attend
     return train_layout(argv, initial)
 
 
 def with_keys_in_plain_order(argv, initial):
-    """The causal mask takes the context-parallel ranks' parts for one piece of text after another."""
+    """Apply the causal mask as if the context-parallel ranks' parts followed each other in the text."""
     attention.in_text_order = lambda gathered, cp_size: gathered
     return train_layout(argv, initial)
 
@@ -67,7 +67,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "broken"), BROKEN)
-def test_a_broken_layout_fails_the_comparison(setup, name, broken):  # noqa: F811
+def test_comparison_fails_for_a_broken_layout(setup, name, broken):  # noqa: F811
     argv, one_rank = setup
     model, world_size, flags = LAYOUTS[name]
     initial, alone = one_rank(model)

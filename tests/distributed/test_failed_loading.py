@@ -1,4 +1,4 @@
-"""One rank cannot read its share of a checkpoint: every rank says so and ends, and none waits for it."""
+"""If one rank cannot read its part of a checkpoint, every rank reports it and ends, and none waits for it."""
 
 import os
 
@@ -16,7 +16,7 @@ from tests.distributed.launch import run_distributed
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = {"dp2": "--use-distributed-optimizer", "tp2": TWO_RANKS}
-# What a rank reads, and with what.
+# The parts that a rank reads, and the functions that read them.
 READERS = {
     "table of contents": (load, "read_metadata"),
     "plain values": (load, "read_common_state"),
@@ -29,7 +29,7 @@ def fail(*_):
 
 
 def start(argv: list[str], part: str | None, is_together: bool) -> str:
-    """Start a run, of which rank 1 cannot read a part; returns what the rank says."""
+    """Start a run in which rank 1 cannot read a part; return the rank's message."""
     if part is not None and os.environ["RANK"] == "1":
         setattr(*READERS[part], fail)
     if not is_together:
@@ -43,21 +43,21 @@ def start(argv: list[str], part: str | None, is_together: bool) -> str:
 
 @pytest.mark.parametrize("part", READERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_says_which_could_not_read(tmp_path, layout, part):
+def test_every_rank_names_the_rank_that_could_not_read(tmp_path, layout, part):
     argv = [*arguments(tmp_path, "run", LAYOUTS[layout]), "--load", str(RECORDED / "0.19.2")]
     said = run_distributed(start, 2, argv, part, True)
     folder = RECORDED / "0.19.2" / "iter_0000004"
     assert said == [f"--load {folder}: cannot be loaded: rank 1: the file server is gone"] * 2
 
 
-def test_they_start_where_all_can_read(tmp_path):
+def test_ranks_start_if_all_can_read(tmp_path):
     argv = [*arguments(tmp_path, "run", LAYOUTS["dp2"]), "--load", str(RECORDED / "0.19.2")]
     assert run_distributed(start, 2, argv, None, True) == ["started", "started"]
 
 
 @pytest.mark.skipif(not reads_alone(), reason="this megatron-core lets its ranks fail together")
 def test_megatron_core_leaves_the_other_rank_waiting(tmp_path):
-    """Only the end of the failed rank frees the other one, which cannot say why."""
+    """Negative control: only the end of the failed rank frees the other one, which does not learn the reason."""
     argv = [*arguments(tmp_path, "run", LAYOUTS["dp2"]), "--load", str(RECORDED / "0.19.2")]
     waiting, failed = run_distributed(start, 2, argv, "shards", False)
     assert failed.endswith("the file server is gone")

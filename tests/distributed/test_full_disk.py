@@ -1,4 +1,4 @@
-"""A disk that fills where only the main rank writes: every rank ends alike, with the same exit code."""
+"""If the disk fills while only the main rank writes, every rank ends with the same exit code."""
 
 import subprocess
 from pathlib import Path
@@ -29,7 +29,7 @@ PLACES = {
 
 
 def train_on(disk: Path, name: str, argv: list[str]):
-    """Train with a disk that is full once the main rank comes to write a file; returns the error and its exit code."""
+    """Train with a disk that is full when the main rank writes a file; return the error and its exit code."""
     with pytest.MonkeyPatch.context() as patches:
         if name in PLACES:
             fill_before(patches, *PLACES[name], disk, is_here=lambda: dist.get_rank() == 0)
@@ -41,7 +41,7 @@ def train_on(disk: Path, name: str, argv: list[str]):
 
 
 @pytest.mark.parametrize("name", [*PLACES, "the control"])
-def test_every_rank_ends_with_the_same_code(setup, small_disk: Path, name):  # noqa: F811
+def test_every_rank_ends_with_the_same_exit_code(setup, small_disk: Path, name):  # noqa: F811
     argv, _ = setup
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     flags = argv(f"full {name}", DENSE, "--use-distributed-optimizer --eval-iters 0")

@@ -35,20 +35,20 @@ def never_end():
     time.sleep(3600)
 
 
-def test_every_rank_returns_its_result():
+def test_results_of_all_ranks_are_returned():
     assert run_distributed(add_ranks, 3, 10) == [(33, 0), (33, 1), (33, 2)]
 
 
-def test_the_failing_ranks_traceback_is_told():
+def test_error_has_the_traceback_of_the_failing_rank():
     with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2 failed.*fail_on_one.*a telling message"):
         run_distributed(fail_on_one, 2)
 
 
-def test_a_rank_that_dies_ends_the_test():
+def test_rank_that_dies_fails_the_call():
     with pytest.raises(AssertionError, match=r"rank \d of 2 failed"):
         run_distributed(die_on_one, 2)
 
 
-def test_ranks_that_never_end_are_ended():
+def test_ranks_that_never_end_fail_the_call():
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2 still ran after 2 s"):
         run_distributed(never_end, 2, timeout_s=2)

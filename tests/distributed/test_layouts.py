@@ -1,4 +1,4 @@
-"""The same training under every layout: a run across the switch, compared with the one-rank run of the same batches."""
+"""Every layout trains like one rank: runs across the switch are compared with a one-rank run on the same batches."""
 
 import shutil
 from pathlib import Path
@@ -62,9 +62,9 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def setup(corpus, tokenizer, tmp_path_factory):
-    """Makes the argument lists of runs, and keeps one one-rank run and its initial weights per model."""
+    """Return a function for argument lists and one that trains each model on one rank once, from initial weights."""
     folder: Path = tmp_path_factory.mktemp("layouts")
-    # A frequent token ends documents here, so that ranks and micro-batches differ in their valid targets.
+    # A frequent token marks the end of documents, so that ranks and micro-batches differ in their valid targets.
     shutil.copy(tokenizer.path, folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text('{"eos_token": "e"}')
     known: dict[str, tuple[dict[str, torch.Tensor], Outcome]] = {}
@@ -98,32 +98,32 @@ def assert_same_training(alone: Outcome, ranks: list[Outcome]) -> None:
     assert main.losses[0] == pytest.approx(alone.losses[0], rel=1e-6)
     assert main.grad_norms[0] == pytest.approx(alone.grad_norms[0], rel=1e-5)
     assert main.losses == pytest.approx(alone.losses, rel=1e-4)
-    # Top-k routing may flip on a rounding: the sizes and seeds here are such that it does not.
+    # Rounding may change top-k routing; with these sizes and seeds it does not.
     assert main.expert_counts == alone.expert_counts
     assert main.valid == pytest.approx(alone.valid, rel=1e-4)
     wanted, found = whole(alone.pieces), whole([piece for rank in ranks for piece in rank.pieces])
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
-        rows = min(value.shape[0], found[key].shape[0])  # the vocabulary's padding follows the layout
+        rows = min(value.shape[0], found[key].shape[0])  # the padding of the vocabulary depends on the layout
         torch.testing.assert_close(
             found[key][:rows], value[:rows], rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
         )
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_trains_as_one_rank_does(setup, name):
+def test_layout_trains_as_one_rank_does(setup, name):
     assert_same_training(*train_as(setup, name))
 
 
 @pytest.mark.parametrize("name", ["tp2-sp", "pp2", "tp2-dp2-distributed-optimizer"])
-def test_bf16_with_float32_main_weights(setup, name):
+def test_layout_trains_as_one_rank_does_in_bf16(setup, name):
     alone, ranks = train_as(setup, name, "--bf16 --accumulate-allreduce-grads-in-fp32")
     assert ranks[0].losses == pytest.approx(alone.losses, abs=2e-2)
     assert all(part.dtype == torch.bfloat16 for _, _, _, part in ranks[0].pieces)
 
 
 @pytest.mark.parametrize("flags", ["--recompute-granularity selective", RECOMPUTE_ALL])
-def test_recomputing_activations_changes_nothing(setup, flags):
+def test_recomputing_activations_does_not_change_training(setup, flags):
     argv, one_rank = setup
     initial, alone = one_rank(MOE)
     again = run_distributed(train_layout, 1, argv(f"recompute{len(flags)}", MOE, flags), initial)[0]
@@ -131,15 +131,15 @@ def test_recomputing_activations_changes_nothing(setup, flags):
     assert again.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
 
 
-def test_experts_are_counted_on_positions(setup):
+def test_expert_counts_add_up_to_the_positions(setup):
     _, alone = setup[1](MOE)
-    # 4 layers, 4 sequences of 16 positions, 2 experts each, in either phase.
+    # In both phases a step has 4 sequences of 16 positions, each of which uses 2 experts in each layer.
     assert len(alone.expert_counts) == 8
     assert {sum(layer) for step in alone.expert_counts for layer in step} == {4 * 16 * 2}
 
 
 @pytest.mark.parametrize("name", ["dp2", "tp2-dp2-distributed-optimizer", "pp4"])
-def test_the_same_documents_are_read(setup, name):
+def test_layouts_read_the_same_text(setup, name):
     alone, ranks = train_as(setup, name, "--log-interval 2")
     wanted = sorted({row for batch in alone.text for row in batch})
     assert sorted({row for rank in ranks for batch in rank.text for row in batch}) == wanted

@@ -1,4 +1,4 @@
-"""Gradients reduced and parameters gathered while the passes run, in small and padded buckets: one rank's training."""
+"""Overlapped gradient reduction and parameter gathering, in small and padded buckets, train as one rank does."""
 
 import os
 
@@ -14,7 +14,7 @@ from tests.distributed.test_layouts import DENSE, MOE, TIED, assert_same_trainin
 pytestmark = pytest.mark.distributed
 
 SHARDED = "--use-distributed-optimizer"
-# Cuts between nearly all parameters, and behind norms, which do not fill a bucket of the distributed optimizer.
+# Buckets end between nearly all parameters, also after norms, which do not fill a bucket of the distributed optimizer.
 REDUCE = "--overlap-grad-reduce --ddp-bucket-size 200"
 OVERLAPS = {"": "", "reduce": REDUCE, "reduce, sharded": f"{SHARDED} {REDUCE}"}
 OVERLAPS["gather"] = f"{OVERLAPS['reduce, sharded']} --overlap-param-gather"
@@ -23,7 +23,7 @@ EP2 = "--expert-model-parallel-size 2"
 # Four data-parallel ranks share four sequences.
 SINGLE = "--micro-batch-size 1"
 
-# name: (model, ranks, flags of the layout, flags that one rank has too)
+# name: (model, ranks, flags of the layout, flags that the run on one rank has too)
 LAYOUTS = {
     "dp2": (DENSE, 2, "", ""),
     "dp4": (DENSE, 4, "", SINGLE),
@@ -39,7 +39,7 @@ LAYOUTS = {
     "pp2-cp2-ep2": (MOE, 4, f"{PP2} --context-parallel-size 2 {EP2}", ""),
     "tp2-sp-pp2-ep2": (MOE, 8, f"--tensor-model-parallel-size 2 --sequence-parallel {PP2} {EP2}", ""),
 }
-# One of each kind; the others take minutes.
+# One case of each kind; the others take minutes.
 ORDINARY = [
     ("dp2", "reduce"),
     ("tp2-dp2", "gather"),
@@ -52,20 +52,20 @@ LONG = [(name, overlap) for name in LAYOUTS for overlap in OVERLAPS if (name, ov
 
 
 @pytest.mark.parametrize(("name", "overlap"), [*ORDINARY, *(pytest.param(*c, marks=pytest.mark.long) for c in LONG)])
-def test_an_overlapped_layout_trains_as_one_rank_does(setup, name, overlap):  # noqa: F811
+def test_overlapped_layout_trains_as_one_rank_does(setup, name, overlap):  # noqa: F811
     argv, one_rank = setup
     model, world_size, flags, shared = LAYOUTS[name]
     initial, alone = one_rank(model, shared)
     arguments = argv(f"{name} {overlap}", model, f"{shared} {flags} {OVERLAPS[overlap]}")
     ranks = run_distributed(train_layout, world_size, arguments, initial)
     assert_same_training(alone, ranks)
-    # The first stage's: megatron-core cuts the buffers of no other.
+    # Only the first stage has several buckets, because megatron-core does not split the buffers of other stages.
     assert len(ranks[0].padding) > 4 or not overlap
     assert sum(map(bool, ranks[0].padding)) > 1 or overlap in ("", "reduce")
 
 
 def train_with_a_step_not_applied(argv, initial):
-    """The last rank's loss is not a number in the third step, and no rank applies it."""
+    """Train with a NaN loss on the last rank in the third step, which no rank applies."""
     train, loss, steps = Stepper.train, Stepper._loss, []
 
     def counted(stepper, batches):
@@ -80,7 +80,7 @@ def train_with_a_step_not_applied(argv, initial):
     return train_layout(argv, initial)
 
 
-def test_a_step_that_is_not_applied_leaves_what_was_gathered(setup):  # noqa: F811
+def test_skipped_step_leaves_gathered_parameters_unchanged(setup):  # noqa: F811
     argv, one_rank = setup
     initial, _ = one_rank(DENSE)
     plain, overlapped = (
@@ -93,12 +93,12 @@ def test_a_step_that_is_not_applied_leaves_what_was_gathered(setup):  # noqa: F8
 
 
 def train_ungathered(argv, initial):
-    """No rank waits for the parameters that the others have updated."""
+    """Train without waiting for the parameters that other ranks have updated."""
     _ParamAndGradBucketGroup.finish_param_sync = lambda *_, **__: None
     return train_layout(argv, initial)
 
 
-def test_parameters_that_are_not_gathered_fail_the_comparison(setup):  # noqa: F811
+def test_comparison_fails_if_parameters_are_not_gathered(setup):  # noqa: F811
     argv, one_rank = setup
     initial, alone = one_rank(DENSE)
     ranks = run_distributed(train_ungathered, 2, argv("ungathered", DENSE, OVERLAPS["gather"]), initial)

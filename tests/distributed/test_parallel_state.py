@@ -6,18 +6,18 @@ from megatron_tst.distributed import ParallelSizes, init_parallel_state, run_on_
 from tests.distributed.launch import run_distributed
 
 
-def test_one_process_is_a_world(rank):
+def test_one_process_is_a_world_of_its_own(rank):
     assert (rank.rank, rank.world_size, rank.tp_size, rank.dp_size) == (0, 1, 1, 1)
     assert rank.is_main and rank.owns_text and rank.last_stage_rank == 0
 
 
 @pytest.mark.parametrize("size", ["tensor", "pipeline"])
-def test_a_layout_that_does_not_fit_is_refused(size):
+def test_layout_that_does_not_fit_the_world_is_refused(size):
     with pytest.raises(UserError, match=f"--{size}-model-parallel-size 2"):
         init_parallel_state(ParallelSizes(**{f"{size}_model_parallel_size": 2}))
 
 
-def test_an_error_on_the_main_rank_reaches_the_caller(rank):
+def test_error_on_the_main_rank_reaches_the_caller(rank):
     def fail():
         raise UserError("--flag 1: wrong")
 
@@ -40,11 +40,11 @@ def stop_the_main_rank():
 
 
 @pytest.mark.distributed
-def test_a_signal_to_the_main_rank_stops_all():
+def test_signal_to_the_main_rank_stops_all_ranks():
     assert run_distributed(stop_the_main_rank, 2) == ["stopped by SIGTERM"] * 2
 
 
-def test_seeds_repeat(rank):
+def test_equal_seeds_give_equal_numbers(rank):
     import random
 
     import numpy

@@ -1,4 +1,4 @@
-"""What is wrong with a node is said before the first step, with the node's name."""
+"""The preflight reports a node's problem before the first step, with the node's name."""
 
 import os
 import re
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 
 
 def look(argv, fault=None):
-    """Run the preflight on this rank, as a node of its own; rank 1 may have a fault. Returns the line."""
+    """Run the preflight on this rank as a node of its own, on rank 1 with a fault if given; return its message."""
     rank = os.environ["RANK"]
     os.environ["SLURMD_NODENAME"], os.environ["TST_NODES"] = f"node{rank}", "node0 node1"
     if rank == "1" and fault is not None and fault(argv) == "absent":
@@ -71,14 +71,14 @@ def absent(argv):
 
 FAULTS = {
     no_data: r"node1: .*corpus-elsewhere\.bin cannot be read: No such file",
-    shorter_data: r"node1 sees .*corpus\.bin with \d+ bytes, most have \d+ bytes|node0 sees .*corpus\.bin",
-    late_clock: r"node1: its clock is -\d+ s off the others'|node0: its clock is \+\d+ s off",
-    no_room: r"node1: .*checkpoints has [\d.]+ GB free, two checkpoints need",
-    other_library: r"node1 has transformer_engine 2.9.0, most have None|node0 has transformer_engine None",
+    shorter_data: r"node1 has .*corpus\.bin with \d+ bytes, but most nodes have \d+ bytes|node0 has .*corpus\.bin",
+    late_clock: r"node1: its clock differs from the median by -\d+ s|node0: its clock .* by \+\d+ s",
+    no_room: r"node1: .*checkpoints has [\d.]+ GB free, but two checkpoints need",
+    other_library: r"node1 has transformer_engine 2.9.0, but most nodes have None|node0 has transformer_engine None",
     no_place: r"node1: .*checkpoints cannot be written: Not a directory",
     broken_network: r"all-reduce between nodes: .*node1: unhandled system error",
-    slow_network: r"all-reduce between nodes: node1: 0.0 GB/s \(floor 1e-06 GB/s\)",
-    absent: r"nothing heard of rank 1 on node1 within 0:00:0[58]",
+    slow_network: r"all-reduce between nodes: node1: 0.0 GB/s \(minimum 1e-06 GB/s\)",
+    absent: r"no report from rank 1 on node1 within 0:00:0[58]",
 }
 
 
@@ -89,12 +89,12 @@ def argv(corpus, tokenizer, tmp_path: Path):
     )
 
 
-def test_fit_nodes_pass(argv):
+def test_healthy_nodes_pass(argv):
     assert run_distributed(look, 2, argv) == ["fit", "fit"]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_is_named_on_every_rank(argv, fault):
+def test_fault_is_reported_on_every_rank(argv, fault):
     lines = run_distributed(look, 2, argv, fault)
     assert lines[0].startswith("preflight: ")
     assert re.search(FAULTS[fault], lines[0]), lines[0]
@@ -110,7 +110,7 @@ def meet_nobody(_):
         return str(error), error.own_rank
 
 
-def test_an_unreachable_main_rank_is_named():
+def test_unreachable_main_rank_is_named():
     ((line, own_rank),) = run_distributed(meet_nobody, 1, None)
     assert re.search(r"cannot reach 127\.0\.0\.1:2 \(MASTER_ADDR, MASTER_PORT\)", line)
     assert own_rank

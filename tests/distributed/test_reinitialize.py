@@ -1,4 +1,4 @@
-"""The vocabulary that is drawn anew at the switch is the same under every layout, on every rank that holds a copy."""
+"""The vocabulary weights that are reinitialized at the switch are the same under every layout and in every copy."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_trains_as_one_rank_does(setup, name):  # noqa: F811
+def test_reinitializing_layout_trains_as_one_rank_does(setup, name):  # noqa: F811
     argv, one_rank = setup
     model, world_size, flags = LAYOUTS[name]
     initial, alone = one_rank(model, CONTROL)
@@ -28,7 +28,7 @@ def test_a_layout_trains_as_one_rank_does(setup, name):  # noqa: F811
     assert_same_training(alone, ranks)
 
 
-def test_bf16_main_weights_in_shards_take_the_draw(setup):  # noqa: F811
+def test_sharded_main_weights_are_reinitialized(setup):  # noqa: F811
     argv, one_rank = setup
     bf16 = f"{CONTROL} --bf16 --accumulate-allreduce-grads-in-fp32"
     initial, alone = one_rank(DENSE, bf16)
@@ -43,8 +43,8 @@ def train_without_drawing(argv, initial):
     return train_layout(argv, initial)
 
 
-def test_a_run_that_does_not_draw_is_told_apart(setup):  # noqa: F811
-    """The control."""
+def test_run_without_reinitialization_differs(setup):  # noqa: F811
+    """Negative control of the comparison and of the values."""
     argv, one_rank = setup
     initial, alone = one_rank(DENSE, CONTROL)
     plain = run_distributed(train_without_drawing, 1, argv("plain", DENSE, CONTROL), initial)

@@ -1,4 +1,4 @@
-"""Nothing in a checkpoint is executed where ranks share the reading and hand on to each other what they read."""
+"""Loading never executes anything from a checkpoint, also when ranks share the reading and exchange what they read."""
 
 import io
 import pickle
@@ -20,7 +20,7 @@ from tests.distributed.launch import run_distributed
 
 pytestmark = pytest.mark.distributed
 
-# What holds the bomb, and whether megatron-core without the guard executes it.
+# The place of the bomb, and whether megatron-core executes it without safe_loading.
 PLACES = {".metadata": True, "metadata.json": False, "common.pt": False, "entry": True, "tensor": False}
 
 
@@ -35,7 +35,7 @@ class Bomb:
 
 
 def content(rank: int):
-    """What both ranks have: two tensors, of which each rank reads one, and an entry."""
+    """Return the content on both ranks: two tensors, of which each rank reads one, and an entry."""
     tensors = {
         name: ShardedTensor.from_rank_offsets(name, torch.full((3,), value), replica_id=rank)
         for name, value in (("tensor", 1.0), ("other", 2.0))
@@ -50,7 +50,7 @@ def archive(value) -> bytes:
 
 
 def put_bomb(folder: Path, place: str, bomb: Bomb) -> None:
-    """Let a file of a checkpoint, or an entry or a tensor in a shard, be a bomb."""
+    """Replace a file of a checkpoint, or an entry or a tensor in a shard, by a bomb."""
     if place in (".metadata", "metadata.json"):
         (folder / place).write_bytes(pickle.dumps(bomb))
     elif place == "common.pt":
@@ -68,7 +68,7 @@ def put_bomb(folder: Path, place: str, bomb: Bomb) -> None:
 
 
 def load_bomb(folder: Path, place: str, is_guarded: bool) -> str:
-    """Save, put a bomb in, load; returns what loading gave or raised."""
+    """Save, insert a bomb, and load; return the result of loading or its error."""
     ranks = init_parallel_state(ParallelSizes())
     if ranks.is_main:
         folder.mkdir()
@@ -95,17 +95,17 @@ def load_bomb(folder: Path, place: str, is_guarded: bool) -> str:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_bomb_is_refused_on_every_rank(tmp_path, place):
+def test_bomb_is_refused_on_every_rank(tmp_path, place):
     outcomes = run_distributed(load_bomb, 2, tmp_path / "guarded", place, True)
     assert not (tmp_path / "guarded" / "executed").exists()
     assert "loaded" not in outcomes, outcomes
 
 
 @pytest.mark.parametrize("place", [place for place, is_executed in PLACES.items() if is_executed])
-def test_without_the_guard_it_goes_off(tmp_path, place):
+def test_bomb_goes_off_without_safe_loading(tmp_path, place):
     run_distributed(load_bomb, 2, tmp_path / "bare", place, False)
     assert (tmp_path / "bare" / "executed").exists()
 
 
-def test_without_a_bomb_all_is_loaded(tmp_path):
+def test_checkpoint_without_a_bomb_is_loaded(tmp_path):
     assert run_distributed(load_bomb, 2, tmp_path / "whole", "", True) == ["loaded", "loaded"]

@@ -1,6 +1,6 @@
-"""What is saved is what was trained, whatever a rank held when the save began, and a run goes on from it bitwise.
+"""A checkpoint holds the trained weights, and a run resumes from it bitwise, also with overlapped gathering.
 
-With gathering overlapped, a step leaves each rank the new weights of its own shard alone.
+With overlapped gathering, each rank has only the new weights of its own shard after a step.
 """
 
 import os
@@ -26,18 +26,18 @@ from tests.training.runs import start
 
 pytestmark = pytest.mark.distributed
 
-# The phase ends at step 4 of 8. Main weights are float32: a bfloat16 weight that is none's rounding is stale.
+# The phase ends at step 4 of 8. A bfloat16 weight that is not the rounding of its float32 main weight is stale.
 RUN = f"--bf16 --hidden-dropout 0.1 --attention-dropout 0.1 --save-interval 3 {OVERLAPS['gather']}"
 INTERVAL, PHASE, SIGNAL, END = 3, 4, 7, 8
 LAYOUTS = {"dp2": (DENSE, 2, ""), "ep2-dp2": (MOE, 4, f"{EP2} {SINGLE}")}
 EVALUATIONS = {"never evaluated": "--eval-iters 0", "evaluated each step": "--eval-interval 1"}
 
-# Per step that was saved: what the next forward pass reads on this rank.
+# The weights that the next forward pass reads on this rank, by saved step.
 Kept = dict[int, list[Piece]]
 
 
 def train_and_keep(argv: list[str], signalled_after: int | None = None, gathers: bool = True) -> tuple[Outcome, Kept]:
-    """Train; the last rank alone is signalled within a step."""
+    """Train and record the weights at each save; send a signal to only the last rank within a step."""
     kept: Kept = {}
     read: list[list] = []
     train, save, record = Stepper.train, Run.save, MetricsLogger.record
@@ -48,7 +48,7 @@ def train_and_keep(argv: list[str], signalled_after: int | None = None, gathers:
 
     def saving(run, step, *rest):
         save(run, step, *rest)
-        # A forward pass gathers by hooks of its own.
+        # A forward pass gathers the weights through its own hooks.
         run.stepper.evaluate(read[0])
         kept[step] = [(key, offset, shape, part.detach().clone()) for key, offset, shape, part in pieces(run)]
 
@@ -73,7 +73,7 @@ def saved_tensors(checkpoints: Path, step: int) -> dict[str, Tensor]:
 
 
 def num_stale(saved: dict[str, Tensor]) -> int:
-    """Weights that are not the rounding of their main weights."""
+    """Return the number of weights that are not the rounding of their main weights."""
     mains = {key: value for key, value in saved.items() if key.startswith("optimizer.state.param.")}
     assert len(mains) == sum(not key.startswith("optimizer.") for key in saved) > 5
     weights = {key: saved[key.removeprefix("optimizer.state.param.")] for key in mains}
@@ -88,7 +88,7 @@ def assert_holds_the_model(saved: dict[str, Tensor], parts: list[Piece]) -> None
 
 @pytest.fixture(scope="module")
 def stopped(setup):  # noqa: F811
-    """Trains a run of each layout until it is signalled after step 7, once."""
+    """Return a function that trains a run of each layout once, until it receives a signal after step 7."""
     argv, _ = setup
     known: dict[tuple[str, str], tuple[list[str], list[Kept], Path]] = {}
 
@@ -113,7 +113,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layout", "evaluation"), CASES)
-def test_what_is_saved_was_trained_and_goes_on_bitwise(setup, stopped, layout, evaluation):  # noqa: F811
+def test_checkpoint_holds_the_trained_weights_and_resumes_bitwise(setup, stopped, layout, evaluation):  # noqa: F811
     argv, _ = setup
     arguments, ranks, checkpoints = stopped(layout, evaluation)
     model, world_size, flags = LAYOUTS[layout]
@@ -135,7 +135,7 @@ def test_what_is_saved_was_trained_and_goes_on_bitwise(setup, stopped, layout, e
 
 
 def assert_export_is_the_model(checkpoints: Path, step: int, ranks: list[Kept], folder: Path) -> None:
-    """Export a checkpoint as a user does, and compare every weight of it with what the ranks read next."""
+    """Export a checkpoint with the command-line tool and compare its weights with those that the ranks read next."""
     exported = folder / "hf"
     done = start("tools/convert_ckpt.py", "--load", str(checkpoints), "--iteration", str(step), "--save", str(exported))
     assert done.returncode == 0, done.stderr
@@ -146,20 +146,20 @@ def assert_export_is_the_model(checkpoints: Path, step: int, ranks: list[Kept], 
     assert model.keys() <= back.entries.keys()
     for key, value in model.items():
         weight = back.read(key, ())
-        # The export leaves out the rows that pad the vocabulary; no other tensor has as many rows.
+        # The export omits the rows that pad the vocabulary; no other tensor has as many rows.
         rows = slice(found.vocab_size)
         assert weight.dtype == torch.bfloat16 and torch.equal(weight[rows].float(), value[rows]), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_export_of_a_run_that_was_stopped_is_its_model(stopped, tmp_path, layout):
+def test_export_of_a_stopped_run_equals_its_model(stopped, tmp_path, layout):
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     _, ranks, checkpoints = stopped(layout, "never evaluated")
     assert_export_is_the_model(checkpoints, SIGNAL, ranks, tmp_path)
 
 
-def test_a_save_without_gathering_is_told_apart(setup, tmp_path):  # noqa: F811
-    """The control, of checkpoint and export."""
+def test_save_without_gathering_has_stale_weights(setup, tmp_path):  # noqa: F811
+    """Negative control of the checks of checkpoint and export."""
     argv, _ = setup
     model, world_size, flags = LAYOUTS["ep2-dp2"]
     arguments = argv("ungathered save", model, f"{flags} {RUN} {EVALUATIONS['never evaluated']} --train-iters 5")

@@ -1,4 +1,4 @@
-"""Which signals are one request, and what a process does at each."""
+"""The signals that form one request to stop, and the reaction of a process to them."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def as_they_were():
 
 
 class Exits:
-    """Stands in for the end of the process."""
+    """Records exit codes instead of ending the process."""
 
     def __init__(self, monkeypatch):
         self.codes = []
@@ -38,19 +38,19 @@ def send(*numbers: int) -> None:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_in_the_set_up_is_an_error_that_no_handler_of_errors_takes(number):
+def test_signal_in_the_set_up_is_not_caught_by_exception_handlers(number):
     signals = StopSignals()
     signals.listen()
     with pytest.raises(StoppedInSetUp, match=f"stopped by {number.name} before the first step") as stopped:
         try:
             send(number)
         except Exception:
-            pytest.fail("taken for an error")
+            pytest.fail("it was caught as an Exception")
     assert stopped.value.exit_code == EXIT_RESUMABLE
     assert signals.request == number.name
 
 
-def test_what_follows_within_the_time_belongs_to_the_first_signal(monkeypatch):
+def test_signals_shortly_after_the_first_belong_to_the_same_request(monkeypatch):
     now_s, exits = [100.0], Exits(monkeypatch)
     signals = StopSignals(clock=lambda: now_s[0])
     signals.listen()
@@ -65,7 +65,7 @@ def test_what_follows_within_the_time_belongs_to_the_first_signal(monkeypatch):
     assert exits.codes == [128 + signal.SIGTERM]
 
 
-def test_the_set_up_too_is_ended_at_once_by_a_later_signal(monkeypatch):
+def test_later_signal_ends_the_process_during_the_set_up(monkeypatch):
     now_s, exits = [0.0], Exits(monkeypatch)
     signals = StopSignals(clock=lambda: now_s[0])
     signals.listen()
@@ -77,7 +77,7 @@ def test_the_set_up_too_is_ended_at_once_by_a_later_signal(monkeypatch):
     assert exits.codes == [128 + signal.SIGUSR1]
 
 
-def test_a_later_signal_ends_a_real_process():
+def test_later_signal_ends_a_real_process():
     program = (
         "import os, signal\n"
         "from megatron_tst.distributed.signals import StopSignals\n"
@@ -95,7 +95,7 @@ def test_a_later_signal_ends_a_real_process():
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "a shell"])
-def test_the_end_of_torchrun_is_a_request_and_that_of_another_parent_is_not(monkeypatch, launcher):
+def test_only_the_end_of_torchrun_is_a_request_to_stop(monkeypatch, launcher):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if launcher == "torchrun":
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -107,7 +107,7 @@ def test_the_end_of_torchrun_is_a_request_and_that_of_another_parent_is_not(monk
 
 
 def signal_the_last_rank(number: int) -> str | None:
-    """Signal it between collectives, where it must not leave the other one."""
+    """Send a signal to the last rank between collectives, where it must not leave the other rank waiting."""
     init_parallel_state(ParallelSizes())
     signals = StopSignals()
     signals.listen()
@@ -122,7 +122,7 @@ def signal_the_last_rank(number: int) -> str | None:
 
 
 def signal_the_main_rank_alone(number: int) -> tuple[str | None, bool]:
-    """Signal it in what it does alone, which may take minutes, while the other one waits."""
+    """Send a signal to the main rank while it works alone, which may take minutes, and the other rank waits."""
     init_parallel_state(ParallelSizes())
     StopSignals().listen()
     goes_on = []
@@ -134,13 +134,13 @@ def signal_the_main_rank_alone(number: int) -> tuple[str | None, bool]:
 
 
 @pytest.mark.distributed
-def test_ranks_stop_together_in_the_set_up():
+def test_ranks_stop_together_during_the_set_up():
     line = "stopped by {} before the first step; start the same command again"
     said = run_distributed(signal_the_last_rank, 2, signal.SIGUSR1)
     assert said == [line.format("a signal to another rank"), line.format("SIGUSR1")]
     assert run_distributed(signal_the_main_rank_alone, 2, signal.SIGTERM) == [(line.format("SIGTERM"), False)] * 2
 
 
-def test_a_deaf_process_hears_nothing():
+def test_ignored_signals_do_not_end_the_process():
     ignore_stop_signals()
     send(*STOP_SIGNALS)

@@ -1,4 +1,4 @@
-"""The loss through a fused kernel inside pipeline schedules, recomputation and tensor parallelism."""
+"""The loss computed by a fused kernel under pipeline schedules, recomputation and tensor parallelism."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.reference import edge_targets, loss_and_gradient
 
 pytestmark = pytest.mark.distributed
 WORLD, VOCAB = 2, 40
-ONE_ROUNDING = 2**-8  # of a bfloat16; versions to 2.17 round a gradient twice
+ONE_ROUNDING = 2**-8  # relative rounding error of bfloat16; versions up to 2.17 round a gradient twice
 
 
 def lose(behaviour, logits_LBV, targets, weights):
@@ -32,7 +32,7 @@ def lose(behaviour, logits_LBV, targets, weights):
 @pytest.mark.parametrize("behaviour", STAND_INS)
 @pytest.mark.parametrize("bag_size", [1, 2, 6, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_targets_spread_over_two_shards(behaviour, bag_size, dtype):
+def test_loss_over_two_shards_equals_the_loop_over_targets(behaviour, bag_size, dtype):
     logits = (4 * torch.randn(6, 2, VOCAB, generator=torch.Generator().manual_seed(1))).to(dtype)
     targets, weights = edge_targets((2, 6), VOCAB, bag_size), bag_weights("power_law", bag_size)
     ranks = run_distributed(lose, WORLD, behaviour, logits, targets, weights)
@@ -53,7 +53,7 @@ def train_with_kernel(behaviour, argv, initial):
 
 @pytest.mark.parametrize("behaviour", STAND_INS)
 @pytest.mark.parametrize("name", ["tp2-sp", "pp2"])
-def test_a_run_through_the_kernel_is_the_run_through_native(setup, behaviour, name):  # noqa: F811
+def test_run_with_the_kernel_equals_the_native_run(setup, behaviour, name):  # noqa: F811
     argv, one_rank = setup
     _, world_size, flags = LAYOUTS[name]
     initial, alone = one_rank(DENSE)

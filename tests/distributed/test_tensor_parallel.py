@@ -1,4 +1,4 @@
-"""The two ends of the model over tensor-parallel ranks: values, gradients, and what travels."""
+"""Embedding and loss over tensor-parallel ranks: values, gradients and collectives."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def lose(logits_LBV, targets, weights):
 
 @pytest.mark.parametrize("bag_size", [1, 2, 6, 16])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
-def test_the_loss_over_two_shards_is_the_loop_over_targets(bag_size, dtype, tolerance):
+def test_loss_over_two_shards_equals_the_loop_over_targets(bag_size, dtype, tolerance):
     vocab = 40
     logits = (4 * torch.randn(6, 2, vocab, generator=torch.Generator().manual_seed(1))).to(dtype)
     targets, weights = edge_targets((2, 6), vocab, bag_size), bag_weights("power_law", bag_size)
@@ -43,7 +43,7 @@ def test_the_loss_over_two_shards_is_the_loop_over_targets(bag_size, dtype, tole
     for loss, weight, _, forward, backward in ranks:
         torch.testing.assert_close(loss.double(), wanted_loss, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(weight.double(), wanted_weight, rtol=1e-6, atol=1e-7)
-        # The maximum, then one sum for everything else; nothing on the way back, whatever the bag size.
+        # One reduction for the maximum and one for all sums; none in the backward pass, whatever the bag size.
         assert (forward, backward) == ({"allreduce_": 2}, {})
     gradient = torch.cat([rank[2] for rank in ranks], dim=-1).transpose(0, 1)
     torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=tolerance, atol=1e-6)
@@ -63,7 +63,7 @@ def embed(shape, sequence_parallel, bf16, bags, weight, upstream):
     config = transformer_config(model, sizes, TrainingSettings(bf16=bf16), parallel, find_libraries())
     embedding = build_gpt(config, model, sizes, LossChoice(), use_transformer_engine=False).embedding
     words, rows = embedding.word_embeddings, (VOCAB + 1) // WORLD
-    # Hooks gather parameters under overlap: until one runs, the weight holds nothing that may be read.
+    # With overlapped gathering, hooks fill the weight, which must not be read before they run.
     words.weight.data.fill_(torch.nan)
 
     def gather(module, _):
@@ -107,7 +107,7 @@ def embed_unreduced(*arguments):
     return embed(*arguments)
 
 
-def test_a_missing_reduction_is_told_apart():
+def test_missing_reduction_changes_the_embedding():
     bags = torch.randint(0, VOCAB, (3, LENGTH, 4))
     weight, upstream = torch.randn(VOCAB + 1, 32), torch.randn(LENGTH, 3, 32)
     ranks = run_distributed(embed_unreduced, WORLD, DENSE, False, False, bags, weight, upstream)

@@ -1,9 +1,9 @@
-"""A real SLURM on this machine: slurmctld, one slurmd per node and munged, private to a folder.
+"""A real SLURM cluster on this machine: slurmctld, one slurmd per node and munged, with all files in one directory.
 
-python -m tests.launch.cluster [nodes]     brings one up until Enter is pressed, and says how to use it
+python -m tests.launch.cluster [nodes]     starts a cluster until Enter is pressed, and prints how to use it
 
-Nodes are daemons with host names of their own (UTS namespaces) and loopback addresses; their CPUs and GPUs are
-advertised, not real. Needs root; installs Debian's packages where they are missing.
+Nodes are daemons with their own host names (UTS namespaces) and loopback addresses; their CPUs and GPUs are only
+declared. Needs root; installs Debian's packages if they are missing.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "shellcheck")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "shellcheck")
-# Give a daemon the host name $0 and the cluster's own /etc/hosts $1, then become it.
+# Sets the host name to $0 and /etc/hosts to the cluster's file $1, then becomes the daemon.
 ON_NODE = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 
 
 def why_not() -> str | None:
-    """Install what is missing; return why no SLURM can run here, or None."""
+    """Install missing packages; return the reason why SLURM cannot run here, or None."""
     if os.geteuid() != 0:
-        return "a private SLURM needs root: its nodes have host names of their own"
+        return "a private SLURM needs root, because its nodes have their own host names"
     if all(shutil.which(program) for program in PROGRAMS):
         return None
     if shutil.which("apt-get") is None:
@@ -34,14 +34,14 @@ def why_not() -> str | None:
     for command in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", *PACKAGES]):
         done = subprocess.run(["apt-get", *command], env=environment, capture_output=True, text=True)
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    return f"apt-get did not bring {', '.join(missing)}: {done.stderr.strip()[-200:]}" if missing else None
+    return f"apt-get did not install {', '.join(missing)}: {done.stderr.strip()[-200:]}" if missing else None
 
 
 class Cluster:
-    """A running SLURM.
+    """A running SLURM cluster.
 
     Attributes:
-        environment: to call sbatch and its kin with.
+        environment: environment variables for sbatch and the other commands.
     """
 
     def __init__(self, folder: Path, num_nodes: int, gpus: int, cpus: int) -> None:
@@ -49,7 +49,7 @@ class Cluster:
         self.folder, self.num_nodes = folder, num_nodes
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
-        # Another cluster may be up on this machine: its daemons, and its jobs, whose ports follow from their numbers.
+        # Ports and job ids are random, because another cluster may run here; jobs derive their ports from their ids.
         self._first_port = random.SystemRandom().randrange(11000, 19000, 20)
         self._first_job = random.SystemRandom().randrange(1, 10000)
         for name in ("state", "spool", "munge", "log"):
@@ -71,7 +71,7 @@ class Cluster:
         self._wait_until_idle()
 
     def _gpus(self, count: int) -> str:
-        """Declare GPUs; SLURM wants devices, so each is one more node with the numbers of /dev/null."""
+        """Declare GPUs; SLURM needs devices, so each GPU is a device node with the numbers of /dev/null."""
         for number in range(count):
             os.mknod(self.folder / f"gpu{number}", 0o020666, os.makedev(1, 3))
         devices = f"{self.folder}/gpu[0-{count - 1}]"
@@ -82,12 +82,12 @@ class Cluster:
         settings = {
             "ClusterName": "test", "SlurmctldHost": "ctl(127.0.0.1)", "SlurmctldPort": port, "SlurmUser": "root",
             "SlurmdUser": "root", "AuthType": "auth/munge", "CredType": "cred/munge",
-            # A requeued job waits for its old credential to expire: two minutes, unless told; five seconds at least.
+            # A requeued job waits until its old credential expires: two minutes by default, five seconds at least.
             "AuthInfo": f"socket={folder}/munge.socket,cred_expire=5",
             "StateSaveLocation": f"{folder}/state", "SlurmdSpoolDir": f"{folder}/spool/%n",
             "SlurmctldPidFile": f"{folder}/ctl.pid", "SlurmdPidFile": f"{folder}/%n.pid",
             "SlurmctldLogFile": f"{folder}/log/ctl.log", "SlurmdLogFile": f"{folder}/log/%n.log",
-            # No cgroups, no accounting, no interconnect: what a container has.
+            # A container has no cgroups, no accounting and no interconnect.
             "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/none",
             "JobAcctGatherType": "jobacct_gather/none", "AccountingStorageType": "accounting_storage/none",
             "SwitchType": "switch/none", "MpiDefault": "none", "SelectType": "select/cons_tres",
@@ -112,7 +112,7 @@ class Cluster:
         options = [f"--{option}={munge / name}" for option, name in files.items()]
         socket = self.folder / "munge.socket"
         self._spawn("munged", ["munged", "--force", "--foreground", f"--socket={socket}", "--num-threads=1", *options])
-        self._wait(socket.exists, "munged opens no socket")
+        self._wait(socket.exists, "munged did not open its socket")
 
     def _start(self, host: str, *command: str) -> None:
         hosts = str(self.folder / "hosts")
@@ -128,10 +128,10 @@ class Cluster:
         def are_idle() -> bool:
             return self.call("sinfo", "-h", "-o", "%D %t").stdout.strip() == f"{self.num_nodes} idle"
 
-        self._wait(are_idle, "nodes do not become idle")
+        self._wait(are_idle, "the nodes did not become idle")
 
     def _wait(self, condition, failure: str, timeout_s: float = 300.0) -> None:
-        """Return once a condition holds; stop everything if it does not within the time."""
+        """Return when a condition holds; stop everything and fail if it does not before the timeout."""
         for _ in range(int(timeout_s * 20)):
             if condition():
                 return
@@ -141,17 +141,17 @@ class Cluster:
         raise AssertionError(f"{failure} within {timeout_s:.0f} s\n{logs}")
 
     def pause(self) -> None:
-        """Let a twentieth of a second pass, or less if a daemon ends."""
+        """Wait for a twentieth of a second, or less if a daemon ends."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._daemons[-1].wait(timeout=0.05)
 
     def call(self, *command: str, **options) -> subprocess.CompletedProcess[str]:
-        """Run one of SLURM's programs."""
+        """Run one of SLURM's commands."""
         environment = {**self.environment, **options.pop("env", {})}
         return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
 
     def stop(self) -> None:
-        """End all jobs, then all daemons; once."""
+        """End all jobs and then all daemons; further calls do nothing."""
         daemons, self._daemons = self._daemons, []
         if not daemons:
             return
@@ -168,7 +168,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running_cluster(num_nodes: int, gpus: int = 0, cpus: int = 4) -> Iterator[Cluster]:
-    """Bring a cluster up and take it down again."""
+    """Start a cluster, and stop it at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
         cluster = Cluster(Path(name) / "cluster", num_nodes, gpus, cpus)
         try:
@@ -178,7 +178,7 @@ def running_cluster(num_nodes: int, gpus: int = 0, cpus: int = 4) -> Iterator[Cl
 
 
 def main() -> None:
-    """Bring a cluster up for a person."""
+    """Start a cluster for interactive use."""
     if (reason := why_not()) is not None:
         sys.exit(reason)
     with running_cluster(int(sys.argv[1]) if len(sys.argv) > 1 else 2) as cluster:

@@ -1,4 +1,4 @@
-"""launch/requeue.sh by itself, with a scontrol that only writes down what it is asked."""
+"""launch/requeue.sh by itself, with a scontrol that only records its arguments."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class Job:
-    """A job whose run has ended; each call of the script is what follows one start."""
+    """A job whose run has ended; each call of the script follows one start of the job."""
 
     def __init__(self, folder: Path) -> None:
         self.run, self.asked = folder / "run", folder / "asked"
@@ -31,7 +31,7 @@ class Job:
         tracker.write_bytes(text if isinstance(text, bytes) else text.encode())
 
     def ends(self, code: str = "75", complaint: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-        """Call the script; a complaint of bash's own is a case that it does not know."""
+        """Call the script with an exit code; bash itself must print nothing but the expected complaint."""
         done = subprocess.run(
             ["bash", str(ROOT / "launch" / "requeue.sh"), code], env={**self.environment, **environment},
             capture_output=True, text=True, timeout=60,
@@ -44,7 +44,7 @@ class Job:
         return self.asked.read_text().count("requeue 77\n") if self.asked.exists() else 0
 
     def count_starts(self, most: int = 10) -> int:
-        """End again and again, without progress; return how often the job is started again."""
+        """End repeatedly without progress; return how often the job is started again."""
         before = self.requeues
         for _ in range(most):
             if self.ends().returncode != 0:
@@ -61,13 +61,13 @@ def job(tmp_path: Path) -> Job:
     ("code", "word"),
     [("0", "the run is complete"), ("2", "not started again: exit code 2"), ("3", "not started again: exit code 3")],
 )
-def test_what_is_not_started_again(job, code, word):
+def test_completed_or_failed_job_is_not_started_again(job, code, word):
     done = job.ends(code)
     assert (done.returncode, job.requeues) == (int(code), 0)
     assert word in done.stdout
 
 
-def test_a_job_that_makes_progress_goes_on(job):
+def test_job_that_makes_progress_is_started_again(job):
     for step in range(10, 100, 10):
         job.save(f"{step}\n")
         assert job.ends().returncode == 0
@@ -75,7 +75,7 @@ def test_a_job_that_makes_progress_goes_on(job):
     assert "at step 90: starting again" in job.ends().stdout
 
 
-# What the tracker says where no checkpoint follows: a step, nothing, and what no program of ours writes.
+# Contents of a tracker that does not change: a step, nothing, and content that our programs never write.
 TRACKERS = {
     "none": None, "a step": b"40", "a step with zeros": b"0000008", "empty": b"", "blank": b" \n\n",
     "a word": b"release", "bytes": b"\xff\x00\x01", "negative": b"-3", "a fraction": b"1.5", "two": b"1 2",
@@ -84,23 +84,23 @@ TRACKERS = {
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)
-def test_a_job_without_progress_is_given_up(job, tracker):
+def test_job_without_progress_is_given_up(job, tracker):
     if (text := TRACKERS[tracker]) is not None:
         job.save(text)
     assert job.count_starts() == 2
     done = job.ends()
     assert "no progress (MAX_RESTARTS)" in done.stdout and done.returncode == 75
-    # Control: a checkpoint is progress, whatever the tracker held before.
+    # Control: a checkpoint is progress, whatever the tracker contained before.
     job.save("50")
     assert job.ends().returncode == 0
 
 
-def test_an_unreadable_tracker_is_no_progress(job):
+def test_unreadable_tracker_is_no_progress(job):
     (job.run / "checkpoints" / TRACKER).mkdir()
     assert job.count_starts() == 2
 
 
-def test_a_step_set_back_by_hand_is_counted_anew(job):
+def test_count_restarts_at_a_step_that_was_reset_by_hand(job):
     for step in ("36", "16", "20"):
         job.save(step)
         assert job.ends().returncode == 0
@@ -114,19 +114,19 @@ RESTARTS = {
 
 
 @pytest.mark.parametrize("restarts", RESTARTS)
-def test_a_count_that_is_none_begins_anew(job, restarts):
+def test_invalid_count_is_replaced(job, restarts):
     job.save("40")
     (job.run / "restarts").write_bytes(RESTARTS[restarts])
     assert job.count_starts() == 2
 
 
-def test_a_job_submitted_again_has_a_count_of_its_own(job):
+def test_job_that_is_submitted_again_has_its_own_count(job):
     job.save("40")
     assert job.count_starts() == 2
     assert job.ends(SLURM_JOB_ID="78").returncode == 0
 
 
-def test_starts_that_cannot_be_counted_are_not_made(job):
+def test_job_is_not_started_again_if_starts_cannot_be_counted(job):
     (job.run / "restarts").mkdir()
     done = job.ends(complaint="cannot overwrite directory")
     assert done.returncode == 75 and "restarts cannot be written" in done.stdout
@@ -134,20 +134,20 @@ def test_starts_that_cannot_be_counted_are_not_made(job):
 
 
 @pytest.mark.parametrize("most", ["", "five", "-1", "2.5"])
-def test_a_limit_that_is_no_number_is_named(job, most):
+def test_limit_that_is_not_a_number_is_named(job, most):
     done = job.ends(MAX_RESTARTS=most)
-    assert done.returncode == 75 and f"MAX_RESTARTS '{most}' is no whole number" in done.stdout
+    assert done.returncode == 75 and f"MAX_RESTARTS '{most}' is not a whole number" in done.stdout
 
 
-def test_a_code_that_is_no_number_shows_the_usage(job):
+def test_exit_code_that_is_not_a_number_shows_the_usage(job):
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "requeue.sh"), "high"], env=job.environment, capture_output=True, text=True
     )
     assert done.returncode == 2 and "launch/requeue.sh CODE" in done.stderr
 
 
-def test_progress_is_read_where_checkpoints_are(job, tmp_path: Path):
-    """With --save, the run directory has a link to them."""
+def test_progress_is_read_through_a_link_to_the_checkpoints(job, tmp_path: Path):
+    """With --save, the run directory has a link to the checkpoints."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (job.run / "checkpoints").rmdir()
@@ -158,10 +158,10 @@ def test_progress_is_read_where_checkpoints_are(job, tmp_path: Path):
     assert job.count_starts() == 1
     elsewhere.rename(tmp_path / "gone")
     done = job.ends()
-    assert f"leads to {elsewhere}, which is not seen here" in done.stdout and done.returncode == 75
+    assert f"links to {elsewhere}, which does not exist on this node" in done.stdout and done.returncode == 75
 
 
-def test_a_scontrol_that_fails_is_told(job, tmp_path: Path):
+def test_failure_of_scontrol_is_reported(job, tmp_path: Path):
     (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     done = job.ends()
-    assert done.returncode == 75 and "scontrol did not requeue it" in done.stdout
+    assert done.returncode == 75 and "scontrol could not requeue it" in done.stdout

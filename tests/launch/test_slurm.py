@@ -1,4 +1,4 @@
-"""The job scripts under a real SLURM: two nodes that train on the CPU, and eight nodes that only look."""
+"""The job scripts under a real SLURM: two nodes that train on the CPU, and eight nodes that only check requests."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ from tests.training.runs import ROOT
 pytestmark = pytest.mark.slurm
 
 SCRIPTS = sorted(path for path in (ROOT / "launch").glob("*.sh") if "#SBATCH" in path.read_text())
-# launch/moe_10b_tst.sh as it is, on nodes without GPUs: one rank each, experts over both.
+# Options for launch/moe_10b_tst.sh on nodes without GPUs, with one rank each and experts over both.
 SMALL_NODES = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=30".split()
 SMALL_MODEL = (
     "--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --kv-channels 8 "
@@ -30,8 +30,8 @@ SMALL_MODEL = (
 
 FINAL = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 TIMEOUT_S = 900
-# Where the ranks may be held, at which call, and the steps after which they may then stop. In the background of later
-# steps a save is finished.
+# The moments at which ranks can be held: the call's number, and the steps after which the run may then stop. A save is
+# finished in the background of later steps.
 HELD = {
     "an index": (1, [0]),
     "a step": (13, [13]),
@@ -53,7 +53,7 @@ def cluster():
 
 
 class Jobs:
-    """Submits launch/moe_10b_tst.sh and follows it."""
+    """Submits launch/moe_10b_tst.sh and follows its jobs."""
 
     def __init__(self, cluster: Cluster, runs: Path, environment: dict[str, str]) -> None:
         self.cluster, self.runs, self.environment = cluster, runs, environment
@@ -67,11 +67,11 @@ class Jobs:
         return done.stdout.strip()
 
     def wait(self, what, job: str, name: str) -> None:
-        """Return once a condition holds; fail with the logs if the job ends without it or takes too long."""
+        """Return when a condition holds; fail with the logs if the job ends without it or takes too long."""
         deadline_s = time.monotonic() + TIMEOUT_S
         is_over = False
         while not is_over and time.monotonic() < deadline_s:
-            # Before the look at the condition: what a job does before its end is then seen.
+            # The state is read before the condition, so that everything a job does before its end is seen.
             is_over = self.state(job) in FINAL
             if what():
                 return
@@ -79,7 +79,7 @@ class Jobs:
         raise AssertionError(f"{self.state(job)}\n{self.logs(name)}")
 
     def end(self, job: str, name: str) -> str:
-        """Return the state that a job ends in; before, it is COMPLETING for a while, and may start again."""
+        """Return a job's final state; before it, the job is COMPLETING for a while and may start again."""
         self.wait(lambda: self.state(job) in FINAL, job, name)
         return self.state(job)
 
@@ -118,7 +118,7 @@ def curve(lines: list[dict]) -> list[tuple]:
 
 
 def held_python(folder: Path, moments: list[str]) -> str:
-    """Write an interpreter for ranks that are held, each start in a folder of its own; the last start is left alone."""
+    """Write an interpreter that holds ranks at a moment of each start but the last; each has its own directory."""
     python, lines = folder / "python", ["#!/bin/sh"]
     for start, moment in enumerate(moments):
         (folder / f"start {start}").mkdir()
@@ -130,7 +130,7 @@ def held_python(folder: Path, moments: list[str]) -> str:
 
 
 @pytest.mark.parametrize("moments", [["a step", "a save"], pytest.param(list(HELD), marks=pytest.mark.long)])
-def test_a_signalled_job_saves_requeues_resumes_and_ends_like_the_undisturbed_one(jobs, moments):
+def test_job_that_receives_signals_ends_like_an_undisturbed_one(jobs, moments):
     calm = jobs.submit("calm", "--train-iters", "60")
     jobs.finish("calm", calm)
     job = jobs.submit("harried", "--train-iters", "60", PYTHON=held_python(jobs.runs, moments))
@@ -147,34 +147,34 @@ def test_a_signalled_job_saves_requeues_resumes_and_ends_like_the_undisturbed_on
     assert jobs.cluster.call("scontrol", "show", "job", job).stdout.count(f"Restarts={len(moments)}") == 1
     assert [line["bag_size"] for line in jobs.steps("harried")] == [4] * 20 + [1] * 40
     assert curve(jobs.steps("harried")) == curve(jobs.steps("calm"))
-    # One log file per node, to which further starts were appended.
+    # There is one log file per node, to which further starts append.
     first, second = ((jobs.runs / "harried" / "logs" / f"n{node}.log").read_text() for node in (1, 2))
     assert "preflight: 2 nodes, 2 ranks" in first and "loaded" in first
     assert first.count("before the first step; start the same command again") == moments.count("an index")
     assert first.count("; go on with --load") == len(moments) - moments.count("an index")
     assert "[rank" not in first + second
-    # As shipped: what a mixture of experts overlaps is on.
+    # The shipped configuration enables overlap for MoE models.
     settings = yaml.safe_load((jobs.runs / "harried" / "config.yaml").read_text())
     assert settings["parallel"]["overlap_grad_reduce"] and settings["parallel"]["overlap_param_gather"]
     assert settings["optimizer"]["use_distributed_optimizer"]
 
 
-def test_a_job_that_makes_no_progress_is_given_up(jobs):
-    """Each start dies before its first checkpoint: the ranks' interpreter is a program that exits with 1."""
+def test_job_that_makes_no_progress_is_given_up(jobs):
+    """Each start fails before its first checkpoint, because the ranks' interpreter is a program that exits with 1."""
     job = jobs.submit("doomed", "--train-iters", "60", PYTHON="/bin/false")
     assert jobs.end(job, "doomed") == "FAILED"
     assert "made no progress" in jobs.batch_log("doomed")
     assert jobs.batch_log("doomed").count("starting again") == 2
 
 
-def test_a_mistake_is_not_started_again(jobs):
+def test_job_with_a_wrong_setting_is_not_started_again(jobs):
     job = jobs.submit("mistaken", "--train-iters", "60", "--split", "0,0,0")
     assert jobs.end(job, "mistaken") == "FAILED"
     assert "not started again: exit code 2" in jobs.batch_log("mistaken")
     assert "--split 0,0,0" in jobs.logs("mistaken")
 
 
-def test_preflight_alone(jobs):
+def test_preflight_only_checks_the_nodes_and_exits(jobs):
     job = jobs.submit("looking", "--train-iters", "60", "--preflight-only")
     jobs.finish("looking", job)
     assert "preflight: all-reduce between nodes" in jobs.logs("looking")
@@ -182,7 +182,7 @@ def test_preflight_alone(jobs):
 
 
 def test_every_script_fits_the_published_cluster(jobs):
-    """Eight nodes of eight GPUs; sbatch --test-only checks each script's demands against them."""
+    """sbatch --test-only checks each script's requests against eight nodes of eight GPUs."""
     jobs.cluster.stop()
     with running_cluster(8, gpus=8, cpus=112) as published:
         for script in SCRIPTS:
@@ -194,6 +194,6 @@ def test_every_script_fits_the_published_cluster(jobs):
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
-def test_shellcheck_is_content(script: Path):
+def test_shellcheck_finds_no_problems(script: Path):
     done = subprocess.run(["shellcheck", "-x", str(script.relative_to(ROOT))], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""Three faults of megatron-core's distributed optimizer over torch's Adam: shown in the original, gone in ours."""
+"""Three bugs of megatron-core's distributed optimizer over torch's Adam: shown in the original, repaired in ours."""
 
 import copy
 
@@ -14,7 +14,7 @@ from tests.model.small import DENSE, small_model
 
 @pytest.fixture(params=["ours", "original"])
 def optimizer(request, rank):
-    """A distributed optimizer before its first step, and whether it is the repaired one."""
+    """Return a distributed optimizer, repaired or original, before its first step, and its DDP model."""
     model = small_model(DENSE)
     chunk = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     config = OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True)
@@ -35,7 +35,7 @@ def weights(chunk):
     return torch.cat([parameter.detach().flatten() for parameter in chunk.parameters()])
 
 
-def test_state_before_the_first_step(optimizer):
+def test_state_exists_before_the_first_step(optimizer):
     optimizer, _ = optimizer
     if type(optimizer) is DistributedOptimizer:
         with pytest.raises(AssertionError):
@@ -45,7 +45,7 @@ def test_state_before_the_first_step(optimizer):
 
 
 @torch.no_grad()
-def test_loaded_moments_need_no_step_count_of_their_own(optimizer):
+def test_moments_are_loaded_without_a_step_count(optimizer):
     optimizer, chunk = optimizer
     step(optimizer, chunk, 0)
     parameter = next(p for p in chunk.parameters() if p in optimizer.model_param_group_index_map)
@@ -61,8 +61,8 @@ def test_loaded_moments_need_no_step_count_of_their_own(optimizer):
     assert after["step"] == 1
 
 
-def test_a_resumed_step_is_the_step(optimizer):
-    """The original shares one step count among all parameters, which Adam advances once for each."""
+def test_resumed_step_equals_the_uninterrupted_one(optimizer):
+    """In the original all parameters share one step count, which Adam advances once per parameter."""
     optimizer, chunk = optimizer
     step(optimizer, chunk, 0)
     before, state = weights(chunk).clone(), copy.deepcopy(optimizer.state_dict())
@@ -87,7 +87,7 @@ def test_a_resumed_step_is_the_step(optimizer):
     assert torch.equal(weights(chunk), wanted) == (type(optimizer) is TorchAdamDistributedOptimizer)
 
 
-def test_other_optimizers_are_left_alone(rank):
+def test_other_optimizers_are_not_changed(rank):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     make_resumable(optimizer)
     assert type(optimizer) is torch.optim.AdamW

@@ -1,4 +1,4 @@
-"""One test per stand-in: a new megatron-core or torch fails here, by name, and nowhere else."""
+"""One test per stand-in, so that an incompatible megatron-core or torch fails here under the stand-in's name."""
 
 import inspect
 
@@ -19,27 +19,27 @@ def entered():
 
 
 @pytest.mark.parametrize(("module", "name"), [(m, n) for m, n, _ in STAND_INS], ids=[n for _, n, _ in STAND_INS])
-def test_every_stand_in_is_in_place_and_still_wanted(module, name):
+def test_every_stand_in_is_in_place_and_still_needed(module, name):
     stand_in = next(s for m, n, s in STAND_INS if (m, n) == (module, name))
     assert getattr(module, name) is stand_in
     if name != "te_general_gemm":
         assert name in inspect.getsource(module) or hasattr(torch.cuda, name)
 
 
-def test_entering_twice_is_entering_once(entered):
+def test_device_is_entered_only_once(entered):
     assert enter_device() is entered
     assert entered.backend == "gloo"
     assert entered.torch_device == CPU
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
-def test_cuda_literals_mean_the_cpu(device):
+def test_cuda_devices_are_replaced_by_the_cpu(device):
     assert torch.zeros(2, device=device).device == CPU
     assert torch.zeros(2).to(device).device == CPU
     assert torch.zeros(2).cuda().device == CPU
 
 
-def test_without_the_mode_a_cuda_literal_fails():
+def test_cuda_device_fails_without_the_mode():
     with torch._C.DisableTorchFunction(), pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(2, device="cuda")
 
@@ -54,7 +54,7 @@ def test_host_memory_is_not_pinned():
     ("dtype", "name"),
     [(torch.float32, "FloatTensor"), (torch.bfloat16, "BFloat16Tensor"), (torch.float16, "HalfTensor")],
 )
-def test_tensor_types_read_as_the_optimizers_compare_them(dtype, name):
+def test_tensor_types_have_the_names_that_the_optimizers_expect(dtype, name):
     assert torch.zeros(1, dtype=dtype).type() == f"torch.cuda.{name}"
     assert torch.zeros(1).type(dtype).dtype == dtype
 
@@ -72,7 +72,7 @@ def test_streams_and_events_are_idle():
     torch.cuda.empty_cache()
 
 
-def test_the_cuda_generator_is_the_cpus():
+def test_cuda_generator_is_the_cpu_generator():
     torch.cuda.manual_seed(5)
     state = torch.cuda.get_rng_state()
     first = torch.rand(3)
@@ -81,7 +81,7 @@ def test_the_cuda_generator_is_the_cpus():
     assert not torch.equal(torch.rand(3), first)
 
 
-def test_the_random_tracker_forks_and_comes_back(rank, caplog):
+def test_rng_tracker_forks_and_restores_the_generator(rank, caplog):
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     torch.manual_seed(3)
@@ -105,5 +105,5 @@ def test_split_sizes_become_numpy():
     assert token_dispatcher.maybe_move_tensor_to_cpu(kept) is kept
 
 
-def test_the_mode_is_one_class_in_one_module():
+def test_mode_is_defined_in_one_module():
     assert CudaMeansCpu.__module__ == cpu.__name__

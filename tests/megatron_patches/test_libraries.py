@@ -1,4 +1,4 @@
-"""What is used of Transformer Engine and apex, found and not found, against what megatron-core itself takes."""
+"""The libraries that a run reports, with and without Transformer Engine and apex, and those megatron-core uses."""
 
 import importlib.metadata
 import importlib.util
@@ -42,7 +42,7 @@ def describe_found(monkeypatch, *names: str) -> str:
         ),
     }.items(),
 )
-def test_each_part_is_named(monkeypatch, found: str, wanted: str):
+def test_library_of_each_part_is_named(monkeypatch, found: str, wanted: str):
     assert describe_found(monkeypatch, *found.split()) == wanted
 
 
@@ -61,7 +61,7 @@ def test_transformer_engine_alone_does_not_fuse_gradient_accumulation(monkeypatc
     assert config_with(replace(te, apex=True, gradient_accumulation_fusion=True))["gradient_accumulation_fusion"]
 
 
-def test_megatron_cores_output_layer_refuses_the_fusion_without_the_extension(rank):
+def test_output_layer_refuses_the_fusion_without_the_extension(rank):
     config = config_with(Libraries(gradient_accumulation_fusion=True))
     with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"):
         build.build_gpt(config, ModelSettings(**DENSE), SHAPE, LossChoice(), use_transformer_engine=False)
@@ -92,13 +92,13 @@ print(json.dumps([optimizer.Adam.__module__.split(".")[0], found.adam, found.gra
     ("has_cuda", "files", "wanted"),
     [
         (True, {**APEX, **EXTENSIONS}, ["apex", "apex", True]),
-        # Built without its extensions; PyPI's package of that name looks the same from here.
+        # apex built without its extensions; the PyPI package of that name looks the same.
         (True, APEX, ["torch", "torch", False]),
         (False, {"apex.py": BROKEN, "transformer_engine.py": BROKEN, **EXTENSIONS}, ["torch", "torch", False]),
     ],
     ids=["apex", "apex without extensions", "no CUDA"],
 )
-def test_megatron_core_takes_what_is_announced(tmp_path: Path, has_cuda, files, wanted):
+def test_megatron_core_uses_the_reported_libraries(tmp_path: Path, has_cuda, files, wanted):
     for name, source in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(source)

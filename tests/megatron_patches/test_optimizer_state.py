@@ -1,4 +1,4 @@
-"""State of parameters behind padded buckets: wrong in the original, each parameter's own in ours."""
+"""The saved state of parameters behind padded buckets: wrong in the original, correct in ours."""
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ BETA1, BETA2 = 0.9, 0.99
 
 
 def listed_after_a_step(optimizer_class: type, bucket_size: int | None):
-    """Step once along known gradients.
+    """Take one optimizer step with known gradients.
 
     Returns:
-        By parameter, in the order of the buffer: weights, gradient, and what is listed to be saved; and the buckets.
+        Weights, gradient and listed state of each parameter, in the order of the buffer; and the buffer.
     """
     model = small_model(DENSE)
     ddp_config = DistributedDataParallelConfig(
@@ -42,7 +42,7 @@ def listed_after_a_step(optimizer_class: type, bucket_size: int | None):
 
 
 def num_wrong(states) -> int:
-    """Parameters listed with anything but their weights and the moments of one step of Adam."""
+    """Return the number of parameters whose listed state is not their weights and the moments of one step of Adam."""
     wrong = 0
     for parameter, gradient, state in states:
         moments = (1 - BETA1) * gradient, (1 - BETA2) * gradient**2
@@ -66,8 +66,8 @@ def test_each_parameter_is_listed_with_its_own_state(rank, optimizer_class, buck
     assert num_wrong(states) == 0
 
 
-def test_the_original_lists_neighbours(rank):
-    """The control: megatron-core cuts out the state of parameters behind a padded bucket at the wrong place."""
+def test_original_lists_the_state_of_neighbours(rank):
+    """Negative control: megatron-core slices the state of parameters behind a padded bucket at the wrong offset."""
     states, buffer = listed_after_a_step(DistributedOptimizer, bucket_size=3000)
     first = next(index for index, bucket in enumerate(buffer.buckets) if is_padded(bucket))
     behind = sum(bucket > first for *_, bucket in buffer.param_index_map.values())

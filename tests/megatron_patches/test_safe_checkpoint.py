@@ -1,4 +1,4 @@
-"""A checkpoint is data: nothing in it is executed."""
+"""Loading a checkpoint never executes anything that it contains."""
 
 import io
 import pickle
@@ -46,12 +46,12 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "executed"
 
 
-def test_the_bomb_is_live(canary):
+def test_bomb_goes_off_when_it_is_unpickled(canary):
     pickle.loads(pickle.dumps(Bomb(canary)))
     assert canary.exists()
 
 
-def test_plain_entries_come_back(rank, tmp_path: Path):
+def test_plain_entries_are_loaded(rank, tmp_path: Path):
     save(content([1, "two", torch.ones(3)]), tmp_path / "c")
     assert isinstance(read_metadata(tmp_path / "c"), Metadata)
     with safe_loading():
@@ -59,7 +59,7 @@ def test_plain_entries_come_back(rank, tmp_path: Path):
     assert loaded["entry"][:2] == [1, "two"] and torch.equal(loaded["entry"][2], torch.ones(3))
 
 
-def test_a_bomb_in_the_table_of_contents(rank, tmp_path: Path, canary):
+def test_bomb_in_the_table_of_contents_is_refused(rank, tmp_path: Path, canary):
     save(content([1]), tmp_path / "c")
     (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(Bomb(canary)))
     with pytest.raises(UserError, match=r"\.metadata: cannot be read .* it names"):
@@ -67,20 +67,20 @@ def test_a_bomb_in_the_table_of_contents(rank, tmp_path: Path, canary):
     assert not canary.exists()
 
 
-def test_a_bomb_among_the_entries(rank, tmp_path: Path, canary):
+def test_bomb_among_the_entries_is_refused(rank, tmp_path: Path, canary):
     save(content(Bomb(canary)), tmp_path / "c")
     with safe_loading(), pytest.raises(BaseException, match=r"entry/shard_0_1: cannot be read: it names "):
         dist_checkpointing.load(content(None), str(tmp_path / "c"))
     assert not canary.exists()
 
 
-def test_without_the_guard_the_bomb_goes_off(rank, tmp_path: Path, canary):
+def test_bomb_among_the_entries_goes_off_without_safe_loading(rank, tmp_path: Path, canary):
     save(content(Bomb(canary)), tmp_path / "c")
     dist_checkpointing.load(content(None), str(tmp_path / "c"))
     assert canary.exists()
 
 
-def test_a_bomb_in_the_common_file(rank, tmp_path: Path, canary):
+def test_bomb_in_the_common_file_is_refused(rank, tmp_path: Path, canary):
     save(content([1]), tmp_path / "c")
     torch.save({"iteration": Bomb(canary)}, tmp_path / "c" / "common.pt")
     with safe_loading(), pytest.raises(UserError, match=r"common\.pt: cannot be read: it names "):
@@ -89,49 +89,49 @@ def test_a_bomb_in_the_common_file(rank, tmp_path: Path, canary):
 
 
 def save_with_common_entry(folder: Path, state: dict[str, Any]):
-    """Save what is not sharded as an entry, as megatron-core does from 0.19 on, with any version."""
+    """With any version, save the common state as an entry, as megatron-core does from 0.19 on."""
     entry = ShardedObject("common_state", state, (1,), (0,))
     save({**content([1]), **(state if DIFFERENCES["plain values"].is_here() else {"common_state": entry})}, folder)
     (folder / "common.pt").unlink(missing_ok=True)
 
 
-def test_an_entry_of_what_is_not_sharded_comes_back(rank, tmp_path: Path):
+def test_common_state_is_loaded_from_its_entry(rank, tmp_path: Path):
     save_with_common_entry(tmp_path / "c", {"iteration": 7, "args": Namespace(num_layers=2)})
     with safe_loading():
         loaded = dist_checkpointing.load(content(None), str(tmp_path / "c"))
     assert loaded["iteration"] == 7 and loaded["args"].num_layers == 2 and loaded["entry"] == [1]
 
 
-def test_a_bomb_in_the_entry_of_what_is_not_sharded(rank, tmp_path: Path, canary):
+def test_bomb_in_the_common_entry_is_refused(rank, tmp_path: Path, canary):
     save_with_common_entry(tmp_path / "c", {"iteration": Bomb(canary)})
     with safe_loading(), pytest.raises(UserError, match=r"common_state/shard_0_1: cannot be read: it names "):
         dist_checkpointing.load(content(None), str(tmp_path / "c"))
     assert not canary.exists()
 
 
-def test_without_the_guard_that_bomb_goes_off_where_megatron_core_reads_it(rank, tmp_path: Path, canary):
+def test_bomb_in_the_common_entry_goes_off_without_safe_loading(rank, tmp_path: Path, canary):
     save_with_common_entry(tmp_path / "c", {"iteration": Bomb(canary)})
     if DIFFERENCES["plain values"].is_here():
         dist_checkpointing.load(content(None), str(tmp_path / "c"))
     else:
-        # 0.16.1 knows no such entry; whoever asks torch for it executes it.
+        # 0.16.1 does not read this entry, but loading it with torch executes it.
         torch_checkpoint.load({"common_state/shard_0_1": io.BytesIO()}, checkpoint_id=str(tmp_path / "c"))
     assert canary.exists()
 
 
 @pytest.mark.parametrize("data", [b"", b"not a pickle", pickle.dumps({"a": 1})])
-def test_a_damaged_table_of_contents_is_named(tmp_path: Path, data):
+def test_damaged_table_of_contents_is_refused(tmp_path: Path, data):
     (tmp_path / ".metadata").write_bytes(data)
     with pytest.raises(UserError, match="cannot be read as a checkpoint's table of contents"):
         read_metadata(tmp_path)
 
 
-def test_a_folder_without_one_is_no_checkpoint(tmp_path: Path):
+def test_directory_without_a_table_of_contents_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="is not a checkpoint"):
         read_metadata(tmp_path)
 
 
-def test_a_dtype_is_let_through_and_a_function_of_torch_is_not(tmp_path: Path):
+def test_dtypes_are_allowed_and_functions_of_torch_are_refused(tmp_path: Path):
     for name, passes in (("bfloat16", True), ("load", False)):
         buffer = io.BytesIO()
         pickle.dump(getattr(torch, name), buffer)
@@ -158,7 +158,7 @@ class ByAttribute:
         (Path, "unlink", "it names .*Path.*unlink"),
     ],
 )
-def test_an_attribute_is_let_through_if_it_is_a_member_of_an_enumeration(tmp_path: Path, owner, name, answer):
+def test_only_attributes_that_are_enumeration_members_are_allowed(tmp_path: Path, owner, name, answer):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(ByAttribute(owner, name)))
     with pytest.raises(UserError, match=answer):
         read_metadata(tmp_path)

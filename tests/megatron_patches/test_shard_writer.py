@@ -1,4 +1,4 @@
-"""Shards are written as they were when the save began, from where they lie."""
+"""Shards are written in place, with the values that they had when the save began."""
 
 import threading
 from pathlib import Path
@@ -17,7 +17,7 @@ BUFFER = torch.arange(1000.0)
 
 
 def shards(buffer):
-    """Two tensors in one buffer, as parameters lie, and one that is not contiguous."""
+    """Return two tensors that share a buffer, as parameters do, and one that is not contiguous."""
     parts = {"a": buffer[:400].view(20, 20), "b": buffer[400:], "c": buffer[:400].view(20, 20).t()}
     return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in parts.items()}
 
@@ -36,20 +36,20 @@ def load(folder: Path):
 
 
 def planned(request):
-    """The tensors of a save that is planned, by name."""
+    """Return the tensors of a planned save by name."""
     _, buckets, _ = request.async_fn_args
     return {item.index.fqn: tensor for _, _, (_, tensors) in buckets for item, tensor in tensors}
 
 
-def test_views_are_written_whole_and_alone(rank, tmp_path: Path):
+def test_views_are_written_without_the_rest_of_their_buffer(rank, tmp_path: Path):
     ShardWriting(plan(BUFFER.clone(), tmp_path / "c"), keep_training=False).finish()
     loaded = load(tmp_path / "c")
     assert all(torch.equal(loaded[name], shard.data) for name, shard in shards(BUFFER).items())
-    # Three tensors of 400, 600 and 400 numbers; the whole buffer for each would be 12 kB.
+    # The tensors have 400, 600 and 400 elements; writing the whole buffer for each would take 12 kB.
     assert sum(path.stat().st_size for path in (tmp_path / "c").glob("*.distcp")) < 1400 * 4 + 3 * 2000
 
 
-def test_what_lies_in_host_memory_is_planned_without_a_copy(rank, tmp_path: Path):
+def test_contiguous_host_tensors_are_planned_without_a_copy(rank, tmp_path: Path):
     buffer = BUFFER.clone()
     tensors = planned(plan(buffer, tmp_path / "c"))
     assert tensors["a"].data_ptr() == buffer.data_ptr() and tensors["b"].data_ptr() == buffer[400:].data_ptr()
@@ -57,8 +57,8 @@ def test_what_lies_in_host_memory_is_planned_without_a_copy(rank, tmp_path: Path
 
 
 @pytest.mark.parametrize("keep_training", [True, False])
-def test_training_changes_nothing_that_is_being_written(rank, tmp_path: Path, monkeypatch, keep_training):
-    """The control: without the copy, what is written is what training has made of it."""
+def test_training_does_not_change_what_is_being_written(rank, tmp_path: Path, monkeypatch, keep_training):
+    """Negative control: without the copy, the values after training are written."""
     changed, write = threading.Event(), shard_writer._write
     monkeypatch.setattr(shard_writer, "_write", lambda *args: changed.wait(60) and write(*args))
     buffer = BUFFER.clone()
@@ -70,7 +70,7 @@ def test_training_changes_nothing_that_is_being_written(rank, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("keep_training", [True, False])
-def test_tensors_are_let_go_of_once_they_are_written(rank, tmp_path: Path, keep_training):
+def test_tensors_are_released_after_they_are_written(rank, tmp_path: Path, keep_training):
     request = plan(BUFFER.clone(), tmp_path / "c")
     assert planned(request)
     ShardWriting(request, keep_training).finish()

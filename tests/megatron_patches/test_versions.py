@@ -1,4 +1,4 @@
-"""What differs between the versions of megatron-core: each row of the table, and a screen that none of them litters."""
+"""Differences between the versions of megatron-core, and the absence of their warnings on the screen."""
 
 import importlib.metadata
 import inspect
@@ -30,13 +30,13 @@ INSTALLED = Version(importlib.metadata.version("megatron-core"))
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_a_difference_is_here_from_its_release_on(name: str):
-    """A version that changes a row again, or takes it back, fails here."""
+def test_difference_is_present_from_its_release_on(name: str):
+    """A version that reverts a change, or changes it again, fails here."""
     difference = DIFFERENCES[name]
     assert difference.is_here() == (Version(difference.since) <= INSTALLED), difference
 
 
-def test_only_versions_that_were_tried_are_installed():
+def test_installed_version_is_a_tested_one():
     assert str(INSTALLED) in ("0.16.1", "0.19.2")
 
 
@@ -47,12 +47,12 @@ BELONGING = {
 NEVER = ("2.8.0", "2.12.0+5671fd36", "2.14.0", "2.21.0", "3.0")
 
 
-def test_a_transformer_engine_of_another_megatron_core_is_not_accepted():
+def test_transformer_engine_of_another_megatron_core_is_not_accepted():
     tried = [*NEVER, *(version for versions in BELONGING.values() for version in versions)]
     assert set(accepted_transformer_engine().filter(tried)) == set(BELONGING[str(INSTALLED)])
 
 
-def test_what_serves_a_difference_exists():
+def test_names_that_differ_between_versions_exist():
     assert callable(getattr(filesystem_async, results_queue_name()))
     for place in (common_state_reader(), *common_state_writers()):
         assert callable(getattr(*place))
@@ -62,7 +62,7 @@ def test_what_serves_a_difference_exists():
     assert getattr(config, scopes) == []
 
 
-def test_no_other_module_tells_versions_of_megatron_core_apart():
+def test_no_other_module_checks_the_version_of_megatron_core():
     asks = re.compile(r"megatron.core.*__version__|is_mcore|version\(.megatron")
     found = [
         str(module.relative_to(ROOT))
@@ -73,16 +73,16 @@ def test_no_other_module_tells_versions_of_megatron_core_apart():
     assert asks.search("if megatron.core.__version__ >= '0.19'")
 
 
-def test_transformer_engine_has_to_belong_to_megatron_core():
+def test_unsupported_transformer_engine_is_refused():
     (oldest,) = (part.version for part in accepted_transformer_engine() if part.operator == ">=")
     check_transformer_engine(None)
     check_transformer_engine(f"{oldest}.0+4220403e")
     for other in ("2.8.0", "2.21.0"):
-        with pytest.raises(UserError, match=f"Transformer Engine {other} does not belong to megatron-core 0"):
+        with pytest.raises(UserError, match=f"Transformer Engine {other} does not match megatron-core 0"):
             check_transformer_engine(other)
 
 
-def test_a_run_and_its_resumption_show_their_own_lines_alone(corpus, tokenizer, tmp_path: Path):
+def test_run_and_its_resumption_print_only_their_own_lines(corpus, tokenizer, tmp_path: Path):
     for more in ("--train-iters 4 --exit-interval 2", "--train-iters 4"):
         flags = f"--tst-bag-size 4 --tst-steps 2 --use-distributed-optimizer {more} --load {tmp_path}/run/checkpoints"
         argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", flags)
@@ -94,7 +94,7 @@ def test_a_run_and_its_resumption_show_their_own_lines_alone(corpus, tokenizer, 
 
 
 RANKS = {
-    # Buckets so small that one begins between two projections of attention.
+    # The buckets are so small that one begins between two projections of attention.
     "dp2": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000",
     "ep2": "--num-experts 4 --moe-aux-loss-coeff 0.01 --expert-model-parallel-size 2 --bf16",
 }
@@ -102,7 +102,7 @@ RANKS = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", RANKS)
-def test_so_do_several_ranks(corpus, tokenizer, tmp_path: Path, layout: str):
+def test_several_ranks_print_only_their_own_lines(corpus, tokenizer, tmp_path: Path, layout: str):
     argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", f"--train-iters 4 {RANKS[layout]}")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = start(*launch, "pretrain_tst.py", *argv, CUDA_HOME="/usr/local")
@@ -112,7 +112,7 @@ def test_so_do_several_ranks(corpus, tokenizer, tmp_path: Path, layout: str):
 
 
 @pytest.mark.parametrize("name", megatron_tst._UNWANTED_LINES)
-def test_a_filter_drops_its_line_and_no_other(name: str, caplog):
+def test_log_filter_drops_only_its_line(name: str, caplog):
     logger = logging.getLogger(name)
     with caplog.at_level(logging.WARNING, logger=name):
         logger.warning("%s and so on", megatron_tst._UNWANTED_LINES[name])

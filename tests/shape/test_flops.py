@@ -11,10 +11,10 @@ from tests.model.small import DENSE, GPT2, LENGTH, MOE, VOCAB, small_model
 
 
 def counted(shape, bag_size, backward=False):
-    """What torch counts, per sequence; its attention counts all pairs of positions, not the causal half."""
+    """Return torch's FLOP count per sequence, in which attention counts all pairs of positions, not the causal half."""
     model, text = small_model(shape), torch.randint(0, VOCAB, (1, LENGTH * bag_size + 1))
     bags, targets = fold_tokens(text[:, :-1], bag_size), fold_labels(text[:, 1:], bag_size)
-    # Of torch's attention kernels on a CPU only the plain one is counted.
+    # Of torch's attention kernels for the CPU, the counter supports only the plain one.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model(bags, torch.arange(LENGTH).unsqueeze(0), None, labels=targets)
         if backward:
@@ -23,7 +23,7 @@ def counted(shape, bag_size, backward=False):
 
 
 @pytest.mark.parametrize("shape", [DENSE, MOE, GPT2], ids=["dense", "moe", "gpt2"])
-def test_the_formula_is_torchs_count_with_causal_attention(rank, shape):
+def test_formula_equals_torchs_count_with_causal_attention(rank, shape):
     settings = ModelSettings(**shape)
     all_pairs, causal_pairs = LENGTH * LENGTH, LENGTH * (LENGTH + 1) // 2
     attention = settings.num_layers * 4 * settings.hidden_size * (all_pairs - causal_pairs)
@@ -33,11 +33,11 @@ def test_the_formula_is_torchs_count_with_causal_attention(rank, shape):
 
 
 @pytest.mark.parametrize("bag_size", [2, 4, 16])
-def test_a_superposed_step_costs_what_an_ordinary_one_does(rank, bag_size):
+def test_superposed_step_costs_as_much_as_an_ordinary_one(rank, bag_size):
     assert counted(DENSE, bag_size, backward=True) == counted(DENSE, 1, backward=True)
 
 
-def test_a_step_is_three_passes_over_the_batch(rank):
+def test_step_costs_three_forward_passes_over_the_batch(rank):
     shape = resolve_shape(ModelSettings(**DENSE), VOCAB)
     assert step_flops(shape, 8) == 3 * 8 * forward_flops_per_sequence(shape)
 
@@ -50,5 +50,5 @@ def test_a_step_is_three_passes_over_the_batch(rank):
         ("NVIDIA GeForce RTX 4090", None), ("cpu", None),
     ],
 )  # fmt: skip
-def test_a_card_is_known_by_its_name(name, peak):
+def test_peak_is_found_by_the_name_of_the_gpu(name, peak):
     assert peak_tflops(name) == peak

@@ -6,7 +6,7 @@ from tests.reference import targets_of_text
 
 
 @pytest.mark.parametrize("bag_size", [1, 2, 3, 6])
-def test_folds_equal_a_loop_over_the_text(bag_size):
+def test_folding_equals_a_loop_over_the_text(bag_size):
     text = torch.randint(0, 50, (3, 12 * bag_size + 1))
     bags = fold_tokens(text[:, :-1], bag_size)
     targets = fold_labels(text[:, 1:], bag_size)
@@ -21,7 +21,7 @@ def test_last_position_keeps_one_target():
     assert targets[0, -1].tolist() == [12, -100, -100, -100]
 
 
-def test_a_wrong_shift_is_told_apart():
+def test_unshifted_labels_differ_from_the_targets():
     text = list(range(25))
     unshifted = fold_tokens(torch.tensor([text[1:]]), 4)[0].tolist()
     assert unshifted != targets_of_text(text, 4)
@@ -29,13 +29,13 @@ def test_a_wrong_shift_is_told_apart():
 
 @pytest.mark.parametrize("fold", [fold_tokens, fold_labels])
 @pytest.mark.parametrize(("length", "bag_size", "rule"), [(10, 4, "do not fold"), (10, 0, "at least 1")])
-def test_refuses_what_does_not_fold(fold, length, bag_size, rule):
+def test_length_that_bags_do_not_divide_is_refused(fold, length, bag_size, rule):
     with pytest.raises(ValueError, match=rule):
         fold(torch.zeros(1, length, dtype=torch.long), bag_size)
 
 
 @pytest.mark.parametrize("bag_size", [1, 3])
-def test_sliding_targets_are_the_next_tokens_of_each_token(bag_size):
+def test_slid_targets_are_the_next_tokens_of_each_token(bag_size):
     text = torch.randint(0, 50, (2, 9))
     targets = slide_labels(text[:, 1:], bag_size)
     for row, sequence in enumerate(text.tolist()):

@@ -3,7 +3,7 @@ import pytest
 from megatron_tst.superposition import Phase, Schedule
 
 
-def test_superposed_is_the_papers_two_phases():
+def test_superposed_schedule_has_the_papers_two_phases():
     schedule = Schedule.superposed(bag_size=6, step_ratio=0.3, num_steps=20000)
     assert schedule.phases == (Phase(6, 6000), Phase(1, 14000))
     assert schedule.num_steps == 20000
@@ -11,11 +11,11 @@ def test_superposed_is_the_papers_two_phases():
 
 
 @pytest.mark.parametrize(("bag_size", "ratio"), [(1, 0.3), (6, 0.0)])
-def test_without_superposition_the_run_is_one_ordinary_phase(bag_size, ratio):
+def test_schedule_without_superposition_is_one_ordinary_phase(bag_size, ratio):
     assert Schedule.superposed(bag_size, ratio, 10).phases == (Phase(1, 10),)
 
 
-def test_phase_at_counts_from_zero_and_switches_at_the_end():
+def test_phase_at_counts_from_zero_and_switches_when_a_phase_ends():
     schedule = Schedule((Phase(4, 3), Phase(2, 2), Phase(1, 1)))
     found = [(p.index, p.bag_size, p.step) for p in map(schedule.phase_at, range(6))]
     assert found == [(0, 4, 0), (0, 4, 1), (0, 4, 2), (1, 2, 0), (1, 2, 1), (2, 1, 0)]
@@ -24,7 +24,7 @@ def test_phase_at_counts_from_zero_and_switches_at_the_end():
             schedule.phase_at(outside)
 
 
-def test_a_recovery_is_an_ordinary_phase_after_one_of_bags():
+def test_recovery_is_an_ordinary_phase_after_a_phase_with_bags():
     for sizes, starts in (((1,), ()), ((4,), ()), ((4, 1), (3,)), ((8, 4, 1), (6,)), ((1, 4, 1, 1, 2, 1), (6, 15))):
         assert Schedule(tuple(Phase(size, 3) for size in sizes)).recovery_starts == starts
 
@@ -50,12 +50,12 @@ def test_counters_equal_a_loop_over_steps():
         lambda: Schedule.superposed(4, 1.5, 10),
     ],
 )
-def test_refuses_impossible_phases(make):
+def test_invalid_phases_are_refused(make):
     with pytest.raises(ValueError, match=r"at least|between 0 and 1"):
         make()
 
 
-def test_a_phase_of_single_tokens_reads_no_more_text():
+def test_phase_that_reads_single_tokens_consumes_no_more_text():
     schedule = Schedule.superposed(4, 0.5, 10, reads_bags=False)
     assert schedule.phases[0] == Phase(4, 5, reads_bags=False)
     assert schedule.data_tokens(10, positions_per_step=100) == 1000

@@ -50,4 +50,4 @@ def test_a_transformer_engine_of_another_megatron_core_fails(tmp_path: Path):
     done = check(tmp_path, version="2.8.0", transformer_engine="")
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("check_environment.py: error: Transformer Engine 2.8.0 does not belong to megatron-core 0.1")
+    assert line.startswith("check_environment.py: error: Transformer Engine 2.8.0 does not match megatron-core 0.1")

@@ -112,7 +112,7 @@ def test_shards_and_types(trained, tmp_path, convert_here):
         ("--load RUN --direction hf-to-megatron --iteration 1", "--iteration 1: a Hugging Face folder has no"),
         ("--load RUN", "is a run directory: name RUN/checkpoints"),
         ("--load RUN/checkpoints/iter_0000002", "is a single checkpoint: .* with --iteration"),
-        ("--load RUN/large.json", r"large\.json: is not a folder"),
+        ("--load RUN/large.json", r"large\.json: is not a directory"),
         ("--load RUN/nowhere", "nowhere: holds no checkpoints"),
     ],
 )

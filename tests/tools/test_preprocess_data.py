@@ -24,7 +24,7 @@ def test_a_folder_of_real_text_in_one_command(tmp_path: Path):
                "--workers", "2", "--tst-shuffle-files", "1")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "30 documents" in done.stdout
-    assert "left out 1 documents: 1 not UTF-8" in done.stdout
+    assert "skipped 1 documents: 1 not UTF-8" in done.stdout
     indexed, tokenizer = IndexedDataset(str(tmp_path / "out_text_document")), load_tokenizer(str(tmp_path))
     assert len(indexed) == 30
     assert all(document[-1] == tokenizer.eod for document in indexed)
@@ -54,7 +54,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, tokenizer):
         assert message in done.stderr
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     done = run(tmp_path, "--input", str(tmp_path / "empty.jsonl"))
-    assert done.returncode == 2 and "holds no document" in done.stderr
+    assert done.returncode == 2 and "contains no documents" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
 

@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(here, argv, tmp_path: Path
     resumed = train_here(argv("run", "--save-interval 3", load="run"))
     assert resumed.first_step == 6
     (warning,) = [record.message for record in caplog.records if "WARNING" in record.message]
-    assert str(folder) in warning and file in warning and "the checkpoint before it is tried" in warning
+    assert str(folder) in warning and file in warning and "the previous checkpoint is tried" in warning
     assert {path.name: path.stat().st_size for path in folder.with_name(f"{folder.name}.replaced").iterdir()} == before
     assert losses(resumed) == losses(whole)
 
@@ -69,7 +69,7 @@ def test_without_verification_a_flipped_bit_is_loaded(here, argv, tmp_path: Path
     folder = tmp_path / "run" / "checkpoints" / "iter_0000008"
     shard = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
     flip_a_bit(shard)
-    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(UserError, match="none of its 2 checkpoints is intact"):
         flip_a_bit(folder.with_name("iter_0000004") / "common.pt")
         build_here(argv("again", load="run"))
     run = build_here(argv("again", "--no-verify-checkpoint", load="run"))

@@ -208,7 +208,7 @@ def test_weights_of_no_run_of_ours_need_finetune(changed, here, argv, tmp_path: 
     folder = tmp_path / "foreign" / "checkpoints" / "iter_0000008"
     for name in ("run_state.json", "config.yaml", "SHA256SUMS"):
         (folder / name).unlink()
-    with pytest.raises(UserError, match=r"has no run_state.json: only its weights can be used, add --finetune"):
+    with pytest.raises(UserError, match=r"has no run_state.json: only its weights can be used; add --finetune"):
         build_here(argv("refused", load="foreign"))
     run = build_here(argv("taken", "--finetune", load="foreign"))
     assert run.first_step == 0

@@ -88,7 +88,7 @@ def test_the_papers_variants_are_one_setting(here, corpus, tokenizer, tmp_path: 
 MISTAKES = {
     "--tst-bag-size 0": "--tst-bag-size 0: must be at least 1",
     "--seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel": "--seq-length 15",
-    "--reset-attention-mask": "--reset-attention-mask: is not taken",
+    "--reset-attention-mask": "--reset-attention-mask: is not supported",
     "--tensor-model-parallel-size 2": "1 ranks cannot hold --tensor-model-parallel-size 2",
     "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te": "Transformer Engine none is usable; supported",
     "--data-path nowhere": "nowhere.bin does not exist",
