@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Seconds, MB/s and memory of saving and loading a checkpoint, against torch.save and torch.load of the same state.
+"""Measure time and memory of saving and loading a checkpoint, compared with torch.save and torch.load.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--layers 8] [--hidden-size 512] [--json checkpoint.json]
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/checkpoint.py --use-distributed-optimizer
 
-Weights and Adam's moments in float32, data parallel where there are several ranks; torch.save and torch.load take what
-each rank holds. ``blocked`` is how long training stands still: with ``--async-save`` until the state is copied. Ours
-writes checksums and waits for the disk, which torch.save does not; loading compares the checksums unless told not to.
-Times are medians of ratios of neighbouring runs on the first rank. Memory is the highest peak of a rank above what it
-holds before; ``peak / written`` divides it by the bytes of that rank's files.
+Weights and Adam's moments are float32, and several ranks are data parallel; torch.save and torch.load handle the state
+of each rank. ``blocked`` is the time for which training stops; with ``--async-save`` it ends when the state is copied.
+Our save writes checksums and waits for the disk, which torch.save does not; our load verifies the checksums unless told
+not to. Ratios are medians over neighboring runs on the first rank. Memory is the highest peak of a rank above its
+memory before; ``peak / written`` divides it by the bytes of that rank's files.
 """
 
 import argparse
@@ -46,10 +46,10 @@ VOCAB = 8192
 
 
 class Case:
-    """A model with its optimizer state, and every way to save and load it."""
+    """A model with its optimizer state, and all operations that save and load it."""
 
     def __init__(self, model: ModelSettings, folder: Path, use_distributed_optimizer: bool) -> None:
-        """Build the model and its optimizer's state; the first rank's folder is used."""
+        """Build the model and its optimizer state; all ranks use the first rank's folder."""
         optimizer_settings = OptimizerSettings(lr=1e-3, use_distributed_optimizer=use_distributed_optimizer)
         config = RunConfig(model=model, optimizer=optimizer_settings)
         ranks = init_parallel_state(ParallelSizes())
@@ -59,7 +59,7 @@ class Case:
         optimizer = build_optimizer(config.optimizer, chunks, bf16=False, overlap_param_gather=False)
         self.train_state = TrainState(chunks, optimizer, build_scheduler(config.optimizer, optimizer, 1, 1), ranks)
         self.bytes_per_parameter = 16 if use_distributed_optimizer else 12
-        optimizer.step()  # with gradients of zero: Adam's moments come to be
+        optimizer.step()  # creates Adam's moments; the gradients are zero
         self.model, self.folder = model, folder
         self.state = RunState(
             iteration=1, schedule=Schedule((Phase(1, 1),)), samples_per_phase=(1,), global_batch_size=1,
@@ -70,31 +70,31 @@ class Case:
 
     @property
     def written_bytes(self) -> int:
-        """Bytes of the files that this rank wrote of the last checkpoint."""
+        """Number of bytes that this rank wrote to files of the last checkpoint."""
         folder = self.folder / "ours" / "iter_0000001"
         return sum(path.stat().st_size for path in folder.glob(f"__{self.train_state.ranks.rank}_*.distcp"))
 
     @property
     def plain_file(self) -> Path:
-        """What torch.save writes."""
+        """Path of the file that torch.save writes."""
         return self.folder / f"plain-{self.train_state.ranks.rank}.pt"
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of weights and moments; where the optimizer is sharded, it has weights of its own."""
+        """Number of bytes of weights and moments; a sharded optimizer also has weights of its own."""
         return self.bytes_per_parameter * sum(
             p.numel() for chunk in self.train_state.chunks for p in chunk.parameters()
         )
 
     def saver(self, keep_training: bool) -> CheckpointSaver:
-        """Return a saver into an empty folder."""
+        """Return a saver for an empty folder."""
         run_on_main_rank(lambda: shutil.rmtree(self.folder / "ours", ignore_errors=True))
         folders = CheckpointFolders(self.folder / "ours")
         ranks = self.train_state.ranks
         return CheckpointSaver(folders, ranks, self.config_yaml, keep_training=keep_training, keep_last=None)
 
     def save(self, keep_training: bool) -> tuple[float, float]:
-        """Save with ours; return the seconds that training stands still, and those until all is on disk."""
+        """Save with our saver; return the seconds that block training, and those until everything is on disk."""
         saver = self.saver(keep_training)
         start = time.perf_counter()
         saver.save(self.state, lambda: list_all(self.train_state, 1, self.model, 1))
@@ -103,7 +103,7 @@ class Case:
         return blocked, time.perf_counter() - start
 
     def load(self, verify: bool) -> float:
-        """Load with ours; return the seconds."""
+        """Load with our loader; return the seconds."""
         settings = CheckpointSettings(load=str(self.folder / "ours"), no_verify_checkpoint=not verify)
         start = time.perf_counter()
         found = find_checkpoint(settings, self.train_state.ranks)
@@ -129,7 +129,7 @@ class Case:
 
 
 def peak_of(action: Callable[[], object]) -> int:
-    """Return the peak bytes of resident memory during an action above those before it (Linux)."""
+    """Return the peak of resident memory during an action minus the memory before it, in bytes (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident_bytes("VmRSS")
     action()
@@ -142,7 +142,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def compare(case: Case, repeats: int) -> list[dict]:
-    """Return a row per way to save or load."""
+    """Return one row per operation that saves or loads."""
     ways: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
         "save, blocked": (lambda: case.save(keep_training=False)[0], case.torch_save),
         "async save, blocked": (lambda: case.save(keep_training=True)[0], case.torch_save),
@@ -171,12 +171,12 @@ def compare(case: Case, repeats: int) -> list[dict]:
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder where not given")
+    parser.add_argument("--folder", type=Path, help="folder to write to; default: a temporary folder")
     parser.add_argument("--use-distributed-optimizer", action="store_true", help="shard the optimizer's state")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -193,7 +193,7 @@ def main() -> None:
         return
     ranks, size = case.train_state.ranks.world_size, case.num_bytes / 2**20
     print(f"{device.name}, {ranks} ranks, torch {torch.__version__}, {size:.0f} MiB of weights and moments")
-    print("| way | s | MB/s | torch, s | ratio | peak, MiB | peak / written | torch, peak, MiB |")
+    print("| operation | s | MB/s | torch, s | ratio | peak, MiB | peak / written | torch, peak, MiB |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Speed and peak memory of exporting a checkpoint, against plain copying of the same bytes with safetensors.
+"""Measure speed and peak memory of exporting a checkpoint, compared with copying the same bytes by safetensors.
 
     python benchmarks/convert.py [--rounds 3] [--max-shard-mb 500] [--folder /tmp] [--json convert.json]
 
-Writes a synthetic bfloat16 checkpoint of some 2.5 GB per shape and deletes it. Each measurement runs in a process of
-its own, so that its peak memory is its own; export and copy take turns. The copy loads each exported shard and saves
-it. Memory is what comes on top of the process with its libraries loaded; nobody waits for the disk (no fsync).
+Writes a synthetic bfloat16 checkpoint of about 2.5 GB per shape and deletes it. Each measurement runs in a separate
+process to isolate its peak memory; export and copy alternate. The copy loads each exported shard and saves it. Memory
+is measured above that of the process with its libraries loaded; neither side waits for the disk (no fsync).
 """
 
 import argparse
@@ -35,7 +35,7 @@ from megatron_tst.shape import resolve_shape
 
 TARGETS = {"export": "hf", "copy": "copy"}
 VOCAB = 32000
-# Layers of two published shapes, so many as make 2.5 GB; the vocabulary is small: layers are what is measured.
+# Layers of two published models, as many as make 2.5 GB. The vocabulary is small, because layers are to be measured.
 SHAPES = {
     "3b, 14 layers": {**PRESETS["3b"], "num_layers": 14},
     "10b-a1b, 4 layers": {**PRESETS["10b-a1b"], "num_layers": 4},
@@ -63,7 +63,7 @@ def write_checkpoint(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def export(source: Path, target: Path, max_shard_bytes: int) -> None:
-    """Export the checkpoint as tools/convert_ckpt.py does with --no-verify-checkpoint."""
+    """Export the checkpoint like tools/convert_ckpt.py with --no-verify-checkpoint."""
     saved = find_saved_checkpoint(source, None, check=None)
     Export(saved).write(target, saved.tokenizer, EndOfDocument(0, "<|endoftext|>"), max_shard_bytes, force=True)
 
@@ -78,23 +78,23 @@ def copy(source: Path, target: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """Return the most memory this process has held; its parent's does not count, as it does in getrusage."""
+    """Return the peak memory of this process; unlike getrusage, this does not include the parent's."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
 
 
 def touch_memory(num_bytes: int) -> None:
-    """Write to as much memory, in another process, and free it.
+    """Allocate, write and free the given amount of memory in another process.
 
-    A virtual machine's host gives memory on the first touch, at the price of several copies, and takes it back when it
-    is free for seconds: what is measured second would find it cheaper.
+    A virtual machine's host provides memory at the first access, which costs as much as several copies, and reclaims it
+    after it has been free for seconds. Without this call, the second measurement would find the memory cheaper.
     """
     subprocess.run([sys.executable, "-c", f"b'1' * {num_bytes}"], check=True)
 
 
 def measure(what: str, folder: Path, max_shard_bytes: int) -> dict[str, float]:
-    """Export or copy once; returns seconds and the memory that came on top."""
+    """Export or copy once; return the seconds and the additional memory."""
     import safetensors.torch  # noqa: F401
 
     touch_memory(8 << 30)
@@ -107,7 +107,7 @@ def measure(what: str, folder: Path, max_shard_bytes: int) -> dict[str, float]:
 
 
 def compare(name: str, home: Path, rounds: int, max_shard_bytes: int) -> dict[str, Any]:
-    """Measure export and copy in turn, each in a process of its own."""
+    """Measure export and copy alternately, each in a separate process."""
     with tempfile.TemporaryDirectory(dir=home) as temporary:
         folder = Path(temporary)
         write_checkpoint(folder / "checkpoints", SHAPES[name])
@@ -115,10 +115,10 @@ def compare(name: str, home: Path, rounds: int, max_shard_bytes: int) -> dict[st
         for _ in range(rounds):
             for what in found:
                 shutil.rmtree(folder / TARGETS[what], ignore_errors=True)
-                os.sync()  # else each pays for the bytes that the other left to be written
+                os.sync()  # otherwise each would also wait for the other's pending writes
                 command = [sys.executable, __file__, "--one", what, "--folder", temporary]
                 command += ["--max-shard-mb", str(max_shard_bytes / 1e6)]
-                # As tools/convert_ckpt.py sets it for itself.
+                # tools/convert_ckpt.py sets this variable itself.
                 environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
                 done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
                 found[what].append(json.loads(done.stdout))
@@ -130,7 +130,7 @@ HEADS = "shape", "GB", "shard, MiB", "export, MB/s", "copy, MB/s", "ratio", "exp
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Return a row of the table: median speeds, the median of the rounds' ratios, peak memory."""
+    """Return a row of the table: median speeds, the median of the ratios over rounds, and peak memory."""
     times = {what: [run["s"] for run in row[what]] for what in TARGETS}
     memory = {what: max(run["mib"] for run in row[what]) for what in TARGETS}
     speeds = [f"{row['bytes'] / statistics.median(times[what]) / 1e6:.0f}" for what in TARGETS]

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Speed of data: preprocessing, the loader, the start of a large blend, and the loader's share of a step.
+"""Measure the speed of preprocessing and of the dataloader, the start of a large blend, and the time of data in a step.
 
     python benchmarks/data.py [--parts preprocess loader blend step] [--megatron-lm PATH] [--rounds 3] [--json FILE]
 
-Both sides of each comparison take turns; figures are medians. Everything lies in a temporary folder and is read from
-the operating system's cache.
+Both sides of each comparison alternate; figures are medians. All files are in a temporary folder and are read from the
+operating system's cache.
 
-preprocess  MB of JSON lines per second of processor time, start left out (it is what one short document takes), on
-            this machine's Python sources and documents. With --megatron-lm, a checkout of Megatron-LM, its own tool
-            reads the same files with one worker; what it needs, such as six, has to be installed.
-loader      data tokens/s of samples of 8192 x 16, against slices of the same documents from a memory map.
-blend       time from 100 pairs of files to the first batch, against megatron-core's own builder of blends.
-step        waiting for text in a short run of the quickstart's settings.
+preprocess  MB of JSON lines per second of CPU time, without the start (measured with one short document), on this
+            machine's Python sources and documents. With --megatron-lm, a checkout of Megatron-LM, its own tool reads
+            the same files with one worker; its dependencies, such as six, must be installed.
+loader      data tokens/s of samples of 8192 x 16, compared with slices of the same documents from a memory map.
+blend       time from 100 pairs of files to the first batch, compared with megatron-core's own builder of blends.
+step        time of waiting for data in a short run with the quickstart's settings.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# One core: no threads of torch's, the tokenizers' or fastokens' own.
+# Use one core: disable the threads of torch, tokenizers and fastokens.
 ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "FASTOKENS_BPE_THREADS": "1"}
 SEQUENCE, BAG_SIZE, MICRO_BATCH = 8192, 16, 2
 VOCABULARY = {"uint16": 4096, "int32": 128_256}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows under the names of their columns."""
+    """Print rows as a table with their keys as the header."""
     print(f"| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|")
     for row in rows:
         cells = (f"{value:.3g}" if isinstance(value, float) and value < 100 else f"{value:.0f}"
@@ -47,7 +47,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def take_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Call all ways in turn, once to warm up, and return the median of each."""
+    """Call all functions alternately, after one warm-up call each, and return the median of each."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn, (name, way) in itertools.product(range(rounds + 1), ways.items()):
         value = way()
@@ -74,7 +74,7 @@ def write_text(path: Path, num_bytes: float) -> None:
 
 
 def train_tokenizers(text: Path, folder: Path) -> dict[str, Path]:
-    """Learn the tokenizers to compare with from every eighth document."""
+    """Learn the tokenizers for the comparison from every eighth document."""
     import tokenizers
 
     from megatron_tst.data.fast_encoder import SPLITS, split_bytes
@@ -94,7 +94,7 @@ def train_tokenizers(text: Path, folder: Path) -> dict[str, Path]:
     model.train_from_iterator(documents, trainer)
     large.mkdir()
     model.save(str(large / "tokenizer.json"))
-    # A setting without effect that fastokens is not known for: what other tokenizers cost.
+    # This setting has no effect, but fastokens is not known to support it; it shows the cost of other tokenizers.
     other = json.loads((small / "tokenizer.json").read_text())
     other["model"]["fuse_unk"] = True
     paths["BPE 4096, not known to fastokens"] = folder / "other"
@@ -107,7 +107,7 @@ def train_tokenizers(text: Path, folder: Path) -> dict[str, Path]:
 
 
 def timed_command(command: list[str]) -> tuple[float, float]:
-    """Run a command; returns the seconds it took, and the processor seconds of it and its processes."""
+    """Run a command; return its wall-clock seconds and the CPU seconds of it and its child processes."""
     start = time.perf_counter()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **ALONE})
@@ -119,7 +119,7 @@ def timed_command(command: list[str]) -> tuple[float, float]:
 
 
 def preprocess(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compare the two tools on the same file, tokenizer by tokenizer."""
+    """Compare both tools on the same file for each tokenizer."""
     text, line = folder / "text.jsonl", folder / "line.jsonl"
     write_text(text, arguments.megabytes * 1e6)
     line.write_text('{"text": "one"}\n')
@@ -128,7 +128,7 @@ def preprocess(folder: Path, arguments: argparse.Namespace) -> list[dict[str, An
         theirs = arguments.megatron_lm / "tools/preprocess_data.py"
         tools = {"Megatron-LM": [str(theirs), "--tokenizer-type", "HuggingFaceTokenizer"], **tools}
     else:
-        print("preprocess: no --megatron-lm: only our side")
+        print("preprocess: without --megatron-lm, only our tool is measured")
     rows = []
     for name, tokenizer in train_tokenizers(text, folder).items():
 
@@ -159,7 +159,7 @@ def preprocess(folder: Path, arguments: argparse.Namespace) -> list[dict[str, An
 
 
 def write_corpus(prefix: Path, dtype: str, num_tokens: int, longest: int) -> None:
-    """Write documents of 200 tokens to the longest, of random ids."""
+    """Write documents of random ids, from 200 tokens to the given maximum."""
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -178,7 +178,7 @@ def loader(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compare_loader(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
-    """Read the same samples in every way; data tokens/s in millions."""
+    """Read the same samples by every method; return millions of data tokens/s."""
     import numpy
 
     from megatron_tst.config import DataSettings
@@ -205,7 +205,7 @@ def compare_loader(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
     slices = [sample_slices(part, index) for index in range(count)]
 
     def rate(read: Callable[[int], Any]) -> float:
-        """Return millions of data tokens that one way reads per second."""
+        """Return the millions of data tokens that one method reads per second."""
         start = time.perf_counter()
         for index in range(count):
             read(index)
@@ -239,7 +239,7 @@ def compare_loader(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
 
 
 def sample_slices(part: Any, index: int) -> list[tuple[int, int]]:
-    """Return where the documents of a sample lie, from the indices that megatron-core wrote."""
+    """Return the offsets of the documents of a sample, from the indices that megatron-core wrote."""
     indices = part._epochs[0]
     place = int(indices.shuffle_index[index])
     (first, offset), (last, end) = indices.sample_index[place : place + 2].tolist()
@@ -249,7 +249,7 @@ def sample_slices(part: Any, index: int) -> list[tuple[int, int]]:
 
 
 def small_run(folder: Path) -> tuple[Any, Any]:
-    """Return a tokenizer, and this process as a world of one rank."""
+    """Return a tokenizer and the parallel state of this process as a single rank."""
     import torch
     import torch.distributed as dist
 
@@ -268,7 +268,7 @@ def small_run(folder: Path) -> tuple[Any, Any]:
 
 
 def blend(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compare the time from 100 pairs of files to the first batch of 8 samples."""
+    """Compare the times from 100 pairs of files to the first batch of 8 samples."""
     import torch
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -333,7 +333,7 @@ def blend(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def step(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train with the quickstart's settings for some steps; its lines say how long they waited for text."""
+    """Train some steps with the quickstart's settings; the metric lines hold the time of waiting for data."""
     from megatron_tst.telemetry import read_metrics
 
     del arguments
@@ -351,7 +351,7 @@ def step(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "--log-interval", "10",
     ])  # fmt: skip
     lines = read_metrics(run / "metrics.jsonl")
-    steps = [line for line in lines if "step_time_s" in line][1:]  # the first line's steps warm up
+    steps = [line for line in lines if "step_time_s" in line][1:]  # the steps of the first line are a warm-up
     rows = []
     for phase in sorted({line["phase"] for line in steps}):
         own = [line for line in steps if line["phase"] == phase]
@@ -372,11 +372,11 @@ PARTS = {"preprocess": preprocess, "loader": loader, "blend": blend, "step": ste
 
 
 def main() -> None:
-    """Measure the parts asked for and print a table of each."""
+    """Measure the requested parts and print one table per part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--megatron-lm", type=Path, help="a checkout of Megatron-LM")
-    parser.add_argument("--megabytes", type=float, default=50, help="of JSON lines to preprocess")
+    parser.add_argument("--megabytes", type=float, default=50, help="megabytes of JSON lines to preprocess")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Time and memory of cutting a corpus's documents into two phases' shares, and of indexing one share's samples.
+"""Measure time and memory of splitting documents between two phases, and of indexing the samples of one phase.
 
     python benchmarks/document_split.py [--documents 1e6 1e7 1e8] [--json document_split.json]
 
-Each size runs in a process of its own, so that its peak memory is its own. Documents have 200 to 1000 data tokens.
-Prints seconds, peak memory above the documents' lengths themselves, and both per document.
+Each size runs in a separate process to isolate its peak memory. Documents have 200 to 1000 data tokens. Prints seconds,
+peak memory without the document lengths themselves, and both per document.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SEQUENCE = 8192
 
 
 def measure(num_documents: int) -> dict[str, float]:
-    """Cut this many documents in two, then build the sample indices that megatron-core keeps of the larger share."""
+    """Split this many documents in two, then build megatron-core's sample indices of the larger part."""
     from megatron_tst.data.document_split import split_into_phases, token_budgets
 
     # isort: split
@@ -51,7 +51,7 @@ def measure(num_documents: int) -> dict[str, float]:
 
 
 def peak_bytes() -> int:
-    """Return the most memory this process has held."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         return
     rows = []
     print(
-        "| documents | cut, s | cut, GiB | indices of half of them, s | both, GiB | cut, ns/document "
+        "| documents | split, s | split, GiB | indices of half of them, s | both, GiB | split, ns/document "
         "| both, bytes/document |"
     )
     print("|---|---|---|---|---|---|---|")

@@ -1,18 +1,28 @@
 #!/usr/bin/env python3
-"""Step time: our loop against a bare megatron-core loop, and superposed steps against ordinary ones.
+"""Step time: our loop against megatron-core's classes and the stock trainer, superposed steps against ordinary ones.
 
-    OMP_NUM_THREADS=1 python benchmarks/step.py [--steps 30] [--json step.json]
+    OMP_NUM_THREADS=1 python benchmarks/step.py [--steps 30] [--vocab 512 4096 32768] [--json step.json]
     python benchmarks/step.py --tst-preset 270m --seq-length 1024 --bf16    another model: flags of pretrain_tst.py
 
-Everything runs in one process, the compared steps in turn; each row is the median of the ratios of neighbouring steps.
-Steps read random text, train (forward, backward, optimizer), and, in our loop, log a line of metrics.
+The compared steps run in turn; each row is the median of the ratios of neighbouring steps, in the process's own time
+on a CPU and the wall clock's on a CUDA device. Steps read random text, train (forward, backward, optimizer), and, in
+our loop and the stock trainer, log a line. ``bare megatron-core loop`` is a loop over megatron-core's schedule and
+optimizer with megatron-core's own loss. ``stock trainer`` is Megatron-LM's, unchanged, in a process of its own, where
+it can be started on the CPU: ``megatron.training`` of 0.19, or for 0.16.1 Megatron-LM's folder in PYTHONPATH.
 """
 
 import argparse
+import functools
+import importlib.util
+import multiprocessing
+import os
+import socket
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +41,10 @@ from megatron_tst.training import Run, start_run
 from megatron_tst.training.metrics_logger import MetricsLogger
 
 # isort: split
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 
 MODEL = (
     "--num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --swiglu --normalization RMSNorm "
@@ -43,22 +55,43 @@ TRAINING = (
     "--micro-batch-size 8 --lr 1e-3 --eval-iters 0 --log-interval 1 --num-workers 0 "
     "--split 1,0,0 --tst-bag-size 16 --tst-step-ratio 0.5"
 )
+# The recorded model's settings of tests/checkpoint/stock_trainer.py that MODEL leaves to defaults.
+STOCK = (
+    "--max-position-embeddings 128 --kv-channels 32 --num-query-groups 4 --norm-epsilon 1e-5 --rotary-base 10000 "
+    "--init-method-std 0.02 --micro-batch-size 8 --global-batch-size 8 --lr 1e-3"
+)
+# Takes a step and returns its seconds.
+Side = Callable[[], float]
 
 
-def write_text(folder: Path, num_tokens: int) -> None:
-    """Write random text, corpus.bin and corpus.idx, and a tokenizer of its vocabulary, tokenizer.json."""
+def clocked(step: Callable[[], None]) -> Side:
+    """Return a step that tells its seconds: while other processes have a CPU's core, the wall clock goes on."""
+
+    def side() -> float:
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        started = clock()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return clock() - started
+
+    return side
+
+
+def write_text(folder: Path, num_tokens: int, vocab_size: int) -> None:
+    """Write random text over a vocabulary, corpus.bin and corpus.idx, and a small tokenizer, tokenizer.json."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     source = Path(argparse.__file__).read_text(encoding="utf-8")
-    tokenizer = train_bpe([source], 512, folder / "tokenizer.json")
-    builder = IndexedDatasetBuilder(str(folder / "corpus.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
+    train_bpe([source], 512, folder / "tokenizer.json")
+    builder = IndexedDatasetBuilder(str(folder / "corpus.bin"), dtype=DType.optimal_dtype(vocab_size))
     generator = numpy.random.default_rng(0)
     for _ in range(num_tokens // 1000):
-        builder.add_document(generator.integers(1, tokenizer.vocab_size, 1000), [1000])
+        builder.add_document(generator.integers(1, vocab_size, 1000), [1000])
     builder.finalize(str(folder / "corpus.idx"))
 
 
-def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
+def our_step(run: Run, bag_size: int, steps: int) -> Side:
     """Return one step of our loop: read, train, log."""
     schedule = Schedule((Phase(bag_size, steps),))
     phase = next(i for i, p in enumerate(run.schedule.phases) if p.bag_size >= bag_size)
@@ -73,11 +106,11 @@ def our_step(run: Run, bag_size: int, steps: int) -> Callable[[], None]:
         report = run.stepper.train(run.read_step(reader, schedule.phases[0]))
         metrics.record(number, schedule.phase_at(number - 1), report)
 
-    return step
+    return clocked(step)
 
 
 class _Cut(torch.utils.data.Dataset):
-    """Samples cut down to the tokens that a smaller bag size reads."""
+    """A dataset whose samples are truncated to the tokens that a smaller bag size reads."""
 
     def __init__(self, text: torch.utils.data.Dataset, num_tokens: int) -> None:
         self.text, self.num_tokens = text, num_tokens
@@ -86,10 +119,13 @@ class _Cut(torch.utils.data.Dataset):
         return self.text[key][: self.num_tokens + 1]
 
 
-def bare_step(run: Run, steps: int) -> Callable[[], None]:
-    """Return one step of a loop that megatron-core's own classes make, on ordinary batches."""
+def bare_step(run: Run, steps: int) -> Side:
+    """Return one step of a loop that megatron-core's own classes and its loss make, on ordinary batches."""
     sequence, batch_size = run.config.model.seq_length, run.config.training.micro_batch_size
     chunks = build_model(run.config, run.shape, run.ranks, find_libraries())
+    for chunk in chunks:
+        model = unwrap_model(chunk)
+        model.compute_language_model_loss = functools.partial(GPTModel.compute_language_model_loss, model)
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.utils import get_model_config
 
@@ -117,51 +153,127 @@ def bare_step(run: Run, steps: int) -> Callable[[], None]:
         )  # fmt: skip
         optimizer.step()
 
-    return step
+    return clocked(step)
 
 
-def compare(first: Callable[[], None], second: Callable[[], None], steps: int) -> dict[str, float]:
+def has_stock_trainer() -> bool:
+    """Whether Megatron-LM's own trainer can be started, which takes the CPU for its card."""
+    found = importlib.util.find_spec("pretrain_gpt") or importlib.util.find_spec("megatron.training")
+    return found is not None and not torch.cuda.is_available()
+
+
+def stock_step(vocab_size: int, steps: int, log: Path) -> Side:
+    """Start the stock trainer and return one step of it, in its process's own time."""
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=run_stock_trainer, args=(theirs, vocab_size, steps + 1, log), daemon=True)
+    process.start()
+    theirs.close()
+
+    def side() -> float:
+        try:
+            ours.send(None)
+            return ours.recv()
+        except (EOFError, OSError):
+            raise SystemExit(f"the stock trainer ended:\n{log.read_text()[-3000:]}") from None
+
+    return side
+
+
+def run_stock_trainer(gate: Connection, vocab_size: int, steps: int, log: Path) -> None:
+    """Train with the stock trainer; each step waits at the gate, and tells the seconds that the last one took."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.checkpoint import stock_trainer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    enter_card = stock_trainer.enter_card
+    started: list[float] = []
+
+    def enter_and_gate() -> None:
+        enter_card()
+        from megatron.training import training
+
+        train_step = training.train_step
+
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            if started:
+                # From one gate to the next: what the trainer does between its steps counts too.
+                gate.send(time.process_time() - started[-1])
+            gate.recv()
+            started.append(time.process_time())
+            return train_step(*args, **kwargs)
+
+        training.train_step = gated
+
+    stock_trainer.enter_card = enter_and_gate
+    # NullTokenizer adds one token to the vocabulary.
+    sizes = ["--vocab-size", str(vocab_size - 1), "--train-iters", str(steps)]
+    stock_trainer.main([*MODEL.split(), *STOCK.split(), *sizes])
+
+
+def compare(first: Side, second: Side, steps: int) -> dict[str, float]:
     """Run both in turn and return the median seconds of each and the median ratio."""
-    times = []
-    for _ in range(steps):
-        pair = []
-        for step in (first, second):
-            start = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            pair.append(time.perf_counter() - start)
-        times.append(pair)
-    settled = times[3:]
+    settled = [(first(), second()) for _ in range(steps)][3:]
     medians = [statistics.median(pair[side] for pair in settled) for side in (0, 1)]
     return {"first_s": medians[0], "second_s": medians[1], "ratio": statistics.median(a / b for a, b in settled)}
 
 
+def compare_all(flags: list[str], vocab_size: int | None, steps: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Build a run, of the flags' own vocabulary where none is given, and compare its steps with the others."""
+    with tempfile.TemporaryDirectory() as name:
+        files = f"--data-path {name}/corpus --tokenizer-model {name}/tokenizer.json --tst-run-dir {name}/run"
+        size = ["--vocab-size", str(vocab_size)] if vocab_size else []
+        config = parse_config([*flags, *size, *files.split(), "--train-iters", str(2 * steps)])
+        num_tokens = 34 * steps * config.training.micro_batch_size * config.model.seq_length
+        write_text(Path(name), num_tokens, config.model.vocab_size or 512)
+        run = start_run(config, StopSignals())
+        ours = {size: functools.partial(our_step, run, size, steps) for size in (1, 4, 16)}
+        rows: dict[str, tuple[Callable[[], Side], Callable[[], Side]]] = {
+            "our loop / bare megatron-core loop": (ours[1], lambda: bare_step(run, steps)),
+            "superposed s = 4 / ordinary": (ours[4], ours[1]),
+            "superposed s = 16 / ordinary": (ours[16], ours[1]),
+        }
+        if vocab_size and has_stock_trainer():
+            stock = functools.partial(stock_step, vocab_size, steps, Path(name) / "stock.log")
+            rows["our loop / stock trainer"] = ours[1], stock
+            rows["superposed s = 4 / stock trainer, ordinary"] = ours[4], stock
+        found = {}
+        for row, (first, second) in rows.items():
+            results = [compare(first(), second(), steps) for _ in range(rounds)]
+            found[row] = {key: statistics.median(result[key] for result in results) for key in results[0]}
+        destroy_parallel_state()
+    return found
+
+
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=1, help="of all steps; their median is printed")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[512], help="sizes, for the model without --tst-preset")
     parser.add_argument("--json", type=Path)
     arguments, flags = parser.parse_known_args()
     torch.set_num_threads(1)
-    steps = arguments.steps
-    flags = [*TRAINING.split(), *flags] if "--tst-preset" in flags else [*MODEL.split(), *TRAINING.split(), *flags]
-    with tempfile.TemporaryDirectory() as name:
-        files = f"--data-path {name}/corpus --tokenizer-model {name}/tokenizer.json --tst-run-dir {name}/run"
-        config = parse_config([*flags, *files.split(), "--train-iters", str(2 * steps)])
-        write_text(Path(name), 34 * steps * config.training.micro_batch_size * config.model.seq_length)
-        run = start_run(config, StopSignals())
-        rows = {
-            "our loop / bare megatron-core loop": (lambda: our_step(run, 1, steps), lambda: bare_step(run, steps)),
-            "superposed s = 4 / ordinary": (lambda: our_step(run, 4, steps), lambda: our_step(run, 1, steps)),
-            "superposed s = 16 / ordinary": (lambda: our_step(run, 16, steps), lambda: our_step(run, 1, steps)),
-        }
-        results = {row: compare(first(), second(), steps) for row, (first, second) in rows.items()}
-        destroy_parallel_state()
-    print(f"{run.device.name}, torch {torch.__version__}, {steps} steps a side")
-    print("| step | first, ms | second, ms | median of ratios |\n|---|---|---|---|")
-    for row, result in results.items():
-        print(f"| {row} | {result['first_s'] * 1e3:.1f} | {result['second_s'] * 1e3:.1f} | {result['ratio']:.3f} |")
+    is_own_model = "--tst-preset" not in flags
+    flags = [*(MODEL.split() if is_own_model else []), *TRAINING.split(), *flags]
+    results = {}
+    for vocab_size in arguments.vocab if is_own_model else [None]:
+        found = compare_all(flags, vocab_size, arguments.steps, arguments.rounds)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        print(f"{device}, torch {torch.__version__}, {arguments.rounds} x {arguments.steps} steps a side", end="")
+        print(f", vocabulary {vocab_size}" if vocab_size else "")
+        print("| step | first, ms | second, ms | median of ratios |\n|---|---|---|---|")
+        for row, result in found.items():
+            times = f"{result['first_s'] * 1e3:.1f} | {result['second_s'] * 1e3:.1f} | {result['ratio']:.3f}"
+            print(f"| {row} | {times} |", flush=True)
+        results[str(vocab_size)] = found
     if arguments.json:
         arguments.json.write_text(write_json(results, indent=2) + "\n")
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Say whether this environment can train.
+"""Check whether this environment can train.
 
-Every module of the package and every compiled library that is installed is imported, and Transformer Engine's version
-has to belong to megatron-core's. Prints the versions that a run records.
+Imports every module of the package and every installed compiled library, checks that the versions of Transformer Engine
+and megatron-core match, and prints the versions that a run records.
 
 python tools/check_environment.py
 """
@@ -20,7 +20,8 @@ from megatron_tst.telemetry import versions
 
 COMPILED = ("transformer_engine.pytorch", "amp_C", "fused_weight_gradient_mlp_cuda")
 ABSENT = "absent"
-# In a process of its own, since the package hides these libraries where no GPU is. They need torch's shared libraries.
+# This runs in a process of its own, because the package hides these libraries on machines without a GPU. They need
+# torch's shared libraries, so torch is imported first.
 IMPORT = f"""
 import importlib.util, sys
 name = sys.argv[1]
@@ -30,7 +31,7 @@ if importlib.util.find_spec(name.partition(".")[0]) is None:
 import torch
 importlib.import_module(name)
 """
-# How an import fails without a driver, as while an image is built: no image holds the driver's libraries.
+# Errors of an import without a driver. A container image holds no driver, so they occur while an image is built.
 NO_DRIVER = re.compile(r"lib(cuda|nvidia-ml)\.so\.1: cannot open shared object|no NVIDIA driver|0 active drivers")
 
 
@@ -38,10 +39,10 @@ def import_compiled(name: str) -> str:
     """Import a compiled library.
 
     Returns:
-        ``imported``, ``absent``, or what the machine lacks to import it.
+        ``imported``, ``absent``, or the reason why it was not imported on this machine.
 
     Raises:
-        UserError: if it is installed and cannot be imported, for another reason than the driver's absence.
+        UserError: if the library is installed and its import fails for another reason than a missing driver.
     """
     command = [sys.executable, "-c", IMPORT, name]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603, with fixed arguments
@@ -49,12 +50,12 @@ def import_compiled(name: str) -> str:
         return ABSENT if ABSENT in done.stdout.split() else "imported"
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     if NO_DRIVER.search(reason):
-        return f"not tried, for want of a driver: {reason}"
-    raise UserError(f"{name} is installed and cannot be imported: {reason}")
+        return f"not imported, because there is no driver: {reason}"
+    raise UserError(f"{name} is installed, but cannot be imported: {reason}")
 
 
 def main() -> None:
-    """Fail with the first thing that is wrong."""
+    """Check everything, and fail with the first problem."""
     recorded = versions()
     check_transformer_engine(recorded["transformer-engine"])
     imported = {name: import_compiled(name) for name in COMPILED}

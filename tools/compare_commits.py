@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-r"""Train the same short run at two commits, and compare the losses and gradient norms of every step.
+r"""Train the same short run at two commits, and compare the losses and gradient norms of all steps.
 
     python tools/compare_commits.py main HEAD --config examples/quickstart/config.yaml --train-iters 20
     ... --ranks 2 --tensor-model-parallel-size 2        on several ranks, under torchrun
-    ... --stop-after 10                                 stopped and resumed after 10 steps
+    ... --stop-after 10                                 with a stop and a resumption after 10 steps
 
-A commit is anything that git knows; `.` is the working tree with its uncommitted changes. Other flags are those of
-pretrain_tst.py. Both sides run with this interpreter and its packages, one after the other. The exit code is 0 if all
-figures are equal to the last bit, and 1 if they differ.
+A commit is any name that git resolves; `.` is the working tree with its uncommitted changes. All other flags are those
+of pretrain_tst.py. Both sides run one after the other with this interpreter and its packages. The exit code is 0 if all
+figures are bitwise equal, and 1 if they differ.
 """
 
 import argparse
@@ -28,18 +28,18 @@ from megatron_tst.analysis.same_steps import Step, differing, largest_difference
 from megatron_tst.config import EXIT_CODE, EXIT_RESUMABLE, UserError
 
 ROOT = Path(__file__).parents[1]
-# The first lines of the table show where two runs part; the rest only shows how far.
+# The first lines of the table show where two runs begin to differ; later lines only show how far.
 SHOWN = 12
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Read this program's flags; the rest are pretrain_tst.py's."""
+    """Read this program's flags; all other flags are those of pretrain_tst.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("commits", nargs=2, metavar="COMMIT", help="what to compare; `.` is the working tree")
-    parser.add_argument("--ranks", type=int, default=1, help="processes per run")
-    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop each run there, and resume it")
+    parser.add_argument("commits", nargs=2, metavar="COMMIT", help="commits to compare; `.` is the working tree")
+    parser.add_argument("--ranks", type=int, default=1, help="number of processes per run")
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop each run after this step and resume it")
     return parser.parse_known_args()
 
 
@@ -60,7 +60,7 @@ def main(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def checked_out(commit: str, folder: Path) -> Iterator[Path]:
-    """Provide a commit's files in a folder of their own, or the working tree's.
+    """Yield a folder with a commit's files, or the working tree.
 
     Raises:
         UserError: if git does not know the commit.
@@ -79,10 +79,10 @@ def checked_out(commit: str, folder: Path) -> Iterator[Path]:
 
 
 def train(tree: Path, run_dir: Path, arguments: argparse.Namespace, flags: Sequence[str]) -> None:
-    """Train one side, with a line of metrics for every step; paths among the flags are seen from here.
+    """Train one side with a metric line for every step; paths in the flags are relative to the current folder.
 
     Raises:
-        UserError: if a run does not end as it should.
+        UserError: if a run ends with an unexpected exit code.
     """
     program = [str(tree / "pretrain_tst.py"), *flags, "--log-interval", "1", "--tst-run-dir", str(run_dir)]
     if arguments.ranks > 1:
@@ -96,16 +96,16 @@ def train(tree: Path, run_dir: Path, arguments: argparse.Namespace, flags: Seque
     for extra, wanted in parts:
         command = [sys.executable, *program, *extra]
         done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
-        # Under torchrun every failure of a rank is exit code 1.
+        # torchrun exits with 1 for every failure of a rank.
         if done.returncode != (wanted if arguments.ranks == 1 else bool(wanted)):
             raise UserError(f"{' '.join(command[1:])}: ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
 
 
 def show(commits: Sequence[str], one: Sequence[Step], other: Sequence[Step], different: Sequence[int]) -> None:
-    """Print the figures of both sides where they differ first, and say how far they differ."""
+    """Print the first figures that differ, and how far both sides differ."""
     console = Console()
     if not different:
-        told = f"{len(one)} figures of {commits[0]} and {commits[1]} are equal to the last bit"
+        told = f"{len(one)} figures of {commits[0]} and {commits[1]} are bitwise equal"
         console.print(told, highlight=False, soft_wrap=True)
         return
     table = Table("step", "figure", box=SIMPLE_HEAD, show_edge=False)
@@ -117,8 +117,8 @@ def show(commits: Sequence[str], one: Sequence[Step], other: Sequence[Step], dif
         table.add_row(str(step.step), step.name, *values)
     console.print(table)
     console.print(
-        f"{len(different)} of {max(len(one), len(other))} figures differ, by at most "
-        f"{largest_difference(one, other):.3g} of their size",
+        f"{len(different)} of {max(len(one), len(other))} figures differ, with a relative difference of at most "
+        f"{largest_difference(one, other):.3g}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

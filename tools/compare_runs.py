@@ -3,7 +3,7 @@
 
     python tools/compare_runs.py BASELINE RUN [more runs] [--output loss_curves.png] [--report report.md]
 
-Runs that differ in their seed alone are taken together; runs that differ in length too show a speed-up at equal loss.
+Runs that differ only in their seed are averaged; runs of several lengths also give a speed-up at equal loss.
 """
 
 import argparse
@@ -27,15 +27,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directories, the baseline's first")
-    parser.add_argument("--output", type=Path, default=Path("loss_curves.png"), help="picture to write, PNG or SVG")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directories, the baseline first")
+    parser.add_argument("--output", type=Path, default=Path("loss_curves.png"), help="plot to write, PNG or SVG")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=["steps", "data_tokens", "gpu_hours"])
-    parser.add_argument("--report", type=Path, help="write the comparison as Markdown too")
+    parser.add_argument("--report", type=Path, help="also write the comparison as Markdown")
     return parser.parse_args()
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Print the table and the verdict, and draw the picture."""
+    """Print the table and the verdict, and draw the plot."""
     check_picture(arguments.output, "--output")
     if arguments.report:
         check_output(arguments.report, "--report")
@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column(COLUMNS[0], overflow="fold", min_width=9)
     for column in COLUMNS[1:]:
-        # A header may take two lines; a number stays on one.
+        # A header may wrap to two lines, but a number must not.
         table.add_column(column.replace(" ", "\n", 1), justify="right", no_wrap=True)
     for row in table_rows(methods):
         table.add_row(*row)
@@ -55,7 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
     console.print("\n".join(sentences(methods)), highlight=False, soft_wrap=True)
     with writing_output(arguments.output, "--output"):
         draw_comparison(methods, arguments.output, arguments.axes)
-    console.print(f"picture: {arguments.output}", highlight=False, soft_wrap=True)
+    console.print(f"plot: {arguments.output}", highlight=False, soft_wrap=True)
     if arguments.report:
         picture = os.path.relpath(arguments.output, arguments.report.parent)
         with writing_output(arguments.report, "--report"):

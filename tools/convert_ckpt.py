@@ -4,8 +4,8 @@
 python tools/convert_ckpt.py --load RUN/checkpoints --save hf/
 python tools/convert_ckpt.py --direction hf-to-megatron --load hf/ --save weights/
 
-The first writes what AutoModelForCausalLM.from_pretrained opens, from a run of any parallel layout; the second writes
-what pretrain_tst.py --load weights/ --finetune starts from.
+The first command converts a run of any parallel layout to a folder for AutoModelForCausalLM.from_pretrained; the second
+converts a Hugging Face folder to a checkpoint for pretrain_tst.py --load weights/ --finetune.
 """
 
 import argparse
@@ -35,8 +35,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SENTENCE = "The model reads bags of tokens first, and single tokens after that."
 
 
-# torch's switch for huge pages, read when it first needs much memory: weights live for a moment here, and without it
-# half of the time goes into mapping their pages.
+# torch's switch for huge pages, which torch reads at its first large allocation. Weights are in memory only briefly
+# here; without huge pages, mapping their pages takes half of the time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -48,33 +48,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--load", type=Path, required=True, help="RUN/checkpoints, or a Hugging Face folder")
     parser.add_argument("--save", type=Path, required=True, help="folder to write; it appears whole or not at all")
     parser.add_argument("--direction", choices=("megatron-to-hf", "hf-to-megatron"), default="megatron-to-hf")
-    parser.add_argument("--iteration", type=int, help="which checkpoint; the latest where not given")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; as they are where not given")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="with tokenizer.json; the run's where not given")
-    parser.add_argument("--max-shard-size", default="5GB", help="most weights in a file of a Hugging Face folder")
-    parser.add_argument("--force", action="store_true", help="replace an earlier conversion, once the new one is whole")
+    parser.add_argument("--iteration", type=int, help="iteration of the checkpoint; default: the latest")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the written weights; default: unchanged")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of tokenizer.json; default: the run's")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest size of a file of weights")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an earlier conversion once the new one is complete"
+    )
     parser.add_argument(
         "--no-verify-checkpoint", action="store_true", help="do not compare the checkpoint's files with their checksums"
     )
-    parser.add_argument("--verify", action="store_true", help="compare the logits of both sides; loads both models")
-    parser.add_argument("--verify-text", type=Path, metavar="FILE", help="text to compare on, instead of a sentence")
+    parser.add_argument("--verify", action="store_true", help="load both models and compare their logits")
+    parser.add_argument("--verify-text", type=Path, metavar="FILE", help="text to compare on; default: one sentence")
     parser.add_argument(
-        "--verify-tolerance", type=float, metavar="SHARE", help="largest difference allowed, over the largest logit"
+        "--verify-tolerance", type=float, metavar="FRACTION", help="largest difference, relative to the largest logit"
     )
     return parser.parse_args()
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion to be done.
+    """A conversion that is ready to run.
 
     Attributes:
-        title: what it is, for the progress bar.
-        work: knows the weights and what becomes of them.
-        tokenizer: of the model.
-        write: does it; takes what to call with the bytes of each weight.
-        sides: returns, once it is done, our side and the Hugging Face folder.
-        warnings: what it cannot carry over.
+        title: title of the progress bar.
+        work: the weights and their casting.
+        tokenizer: tokenizer of the model.
+        write: runs the conversion; its argument is called with the number of bytes of each weight.
+        sides: returns our checkpoint and the Hugging Face folder after the conversion.
+        warnings: warnings about everything that the conversion cannot preserve.
     """
 
     title: str
@@ -86,7 +88,7 @@ class Conversion:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Convert, then compare if asked to."""
+    """Convert, then compare both sides if asked to."""
     text = _text(arguments.verify_text)
     tolerance = arguments.verify_tolerance
     if tolerance is not None and not tolerance > 0:
@@ -108,7 +110,7 @@ def main(arguments: argparse.Namespace) -> None:
 def _not_finite(names: list[str]) -> list[str]:
     if not names:
         return []
-    return [f"{names[0]} holds NaN or infinity, as do {len(names) - 1} other weights: they are written as they are"]
+    return [f"{names[0]} holds NaN or infinity, as do {len(names) - 1} other weights; they are written unchanged"]
 
 
 def _to_hugging_face(arguments: argparse.Namespace) -> Conversion:
@@ -118,7 +120,7 @@ def _to_hugging_face(arguments: argparse.Namespace) -> Conversion:
     tokenizer = _tokenizer(arguments.tokenizer or saved.tokenizer, require("--vocab-size", saved.vocab_size))
     end = EndOfDocument(tokenizer.eod, tokenizer.decode([tokenizer.eod]))
     export = Export(saved, DTYPES.get(arguments.dtype))
-    unchecked = f"{saved.folder}: has no checksums, for megatron-tst did not write it: it was converted unchecked"
+    unchecked = f"{saved.folder}: was not written by megatron-tst and has no checksums, so it was converted unchecked"
     max_shard_bytes = _bytes(arguments.max_shard_size)
     return Conversion(
         title=f"{saved.folder.name} to Hugging Face",
@@ -156,12 +158,12 @@ def _text(path: Path | None) -> str:
 
 def _tokenizer(path: Path | None, vocab_size: int) -> Tokenizer:
     if path is None:
-        raise UserError("--load: the checkpoint names no tokenizer: name the folder of the model's with --tokenizer")
+        raise UserError("--load: the checkpoint names no tokenizer: name the folder of its tokenizer with --tokenizer")
     if not (path / "tokenizer.json" if path.is_dir() else path).is_file():
-        raise UserError(f"{path} holds no tokenizer.json: name the folder of the model's with --tokenizer")
+        raise UserError(f"{path} holds no tokenizer.json: name the folder of the tokenizer with --tokenizer")
     tokenizer = load_tokenizer(str(path), flag="--tokenizer")
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"--tokenizer {path}: has {tokenizer.vocab_size} tokens, but the model knows {vocab_size}")
+        raise UserError(f"--tokenizer {path}: has {tokenizer.vocab_size} tokens, but the model has {vocab_size}")
     return tokenizer
 
 
@@ -230,5 +232,5 @@ if __name__ == "__main__":
         print(f"convert_ckpt.py: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("convert_ckpt.py: interrupted: nothing is half-written", file=sys.stderr)
+        print("convert_ckpt.py: interrupted; no partial output remains", file=sys.stderr)
         sys.exit(130)

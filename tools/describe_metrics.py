@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print docs/metrics.md, from the docstrings of the metrics.
+"""Print docs/metrics.md, which is generated from the metric classes.
 
 python tools/describe_metrics.py > docs/metrics.md
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say what a run will take before it is started: text, operations, hours, memory per card, the layouts that fit.
+"""Estimate a run before it starts: data tokens, FLOPs, hours, memory per GPU and the parallel layouts that fit.
 
 python tools/plan.py --config launch/configs/moe_10b_tst.yaml --gpu b200 --num-gpus 64 [flags of pretrain_tst.py]
 """
@@ -25,21 +25,27 @@ from megatron_tst.telemetry.outputs import check_output, writing_output
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Read this program's flags; the rest are pretrain_tst.py's."""
+    """Read this program's flags; all other flags are those of pretrain_tst.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--gpu", default="b200", help=f"one of {', '.join(GPUS)} (default: b200)")
     parser.add_argument("--num-gpus", type=int, default=64, help="(default: 64)")
     speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--mfu", type=float, help="share of the peak; where not given, the paper's for a similar model")
-    speed.add_argument("--measured", type=Path, metavar="RUN", help="take the speed of this run directory")
-    parser.add_argument("--price-per-gpu-hour", type=float, help="to print the cost")
-    parser.add_argument("--data-tokens", type=float, help="at hand, for the advice on bag size and step ratio")
-    parser.add_argument("--usable-memory", type=float, default=USABLE_MEMORY, help="share of a card's (default: 0.9)")
-    parser.add_argument("--layouts", type=int, default=5, metavar="N", help="how many of the fastest to print")
-    parser.add_argument("--simulate", type=int, nargs="+", default=[], metavar="N", help="the same run on N cards")
-    parser.add_argument("--json", type=Path, help="write everything there too")
+    speed.add_argument("--mfu", type=float, help="fraction of the peak (default: the paper's for a similar model)")
+    speed.add_argument("--measured", type=Path, metavar="RUN", help="run directory whose speed to take")
+    parser.add_argument("--price-per-gpu-hour", type=float, help="price for an estimate of the cost")
+    parser.add_argument(
+        "--data-tokens", type=float, help="available data tokens, for advice on bag size and step ratio"
+    )
+    parser.add_argument(
+        "--usable-memory", type=float, default=USABLE_MEMORY, help="usable fraction of a GPU's memory (default: 0.9)"
+    )
+    parser.add_argument("--layouts", type=int, default=5, metavar="N", help="number of fastest layouts to print")
+    parser.add_argument(
+        "--simulate", type=int, nargs="+", default=[], metavar="N", help="estimate the same run on N GPUs"
+    )
+    parser.add_argument("--json", type=Path, help="also write all results to this file")
     return parser.parse_known_args()
 
 

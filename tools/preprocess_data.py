@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-r"""Turn text into megatron-core's .bin/.idx files.
+r"""Encode text into megatron-core's .bin/.idx files.
 
     python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus \
         --tokenizer-model data/tokenizer.json --tst-train-bpe 4096 --append-eod --workers 2
 
-Inputs are text files (one document each), JSON lines (one document a line), either packed by gzip or zstandard, and
-folders of them. Writes OUTPUT_PREFIX_text_document.bin and .idx, as Megatron-LM's tool of this name does.
+Inputs are text files (one document each) and JSON lines (one document per line), optionally compressed with gzip or
+zstandard, and folders of such files. The output is OUTPUT_PREFIX_text_document.bin and .idx, as with Megatron-LM's tool
+of the same name.
 """
 
 import argparse
@@ -26,21 +27,21 @@ from megatron_tst.data.tokenizer import Tokenizer, load_tokenizer, save_tokenize
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line; flags shared with Megatron-LM's tool carry its names."""
+    """Read the command line; flags shared with Megatron-LM's tool have the same names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--input", nargs="+", required=True, help="files and folders")
     parser.add_argument("--output-prefix", required=True, help="path without suffix")
-    parser.add_argument("--tokenizer-model", required=True, help="a tokenizer.json, or where --tst-train-bpe writes it")
+    parser.add_argument("--tokenizer-model", required=True, help="path of tokenizer.json, which --tst-train-bpe writes")
     parser.add_argument(
-        "--tst-train-bpe", type=int, metavar="VOCAB", help="learn a byte-level BPE from the input first"
+        "--tst-train-bpe", type=int, metavar="VOCAB", help="first learn a byte-level BPE of this size from the input"
     )
-    parser.add_argument("--json-keys", default="text", help="key of the text in a line of JSON")
+    parser.add_argument("--json-keys", default="text", help="key of the text in each JSON line")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    parser.add_argument("--workers", type=int, default=1, help="processes that encode")
-    parser.add_argument("--tst-suffixes", nargs="*", default=[], help="of the files in a folder, take these: .py .txt")
-    parser.add_argument("--tst-exclude", nargs="*", default=[], help="leave out folders of these names: site-packages")
+    parser.add_argument("--workers", type=int, default=1, help="number of encoding processes")
+    parser.add_argument("--tst-suffixes", nargs="*", default=[], help="suffixes of files to read in folders: .py .txt")
+    parser.add_argument("--tst-exclude", nargs="*", default=[], help="names of folders to skip: site-packages")
     parser.add_argument("--tst-shuffle-files", type=int, metavar="SEED", help="read the files in a random order")
     return parser.parse_args()
 
@@ -49,7 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Learn the tokenizer if asked to, then encode."""
     if sys.getfilesystemencoding() != "utf-8":
         raise UserError(
-            f"LC_ALL: this locale's encoding is {sys.getfilesystemencoding()}, must be UTF-8: set PYTHONUTF8=1"
+            f"LC_ALL: the locale's encoding is {sys.getfilesystemencoding()}, but must be UTF-8: set PYTHONUTF8=1"
         )
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: must be at least 1")
@@ -64,7 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.tst_train_bpe is not None:
             path = Path(arguments.tokenizer_model)
             if path.is_dir():
-                raise UserError(f"--tokenizer-model {path}: is a folder; --tst-train-bpe writes a file: name it")
+                raise UserError(f"--tokenizer-model {path}: is a folder; with --tst-train-bpe, name the file to write")
             outputs.enter_context(locked(path, f"--tokenizer-model {path}"))
         _encode(arguments, files, prefix)
 
@@ -115,7 +116,7 @@ if __name__ == "__main__":
         with raise_on_signals():
             main(parse_arguments())
     except InterruptedBySignal as stop:
-        print(f"preprocess_data.py: ended by {stop.name}: no corpus was written", file=sys.stderr)
+        print(f"preprocess_data.py: stopped by {stop.name}: no corpus was written", file=sys.stderr)
         sys.exit(stop.exit_code)
     except UserError as error:
         print(f"preprocess_data.py: error: {error}", file=sys.stderr)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say where runs stand, from their metrics.jsonl: phase, step, loss, speed, what is left.
+"""Print the status of runs from their metrics.jsonl: phase, step, loss, speed and remaining time.
 
 python tools/run_status.py runs/moe-10b-tst [more runs]
 """
@@ -14,7 +14,7 @@ from megatron_tst.telemetry.status import read_status
 
 
 def main() -> None:
-    """Print a line per run."""
+    """Print one line per run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     for run in parser.parse_args().runs:

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Make .venv in the repository with the pinned packages, once per change of the pins.
+# Creates .venv in the repository with the pinned packages, or updates it after a change of the pins.
 #   bash tools/setup_venv.sh [EXTRAS]                 extras of pyproject.toml, such as plot,dev,test (default: plot)
 #   PYTHON=python3.12 VENV=.venv-3.12 bash tools/setup_venv.sh
-#                                                     another interpreter (3.10 or later), in a folder of its own
-# On Linux, PyPI's torch brings several GB of CUDA libraries; for a machine without a GPU:
+#                                                     another interpreter (3.10 or later), in its own folder
+# On Linux, PyPI's torch includes several GB of CUDA libraries; on a machine without a GPU, use:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash tools/setup_venv.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1:-plot} venv=${VENV:-.venv}
 if [[ ,$extras, == *,gpu,* ]]; then
-  echo "setup_venv.sh: gpu: Transformer Engine and apex come with the container image; docs/docker.md has it, and the way by hand" >&2
+  echo "setup_venv.sh: gpu: Transformer Engine and apex are part of the container image; docs/docker.md describes it and the manual installation" >&2
   exit 2
 fi
-# An image's environment is final (tools/setup_image.sh).
+# The environment of a container image must not change (tools/setup_image.sh).
 if [ -e "$venv/final" ]; then exit 0; fi
 version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 if [ -n "${PYTHON:-}" ] && [ -e "$venv/bin/python" ] && [ "$(version "$PYTHON")" != "$(version "$venv/bin/python")" ]; then
-  echo "$venv holds Python $(version "$venv/bin/python"), PYTHON=$PYTHON is $(version "$PYTHON"): set VENV to another folder" >&2
+  echo "$venv holds Python $(version "$venv/bin/python"), but PYTHON=$PYTHON is $(version "$PYTHON"): set VENV to another folder" >&2
   exit 2
 fi
 record=$venv/installed-$extras

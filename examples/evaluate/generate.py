@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Let an exported model continue a text.
+"""Continue a text with an exported model.
 
 python examples/evaluate/generate.py HF_FOLDER "def main(" [--tokens 40] [--temperature 0.8]
 """
@@ -8,7 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
-# Nothing is looked up elsewhere: the folder holds all that is needed.
+# The folder holds all files that are needed, so the hub is never contacted.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -20,8 +20,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("text")
-    parser.add_argument("--tokens", type=int, default=40, help="most tokens to add")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token each time")
+    parser.add_argument("--tokens", type=int, default=40, help="maximum number of tokens to add")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Test a finding of the paper at the quickstart's scale: train what it takes, draw it, and say what holds.
+"""Test a finding of the paper at the quickstart's scale: train the runs that it needs, draw them and judge its claims.
 
-    python examples/fidelity/run.py order                  trains what is missing; a table, a picture, a verdict
-    python examples/fidelity/run.py order --seeds 1 2 3 4 5 --workers 4      more seeds, more runs at a time
-    python examples/fidelity/run.py order --plan           trains nothing: which runs there are, which have ended
-    STEPS=40 python examples/fidelity/run.py order         a trial of the program itself
+    python examples/fidelity/run.py order                  trains missing runs; writes a table, a plot and a verdict
+    python examples/fidelity/run.py order --seeds 1 2 3 4 5 --workers 4      more seeds, more concurrent runs
+    python examples/fidelity/run.py order --plan           only lists the runs and whether they have finished
+    STEPS=40 python examples/fidelity/run.py order         tests the program itself
 
-The same command goes on where it was stopped, and findings share the runs that they have in common. Runs go to
-runs/fidelity/runs, results to runs/fidelity/FINDING. Other flags are those of pretrain_tst.py, for all runs.
+The same command continues a finding that was stopped, and findings share their common runs. Runs are written to
+runs/fidelity/runs, results to runs/fidelity/FINDING. All other flags are those of pretrain_tst.py, for all runs.
 """
 
 import argparse
@@ -30,12 +30,12 @@ SETTINGS = ("--config", "examples/quickstart/config.yaml", "--data-cache-path", 
 
 @dataclass(frozen=True)
 class Study:
-    """A finding, and the grid that tests it.
+    """A finding and the grid that tests it.
 
     Attributes:
-        title: what is tested.
+        title: title of the finding.
         grid: flags of tools/sweep.py.
-        claims: what is to hold.
+        claims: claims that are tested.
     """
 
     title: str
@@ -56,7 +56,7 @@ STUDIES = {
         ),
     ),
     "bag-size": Study(
-        "a U over the bag size s",
+        "a U shape over the bag size s",
         "--bag-sizes 2 3 4 6 8 12 --step-ratios 0.3",
         (
             Optimum(
@@ -67,7 +67,7 @@ STUDIES = {
         ),
     ),
     "step-ratio": Study(
-        "the best step ratio r lies between 0.2 and 0.4",
+        "the best step ratio r is between 0.2 and 0.4",
         "--bag-sizes 4 --step-ratios 0.1 0.2 0.3 0.4 0.5 0.7 0.9",
         (
             Optimum(
@@ -84,20 +84,20 @@ STUDIES = {
             Below("uniform below power law for s = 4", ONE, f"{ONE}-power_law"),
             Below("power law below uniform for s = 8", "s8-r0.3-power_law", "s8-r0.3"),
             Below("mutual information below power law for s = 8", "s8-r0.3-mutual_information", "s8-r0.3-power_law"),
-            Below("power law below the first token alone for s = 8", "s8-r0.3-power_law", "s8-r0.3-first_token"),
+            Below("power law below the first token only for s = 8", "s8-r0.3-power_law", "s8-r0.3-first_token"),
         ),
     ),
     "objective": Study(
         "cross-entropy over the bag (MCE) and the bag's total probability (MCEAlt)",
         f"{BASE} --vary tst-objective mce mce_alt",
-        (Same("MCE and MCEAlt end alike", ONE, f"{ONE}-objective_mce_alt"),),
+        (Same("MCE and MCEAlt end equally", ONE, f"{ONE}-objective_mce_alt"),),
     ),
     "reinitialize": Study(
-        "the negative control: embedding and output layer drawn anew at the switch",
+        "the negative control: embedding and output layer re-initialized at the switch",
         f"{BASE} --vary tst-reinitialize-at-switch false true",
         (
-            Below("what is kept below what is drawn anew", ONE, f"{ONE}-reinitialize_at_switch"),
-            Below("the baseline below what is drawn anew", "baseline", f"{ONE}-reinitialize_at_switch"),
+            Below("kept weights below re-initialized weights", ONE, f"{ONE}-reinitialize_at_switch"),
+            Below("the baseline below re-initialized weights", "baseline", f"{ONE}-reinitialize_at_switch"),
         ),
     ),
     "phases": Study(
@@ -109,15 +109,17 @@ STUDIES = {
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Read this program's flags; the rest are pretrain_tst.py's."""
+    """Read this program's flags; all other flags are those of pretrain_tst.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("finding", choices=STUDIES)
-    parser.add_argument("--plan", action="store_true", help="train nothing; tell the runs and which of them have ended")
-    parser.add_argument("--output", type=Path, default=Path("runs/fidelity"), help="seen from the repository's folder")
+    parser.add_argument("--plan", action="store_true", help="only list the runs and whether they have finished")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/fidelity"), help="relative to the repository's folder"
+    )
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"])
-    parser.add_argument("--workers", default="2", help="runs at a time")
+    parser.add_argument("--workers", default="2", help="number of concurrent runs")
     return parser.parse_known_args()
 
 
@@ -126,7 +128,7 @@ def main(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
     flags = [*SETTINGS, *flags]
     text = read_config(flags).data.data_path[-1]
     if not Path(f"{text}.idx").is_file():
-        raise UserError(f"--data-path {text}: is not there; bash examples/quickstart/run.sh prepares it")
+        raise UserError(f"--data-path {text}: does not exist; bash examples/quickstart/run.sh prepares it")
     study, runs, results = STUDIES[arguments.finding], arguments.output / "runs", arguments.output / arguments.finding
     steps = ["--steps", os.environ["STEPS"]] if "STEPS" in os.environ else []
     own = [
@@ -148,8 +150,8 @@ def main(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
 
 
 def sweep(argv: Sequence[str]) -> int:
-    """Run tools/sweep.py; where this program is told to stop, it is told too, and has the runs saved."""
-    # In a session of its own: what is typed at the terminal reaches this process alone.
+    """Run tools/sweep.py; if this program is asked to stop, the sweep is asked too, and its runs save checkpoints."""
+    # A session of its own keeps the terminal's signals, such as Ctrl-C, away from the sweep.
     with subprocess.Popen([sys.executable, "tools/sweep.py", *argv], start_new_session=True) as process:
         try:
             return process.wait()
@@ -159,7 +161,7 @@ def sweep(argv: Sequence[str]) -> int:
 
 
 def judge(study: Study, runs: Path, results: Path) -> str:
-    """Write verdict.md: what the runs that have ended say of each claim, and the means; return the verdicts."""
+    """Write verdict.md with the verdict on each claim and the means; return the verdicts."""
     with (results / "sweep.csv").open(encoding="utf-8") as file:
         ended = by_setting([read_result(runs / row["run"]) for row in csv.DictReader(file)])
     findings = [(claim.text, claim.judge(ended)) for claim in study.claims]
@@ -167,7 +169,7 @@ def judge(study: Study, runs: Path, results: Path) -> str:
     with (results / "sweep_means.csv").open(encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-    # With few runs there may have been another kind of picture.
+    # Take the newest plot: an earlier call with fewer runs may have drawn another kind.
     picture = max(results.glob("*.png"), key=lambda path: path.stat().st_mtime)
     text = f"# {study.title}\n\n{told}\n\n{table}\n\n![final losses]({picture.name})\n"
     (results / "verdict.md").write_text(text, encoding="utf-8")

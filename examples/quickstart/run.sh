@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to a comparison: sets up .venv, prepares real text, trains a baseline and a TST run, compares them, says
-# what they show, and exports the TST model to Hugging Face's format.
-#   bash examples/quickstart/run.sh                   equal steps, same seed; runs/quickstart-seed1/loss_curves.png
+# Runs the whole comparison: sets up .venv, prepares real text, trains a baseline and a TST run, compares them, explains
+# the result, and exports the TST model to Hugging Face's format.
+#   bash examples/quickstart/run.sh                   equal steps and seed; runs/quickstart-seed1/loss_curves.png
 #   bash examples/quickstart/run.sh --seed 2          another seed
 #   bash examples/quickstart/run.sh --seeds 3         seeds 1 to 3, one after the other, compared together
-#   bash examples/quickstart/run.sh --equal-loss      then two shorter TST runs: how many steps reach the baseline's loss?
-#   STEPS=50 PACKAGES=rich bash examples/quickstart/run.sh    a short trial of the script itself; DATA=, RUNS=: folders
+#   bash examples/quickstart/run.sh --equal-loss      also trains two shorter TST runs to measure the speed-up at equal loss
+#   STEPS=50 PACKAGES=networkx bash examples/quickstart/run.sh    a short test of the script itself; DATA=, RUNS=: folders
 #   PYTHON=python3.12 VENV=.venv-3.12 bash examples/quickstart/run.sh    another interpreter
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -21,13 +21,14 @@ done
 steps=${STEPS:-4500}
 runs=${RUNS:-runs}
 data=${DATA:-data/quickstart}
-# The two runs share a machine: one thread each leaves no OpenMP threads spinning for a core that the other holds.
+# Each of the two concurrent runs uses one thread, so OpenMP threads do not spin on a core that the other run uses.
 export OMP_NUM_THREADS=1
 
 bash tools/setup_venv.sh plot,hf
 python=${VENV:-.venv}/bin/python
 
-# Installed with torch and transformers; their versions are pinned and their source is the same for every Python from 3.11 on.
+# These packages are installed with torch and transformers. Their versions are pinned, and their source is the same for every
+# Python from 3.11 on.
 read -ra packages <<<"${PACKAGES:-sympy networkx pygments huggingface_hub mpmath rich}"
 if [ ! -f "$data/packages_text_document.idx" ]; then
   echo "== preparing the source of the packages ${packages[*]}"
@@ -38,7 +39,7 @@ for name in sys.argv[1:]: print(find_spec(name).submodule_search_locations[0])' 
 fi
 echo "text: sha256 $(sha256sum <"$data/packages_text_document.bin" | cut -c1-16)"
 
-# train NAME SEED STEPS [flags]: warm-up and decay keep their share of the run.
+# train NAME SEED STEPS [flags]: warm-up and decay scale with the number of steps.
 train() {
   local name=$1 seed=$2 steps=$3
   local folder=$runs/quickstart-seed$seed/$name

@@ -1,1 +1,1 @@
-"""Runs side by side once they ended: curves, comparisons, verdicts, plots, sweeps."""
+"""Compares finished runs: curves, claims, verdicts, plots and sweeps."""

@@ -1,4 +1,4 @@
-"""Whether what is claimed of final losses holds in the runs of a grid, beyond the noise of their seeds."""
+"""Tests claims about final losses on the runs of a grid, taking the noise between seeds into account."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,18 @@ from typing import Protocol
 from megatron_tst.analysis.compare import Estimate
 from megatron_tst.analysis.sweep_results import SweepResult, differences
 
-# A mean difference speaks where it is as many standard errors from zero. From three seeds on, that leaves a chance of
-# one in twenty at most for a difference in the claimed direction where there is none (Student's t, one-sided).
+# A mean difference counts if it is at least this many standard errors from zero. With three or more seeds, the chance
+# of finding a difference in the claimed direction although there is none is then at most 1 in 20 (Student's t,
+# one-sided).
 LIMIT, FEWEST_SEEDS = 3.0, 3
 HELD, NOT_HELD, NOISE, NOT_RUN = "held", "not held", "within noise", "not run"
 
-# Runs by setting, as their directories are named without the seed, and by seed.
+# Runs by setting, which is the name of their directory without the seed, and by seed.
 Runs = Mapping[str, Mapping[int, SweepResult]]
 
 
 def by_setting(results: Sequence[SweepResult]) -> dict[str, dict[int, SweepResult]]:
-    """Sort runs of one length by the names of their settings, and by seed."""
+    """Group runs of one length by the names of their settings and by seed."""
     found: dict[str, dict[int, SweepResult]] = {}
     for result in results:
         setting = re.sub(r"(-\d+steps)?-seed\d+$", "", result.name)
@@ -29,11 +30,11 @@ def by_setting(results: Sequence[SweepResult]) -> dict[str, dict[int, SweepResul
 
 @dataclass(frozen=True)
 class Finding:
-    """What runs say of a claim.
+    """The result of testing a claim.
 
     Attributes:
-        verdict: held, not held, within noise or not run.
-        evidence: the differences behind it, in words.
+        verdict: "held", "not held", "within noise" or "not run".
+        evidence: differences that the verdict is based on, in words.
     """
 
     verdict: str
@@ -41,22 +42,22 @@ class Finding:
 
 
 class Claim(Protocol):
-    """A claim about settings, which are named as their run directories are, without the seed."""
+    """A claim about settings, which are named like their run directories without the seed."""
 
     text: str
 
     def judge(self, runs: Runs) -> Finding:
-        """Return what the runs that have ended say of it."""
+        """Test the claim on the finished runs."""
 
 
 @dataclass(frozen=True)
 class Below:
-    """One setting ends below another.
+    """The claim that one setting ends with a lower loss than another.
 
     Attributes:
-        text: the claim in words.
-        lower: the setting that is to end below.
-        higher: the other.
+        text: claim in words.
+        lower: setting with the lower final loss.
+        higher: setting with the higher final loss.
     """
 
     text: str
@@ -64,19 +65,19 @@ class Below:
     higher: str
 
     def judge(self, runs: Runs) -> Finding:
-        """Return what the runs that have ended say of it."""
+        """Test the claim on the finished runs."""
         gaps = _gaps(runs, self.lower, self.higher)
         return Finding(_sign(gaps), _tell(gaps, self.lower, self.higher))
 
 
 @dataclass(frozen=True)
 class Same:
-    """Two settings end alike.
+    """The claim that two settings end with equal losses.
 
     Attributes:
-        text: the claim in words.
-        one: a setting.
-        other: another.
+        text: claim in words.
+        one: first setting.
+        other: second setting.
     """
 
     text: str
@@ -84,7 +85,7 @@ class Same:
     other: str
 
     def judge(self, runs: Runs) -> Finding:
-        """Return what the runs that have ended say of it, and how large a difference they would have shown."""
+        """Test the claim on the finished runs, and state how large a difference they would have detected."""
         gaps = _gaps(runs, self.one, self.other)
         evidence = _tell(gaps, self.one, self.other)
         if len(gaps) < FEWEST_SEEDS:
@@ -92,17 +93,17 @@ class Same:
         if _sign(gaps) != NOISE:
             return Finding(NOT_HELD, evidence)
         shown = LIMIT * (Estimate.of(gaps).error or 0.0)
-        return Finding(HELD, f"{evidence}; a difference above {shown:.4f} would have shown")
+        return Finding(HELD, f"{evidence}; a difference above {shown:.4f} would have been detected")
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The lowest of some settings ends below every one of others.
+    """The claim that the best of some settings ends with a lower loss than each of some others.
 
     Attributes:
-        text: the claim in words.
-        inner: settings among which the lowest is to be.
-        outer: settings around them.
+        text: claim in words.
+        inner: settings among which the best one is claimed to be.
+        outer: settings that the best one is compared with.
     """
 
     text: str
@@ -110,10 +111,10 @@ class Optimum:
     outer: tuple[str, ...]
 
     def judge(self, runs: Runs) -> Finding:
-        """Return what the runs that have ended say of it; the lowest of several means is a little lower by luck."""
+        """Test the claim on the finished runs; the minimum of several means is biased slightly downwards."""
         missing = [name for name in (*self.inner, *self.outer) if name not in runs]
         if missing:
-            return Finding(NOT_RUN, f"no run of {', '.join(missing)} has ended")
+            return Finding(NOT_RUN, f"no run of {', '.join(missing)} has finished")
         best = min(self.inner, key=lambda name: fmean(run.curve.final_loss for run in runs[name].values()))
         found = {other: _gaps(runs, best, other) for other in self.outer}
         verdicts = {_sign(gaps) for gaps in found.values()}
@@ -122,12 +123,12 @@ class Optimum:
 
 
 def _gaps(runs: Runs, one: str, other: str) -> list[float]:
-    """Return the differences of two settings, of each seed that has both."""
+    """Return the differences between two settings for each seed that both have."""
     return list(differences(runs.get(one, {}), runs.get(other, {})).values())
 
 
 def _sign(gaps: Sequence[float]) -> str:
-    """Say whether a difference is below zero, beyond noise, which few seeds do not know."""
+    """Return whether the mean difference is below zero by more than noise; with too few seeds it is within noise."""
     if not gaps:
         return NOT_RUN
     mean = Estimate.of(gaps)
@@ -138,6 +139,6 @@ def _sign(gaps: Sequence[float]) -> str:
 
 def _tell(gaps: Sequence[float], one: str, other: str) -> str:
     if not gaps:
-        return f"no seed of both {one} and {other} has ended"
+        return f"no seed has finished runs of both {one} and {other}"
     few = f" ({len(gaps)} of at least {FEWEST_SEEDS} seeds)" if len(gaps) < FEWEST_SEEDS else ""
-    return f"{one} less {other}: {Estimate.of(gaps).signed(4)}{few}"
+    return f"{one} minus {other}: {Estimate.of(gaps).signed(4)}{few}"

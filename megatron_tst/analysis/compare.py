@@ -1,8 +1,8 @@
-"""Compare finished runs as the paper does: at equal FLOPs, at equal data, at equal loss.
+"""Compares finished runs as the paper does: at equal FLOPs, at equal data and at equal loss.
 
-Only ends of runs are compared: a run's final loss is final because its own learning rate has decayed, and the point
-at which a curve crosses another run's final loss is not. So a speed-up at equal loss is read off between the ends of
-runs of different lengths.
+Only the ends of runs are compared, because there the learning rate has decayed. A point in the middle of a curve, such
+as where it crosses another run's final loss, is not comparable. A speed-up at equal loss is therefore interpolated
+between the ends of runs of different lengths.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from typing import TypeVar
 from megatron_tst.analysis.curves import RunCurve
 from megatron_tst.config import UserError
 
-# Two runs have equal FLOPs or data when these differ by less than this share.
+# Two runs count as having equal FLOPs or equal data if these differ by less than this fraction.
 TOLERANCE = 0.02
 _Item = TypeVar("_Item")
 
@@ -27,8 +27,8 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-        value: the mean.
-        error: its standard error; None where one seed alone tells.
+        value: mean over the seeds.
+        error: standard error of the mean; None if there is only one seed.
     """
 
     value: float
@@ -36,26 +36,26 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """Take the mean of what the seeds gave."""
+        """Return the mean of one value per seed, with its standard error."""
         return cls(fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None)
 
     def write(self, digits: int) -> str:
-        """Write it with its uncertainty: ``2.6731 ± 0.0042``."""
+        """Format the mean with its standard error: ``2.6731 ± 0.0042``."""
         error = "" if self.error is None else f" ± {self.error:.{digits}f}"
         return f"{self.value:.{digits}f}{error}"
 
     def signed(self, digits: int) -> str:
-        """Write a difference, a plus in front of what is above zero: ``+0.0102 ± 0.0042``."""
+        """Format a difference with its sign: ``+0.0102 ± 0.0042``."""
         return ("+" if self.value > 0 else "") + self.write(digits)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
-        name: what their names have in common.
-        runs: one per seed.
+        name: common prefix of the runs' names.
+        runs: runs, one per seed.
     """
 
     name: str
@@ -63,49 +63,49 @@ class Group:
 
     @property
     def final_loss(self) -> Estimate:
-        """Over the seeds, nats per token."""
+        """Mean final loss over the seeds, in nats per token."""
         return Estimate.of([run.final_loss for run in self.runs])
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of each run."""
+        """Number of optimizer steps of each run."""
         return self.runs[0].num_steps
 
     def total(self, axis: str) -> float:
-        """Return what a run took on an axis, in the mean."""
+        """Return the mean total of the runs on an axis."""
         return fmean(run.total(axis) for run in self.runs)
 
     @property
     def seeds(self) -> set[int]:
-        """Of the runs."""
+        """Seeds of the runs."""
         return {run.seed for run in self.runs}
 
     def loss(self, without: int | None = None) -> float:
-        """Return the mean final loss, of all seeds or of all but one."""
+        """Return the mean final loss over all seeds, or over all seeds except one."""
         return fmean(run.final_loss for run in self.runs if run.seed != without)
 
 
 @dataclass(frozen=True)
 class Method:
-    """Groups that differ in their length alone, the shortest first."""
+    """Groups that differ only in their length, the shortest first."""
 
     groups: tuple[Group, ...]
 
     @property
     def name(self) -> str:
-        """What the groups' names have in common."""
+        """Common prefix of the groups' names."""
         return _common_name([group.name for group in self.groups])
 
     def ends(self, without: int | None = None) -> list[tuple[float, float]]:
-        """Return FLOPs and mean final loss of each length, of all seeds or of all but one."""
+        """Return FLOPs and mean final loss of each length, over all seeds or over all seeds except one."""
         return [(group.total("flops"), group.loss(without)) for group in self.groups]
 
 
 def find_methods(curves: Iterable[RunCurve]) -> list[Method]:
-    """Sort runs into methods, and each method's runs into groups of one length, in the order they come in.
+    """Group runs by method, and each method's runs by length, in the order of their first runs.
 
     Raises:
-        UserError: if two runs differ in nothing, not even their seed.
+        UserError: if two runs have the same settings and the same seed.
     """
     methods = []
     for runs in _gather(curves, lambda curve: curve.method):
@@ -127,7 +127,7 @@ def _gather(items: Iterable[_Item], key: Callable[[_Item], object]) -> list[list
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """Return the whole words and numbers that names begin with alike: tst-seed10 and tst-seed11 are tst."""
+    """Return the common prefix of names in whole words and numbers: tst-seed10 and tst-seed11 give tst."""
     if len(set(names)) == 1:
         return names[0]
     parts = zip(*(re.findall(r"[A-Za-z]+|[0-9]+|[^A-Za-z0-9]+", name) for name in names), strict=False)
@@ -136,7 +136,7 @@ def _common_name(names: Sequence[str]) -> str:
 
 
 def difference(group: Group, baseline: Group) -> Estimate:
-    """Return a group's mean final loss less the baseline's; its error is of seed by seed, where both have the same."""
+    """Return a group's mean final loss minus the baseline's; if both have the same seeds, the error is paired."""
     if group.seeds == baseline.seeds:
         before = {run.seed: run.final_loss for run in baseline.runs}
         return Estimate.of([run.final_loss - before[run.seed] for run in group.runs])
@@ -146,7 +146,7 @@ def difference(group: Group, baseline: Group) -> Estimate:
 
 
 def counterpart(group: Group, method: Method, axis: str) -> Group | None:
-    """Return the group of another method that took as much on an axis, or None."""
+    """Return the group of another method with the same total on an axis, or None."""
     wanted = group.total(axis)
     nearest = min(method.groups, key=lambda other: abs(other.total(axis) - wanted))
     return nearest if abs(nearest.total(axis) / wanted - 1) < TOLERANCE else None
@@ -154,11 +154,11 @@ def counterpart(group: Group, method: Method, axis: str) -> Group | None:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times fewer FLOPs a method needs than the baseline for one loss.
+    """The factor by which a method needs fewer FLOPs than the baseline to reach a loss.
 
     Attributes:
-        anchor: the group whose final loss it is.
-        ratio: the baseline's FLOPs over the method's, one of them interpolated between two lengths.
+        anchor: group whose final loss is reached.
+        ratio: baseline's FLOPs divided by the method's, one of which is interpolated between two lengths.
     """
 
     anchor: Group
@@ -167,13 +167,13 @@ class SpeedUp:
 
 @dataclass(frozen=True)
 class SpeedUpBound:
-    """What two ends alone say of the speed-up.
+    """A bound on the speed-up that follows from two ends.
 
     Attributes:
-        ratio: the FLOPs of the baseline's end over those of the method's.
-        is_lower: whether the speed-up is at least this, because the method's end is no higher; else it is less.
-        group: of the method.
-        baseline: the baseline's.
+        ratio: FLOPs of the baseline's end divided by those of the method's end.
+        is_lower: whether this is a lower bound, because the method's end is not higher; otherwise it is an upper bound.
+        group: group of the method.
+        baseline: group of the baseline.
     """
 
     ratio: float
@@ -183,12 +183,12 @@ class SpeedUpBound:
 
 
 def speed_ups(method: Method, baseline: Method) -> list[SpeedUp] | list[SpeedUpBound]:
-    """Return the speed-ups at equal loss that the ends of two methods' runs show.
+    """Return the speed-ups at equal loss that follow from the ends of two methods' runs.
 
-    Where a final loss of one lies between those of two lengths of the other, FLOPs are interpolated between these:
-    logarithm of the FLOPs against loss, both means over seeds. The standard error is the jackknife's, each seed left
-    out in turn; it is known where all ends have the same seeds, two or more, and each such mean lies between two
-    lengths too. Where no loss lies so, the tightest bounds.
+    If a final loss of one method lies between those of two lengths of the other, the logarithm of the FLOPs is
+    interpolated linearly over the loss between these two, with means over seeds. The standard error is that of the
+    jackknife, which leaves out each seed in turn. It is known only if all ends have the same seeds, at least two, and
+    each mean without one seed also lies between two lengths. If no such pair exists, the tightest bounds are returned.
     """
     found = [
         *(_speed_up(group, baseline, 1) for group in method.groups),
@@ -199,10 +199,10 @@ def speed_ups(method: Method, baseline: Method) -> list[SpeedUp] | list[SpeedUpB
 
 
 def _speed_up(anchor: Group, other: Method, sign: int) -> SpeedUp | None:
-    """Compare an end with another method; ``sign`` is 1 where the other one is the baseline, else -1."""
+    """Compare an end with another method; ``sign`` is 1 if the other method is the baseline, otherwise -1."""
 
     def ratio(without: int | None = None) -> float | None:
-        """Return the speed-up, of all seeds or of all but one."""
+        """Return the speed-up over all seeds, or over all seeds except one."""
         flops = _interpolate(other.ends(without), anchor.loss(without))
         return None if flops is None else float((flops / anchor.total("flops")) ** sign)
 
@@ -215,14 +215,14 @@ def _speed_up(anchor: Group, other: Method, sign: int) -> SpeedUp | None:
 
 
 def _jackknife(left_out: Sequence[float | None]) -> float | None:
-    """Return the standard error of an estimate, from the estimates without each seed; None where one is missing."""
+    """Return the standard error of an estimate from the estimates without each seed, or None if one is missing."""
     known = [value for value in left_out if value is not None]
     count = len(left_out)
     return stdev(known) * (count - 1) / math.sqrt(count) if len(known) == count else None
 
 
 def _bounds(method: Method, baseline: Method) -> list[SpeedUpBound]:
-    """Return the tightest lower and upper bound that there are: every pair of ends gives one."""
+    """Return the tightest lower and the tightest upper bound; every pair of ends gives one bound."""
     bounds = [
         SpeedUpBound(theirs.total("flops") / ours.total("flops"), difference(ours, theirs).value <= 0, ours, theirs)
         for ours in method.groups
@@ -235,9 +235,10 @@ def _bounds(method: Method, baseline: Method) -> list[SpeedUpBound]:
 
 
 def _interpolate(ends: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Return the FLOPs at which ends, from the shortest run on, reach a loss.
+    """Return the FLOPs at which the ends, ordered by length, reach a loss.
 
-    None where they never do, or more than once: noise then decides which of the places is the first.
+    Return None if they never reach it, or if they cross it several times, because noise then decides which crossing is
+    the first.
     """
     crossings = [pair for pair in itertools.pairwise(ends) if (pair[0][1] > loss) != (pair[1][1] > loss)]
     if len(crossings) != 1:

@@ -1,4 +1,4 @@
-"""The course of a run, read from its directory."""
+"""Reads the loss curve of a run from its directory."""
 
 import dataclasses
 import itertools
@@ -18,13 +18,13 @@ AXES = ("steps", "data_tokens", "flops", "gpu_hours")
 
 @dataclass(frozen=True)
 class Superposition:
-    """How a run superposes.
+    """The superposition settings of a run; a run without bags has only phases.
 
     Attributes:
         phases: bag size, whether bags are read, and fraction of the steps of each phase.
-        bag_weights: of the loss; None without bags, as the next two.
-        objective: of the loss.
-        reinitializes: whether embedding and output layer are drawn anew where bags end.
+        bag_weights: bag weights of the loss.
+        objective: objective of the phases with bags.
+        reinitializes: whether embedding and output layer are re-initialized at the start of the recovery.
     """
 
     phases: tuple[tuple[int, bool, float], ...]
@@ -35,13 +35,13 @@ class Superposition:
 
 @dataclass(frozen=True)
 class RunLength:
-    """All that is counted in steps.
+    """All settings that are counted in steps.
 
     Attributes:
-        phases: steps of each phase.
-        warmup: of the learning rate.
-        decay_end: where its decay ends; the end of the run where None.
-        wsd_decay: of the final decay, with WSD.
+        phases: number of steps of each phase.
+        warmup: number of warm-up steps of the learning rate.
+        decay_end: step at which the decay of the learning rate ends; None means the end of the run.
+        wsd_decay: number of steps of the final decay, with WSD.
     """
 
     phases: tuple[int, ...]
@@ -52,11 +52,11 @@ class RunLength:
 
 @dataclass(frozen=True)
 class RunMethod:
-    """What runs share that differ in seed and length alone.
+    """All settings of runs except seed and length.
 
     Attributes:
         setting: flags with their values.
-        superposition: how they superpose.
+        superposition: superposition settings.
     """
 
     setting: tuple[tuple[str, Any], ...]
@@ -65,19 +65,19 @@ class RunMethod:
 
 @dataclass(frozen=True)
 class RunCurve:
-    """The course of one run.
+    """The loss curve of one run.
 
     Attributes:
-        name: of the run directory.
-        seed: of the run.
-        setting: what runs share that differ in superposition, seed and length alone: flags with their values.
-        superposition: how it superposes.
-        length: all that is counted in steps.
-        losses: next-token validation loss of each evaluation, nats per token.
-        axes: where each evaluation lies on each of :data:`AXES`.
+        name: name of the run directory.
+        seed: seed of the run.
+        setting: all settings except superposition, seed and length, as flags with their values.
+        superposition: superposition settings.
+        length: settings that are counted in steps.
+        losses: next-token validation loss of each evaluation, in nats per token.
+        axes: value of each evaluation on each of :data:`AXES`.
         switches: steps after which the bag size changes.
-        bag_sizes: of the phases, in order.
-        recovery: what was told of the last switch: ``spike`` in nats and ``recovery_steps``; None without one.
+        bag_sizes: bag sizes of the phases, in order.
+        recovery: recovery line of the last switch, with ``spike`` in nats and ``recovery_steps``, or None.
     """
 
     name: str
@@ -92,30 +92,30 @@ class RunCurve:
     recovery: dict[str, Any] | None
 
     def total(self, axis: str) -> float:
-        """Return what the whole run took on an axis."""
+        """Return the total of the whole run on an axis."""
         return self.axes[axis][-1]
 
     @property
     def method(self) -> RunMethod:
-        """What runs share that differ in seed and length alone."""
+        """All settings except seed and length."""
         return RunMethod(tuple(self.setting.items()), self.superposition)
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Number of optimizer steps of the run."""
         return int(self.total("steps"))
 
     @property
     def final_loss(self) -> float:
-        """Loss at the end of the run, when its learning rate has decayed."""
+        """Validation loss at the end of the run, after its learning rate has decayed."""
         return self.losses[-1]
 
 
 def read_curves(paths: Sequence[Path]) -> list[RunCurve]:
-    """Read run directories; runs of one name that differ in more than their seed get their folder's name in front.
+    """Read run directories; runs with equal names but different settings are prefixed with their folder's name.
 
     Raises:
-        UserError: as :func:`read_curve`.
+        UserError: see :func:`read_curve`.
     """
     curves = [read_curve(path) for path in paths]
     kinds: dict[str, set[tuple[RunMethod, RunLength]]] = {}
@@ -133,8 +133,8 @@ def read_curve(path: Path) -> RunCurve:
     """Read a run directory.
 
     Raises:
-        UserError: if it holds no run that was evaluated, or its loss is no final one: the run has not ended, its
-            learning rate has not decayed, or the loss is no number.
+        UserError: if the directory holds no evaluated run, the run has not finished, its learning rate has not
+            decayed, or its final loss is NaN or infinite.
     """
     directory = RunDirectory(path)
     for file in (directory.metrics, directory.config):
@@ -148,13 +148,13 @@ def read_curve(path: Path) -> RunCurve:
     config = load_config(directory.config)
     if valid[-1]["step"] < config.schedule.num_steps:
         raise UserError(
-            f"{path}: was evaluated last after step {valid[-1]['step']} of {config.schedule.num_steps}; runs are "
-            "compared at their ends"
+            f"{path}: was last evaluated after step {valid[-1]['step']} of {config.schedule.num_steps}; only the ends "
+            "of runs are compared"
         )
     if not is_decayed(config):
         raise UserError(
             f"{path}: --lr-decay-iters {config.optimizer.lr_decay_iters} is more than its {config.schedule.num_steps} "
-            "steps; runs are compared where their learning rate has decayed"
+            "steps; runs are compared only after their learning rate has decayed"
         )
     if not math.isfinite(valid[-1]["valid_loss"]):
         raise UserError(f"{path}: ended with a validation loss of {valid[-1]['valid_loss']}")
@@ -177,13 +177,13 @@ def read_curve(path: Path) -> RunCurve:
 
 
 def is_decayed(config: RunConfig) -> bool:
-    """Return whether a run's learning rate has decayed when it ends, or never does."""
+    """Return whether a run's learning rate is constant or has decayed at the end of the run."""
     optimizer = config.optimizer
     return optimizer.lr_decay_style == "constant" or (optimizer.lr_decay_iters or 0) <= config.schedule.num_steps
 
 
 def _setting(config: RunConfig, positions_per_step: float) -> dict[str, Any]:
-    """Return what runs share that differ in superposition, seed and length alone: flags with their values."""
+    """Return all settings except superposition, seed and length, as flags with their values."""
     flags = {
         f"--{setting.name.replace('_', '-')}": _identity(value, effect)
         for section in dataclasses.fields(RunConfig)
@@ -197,14 +197,14 @@ def _setting(config: RunConfig, positions_per_step: float) -> dict[str, Any]:
 
 
 def _identity(value: Any, effect: Effect) -> Any:
-    """Return what a value is compared by: files by their names, for a corpus may lie under another mount elsewhere."""
+    """Return the comparable form of a value; paths are compared by their names, because mounts differ between hosts."""
     if effect != TEXT or not isinstance(value, str | tuple):
         return value
     return Path(value).name if isinstance(value, str) else tuple(Path(part).name for part in value)
 
 
 def _superposition(config: RunConfig) -> Superposition:
-    """Return how a run superposes; what only the loss of bags depends on is left out where there are no bags."""
+    """Return the superposition settings of a run; without bags, the settings of their loss are omitted."""
     total, settings = config.schedule.num_steps, config.superposition
     phases = tuple(
         (phase.bag_size, phase.reads_bags, round(phase.num_steps / total, 2)) for phase in config.schedule.phases
@@ -215,7 +215,7 @@ def _superposition(config: RunConfig) -> Superposition:
 
 
 def _length(config: RunConfig) -> RunLength:
-    """Return all that is counted in steps."""
+    """Return all settings that are counted in steps."""
     optimizer = config.optimizer
     return RunLength(
         tuple(phase.num_steps for phase in config.schedule.phases),

@@ -1,6 +1,6 @@
-"""Pictures of runs; needs the ``plot`` extra (matplotlib).
+"""Plots of runs; needs the ``plot`` extra (matplotlib).
 
-Letters are as large as a page's text where a picture is shown 800 pixels wide, as in a README.
+The font size matches the text of a web page that shows a plot 800 pixels wide, such as a README.
 """
 
 import bisect
@@ -19,7 +19,7 @@ from megatron_tst.analysis.compare import Estimate, Group, Method
 from megatron_tst.analysis.curves import RunCurve
 from megatron_tst.telemetry.progress import short
 
-# Okabe and Ito's palette, told apart by colour-blind readers.
+# The palette of Okabe and Ito, which color-blind readers can distinguish.
 LINES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -31,21 +31,21 @@ AXES = {
 }
 LOSS = "next-token validation loss\n(nats per token)"
 FINAL_LOSS = "final next-token validation loss\n(nats per token)"
-# 12 points in 8 inches are 16.7 pixels in 800.
+# 12 points on 8 inches correspond to 16.7 pixels on 800 pixels.
 _WIDTH_INCHES = 8.0
 _STYLE = {"font.size": 12.0, "axes.titlesize": 12.0, "legend.fontsize": 12.0, "savefig.dpi": 200}
 
 
 def draw_comparison(methods: Sequence[Method], path: Path, axes: Sequence[str]) -> None:
-    """Draw the runs' validation loss from no cost to their ends, and where runs of several lengths end.
+    """Draw the validation loss of runs over each axis and, if there are several lengths, the final losses over FLOPs.
 
-    The mean over seeds is drawn with a band of its standard error, and the end of the first method's longest runs, the
-    baseline's, is marked across.
+    The mean over seeds has a band of its standard error. A horizontal line marks the final loss of the first method's
+    longest runs, the baseline.
 
     Args:
-        methods: the runs.
-        path: PNG or SVG to write.
-        axes: what to draw the loss against, a panel each; of :data:`AXES`.
+        methods: methods to draw, the baseline first.
+        path: PNG or SVG file to write.
+        axes: horizontal axes, one panel each, from :data:`AXES`.
     """
     groups = [group for method in methods for group in method.groups]
     with_ends = len(groups) > len(methods)
@@ -69,11 +69,11 @@ def draw_comparison(methods: Sequence[Method], path: Path, axes: Sequence[str]) 
 
 
 def _panels(count: int, num_labels: int) -> tuple[matplotlib.figure.Figure, list[Any], Any | None]:
-    """Return a figure of one or two columns, its panels in use, and the one that is left over, if any."""
+    """Return a figure of one or two columns, its used panels, and the unused panel if there is one."""
     columns = min(count, 2)
     rows = math.ceil(count / columns)
     spare = columns * rows - count
-    # Without a panel to spare, the legend stands above.
+    # Without an unused panel, the legend is above the panels.
     height = (3.3 * rows if rows > 1 else 4.2) + (0.0 if spare else 0.25 * math.ceil((num_labels + 1) / 2))
     figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
     plots = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -81,7 +81,7 @@ def _panels(count: int, num_labels: int) -> tuple[matplotlib.figure.Figure, list
 
 
 def _place_legend(figure: matplotlib.figure.Figure, labelled: Any, spare: Any | None) -> None:
-    """Put the legend into the panel that is left over, or above all of them."""
+    """Put the legend into the unused panel, or above all panels."""
     handles, labels = labelled.get_legend_handles_labels()
     style = {"frameon": False, "handlelength": 2.5}
     if spare is not None:
@@ -92,7 +92,7 @@ def _place_legend(figure: matplotlib.figure.Figure, labelled: Any, spare: Any | 
 
 
 def _style(number: int, length: int = 0) -> dict[str, Any]:
-    """Return a method's colour, and a line for each of its lengths; another marker where these come round again."""
+    """Return the color of a method, the line style of a length, and another marker if these repeat."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": LINES[length % len(LINES)],
@@ -101,10 +101,10 @@ def _style(number: int, length: int = 0) -> dict[str, Any]:
 
 
 def _draw_curves(plot: Any, group: Group, axis: str, style: dict[str, Any]) -> None:
-    """Draw a group's mean with a band of its standard error, and thin the runs that it is the mean of."""
+    """Draw the mean of a group with a band of its standard error, and its runs as thin lines."""
     bags = ", then ".join(f"s = {size}" for size in group.runs[0].bag_sizes)
     label = f"{group.name} ({bags}{f'; {len(group.runs)} seeds' if len(group.runs) > 1 else ''})"
-    # Runs that were evaluated at other steps have no mean.
+    # Runs that were evaluated at different steps have no mean.
     has_mean = len({tuple(run.axes["steps"]) for run in group.runs}) == 1
     if has_mean:
         places = numpy.mean([run.axes[axis] for run in group.runs], axis=0)
@@ -123,7 +123,7 @@ def _draw_curves(plot: Any, group: Group, axis: str, style: dict[str, Any]) -> N
 
 
 def _mark_across(plot: Any, loss: Estimate, label: str, is_vertical: bool = False) -> None:
-    """Draw a loss as a line through the whole panel, with a band of its standard error."""
+    """Draw a loss as a line across the whole panel, with a band of its standard error."""
     line, band = (plot.axvline, plot.axvspan) if is_vertical else (plot.axhline, plot.axhspan)
     line(loss.value, color="black", linestyle="--", linewidth=1.2, label=label, zorder=1)
     if loss.error:
@@ -131,7 +131,7 @@ def _mark_across(plot: Any, loss: Estimate, label: str, is_vertical: bool = Fals
 
 
 def _limit(plot: Any, groups: Sequence[Group]) -> None:
-    """Leave out what lies nats above the rest and would flatten all differences: phases with bags, the first steps."""
+    """Limit the loss axis so that high losses of phases with bags and of the first steps do not flatten the rest."""
     runs = [run for group in groups for run in group.runs]
     finals = [run.final_loss for run in runs]
     losses = sorted(loss for run in runs for loss in _ordinary_losses(run))
@@ -141,14 +141,14 @@ def _limit(plot: Any, groups: Sequence[Group]) -> None:
 
 
 def _ordinary_losses(run: RunCurve) -> list[float]:
-    """Return the losses of the evaluations within phases of bag size 1, or at the run's end."""
+    """Return the losses of the evaluations in phases of bag size 1, and of the last evaluation."""
     phases = [bisect.bisect_left(run.switches, step) for step in run.axes["steps"]]
     found = [loss for loss, phase in zip(run.losses, phases, strict=True) if run.bag_sizes[phase] == 1]
     return [loss for loss in (*found, run.final_loss) if math.isfinite(loss)]
 
 
 def _from_nothing(plot: Any, axis: str, most: float) -> None:
-    """Let an axis begin at no cost and end a little behind the last run."""
+    """Start an axis at zero and end it slightly beyond the longest run."""
     plot.set_xlim(0, 1.03 * most)
     plot.set_xlabel(AXES[axis])
     plot.locator_params(axis="x", nbins=3 if axis == "flops" else 5)
@@ -159,7 +159,7 @@ def _from_nothing(plot: Any, axis: str, most: float) -> None:
 
 
 def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:
-    """Draw final losses over FLOPs, a line per method, bars for the standard error over seeds."""
+    """Draw final losses over FLOPs, with one line per method and error bars over seeds."""
     for number, method in enumerate(methods):
         flops = [group.total("flops") for group in method.groups]
         losses = [group.final_loss for group in method.groups]
@@ -170,7 +170,7 @@ def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:
 
 
 def _draw_estimates(plot: Any, places: Sequence[float], losses: Sequence[Estimate], **style: Any) -> None:
-    """Draw losses as a line, with bars for the errors that are known."""
+    """Draw losses as a line, with error bars where errors are known."""
     errors = [loss.error or 0.0 for loss in losses]
     values = [loss.value for loss in losses]
     plot.errorbar(places, values, errors if any(errors) else None, markersize=5, capsize=4, linewidth=1.8, **style)
@@ -182,18 +182,18 @@ def draw_final_losses(
     axis: str,
     path: Path,
 ) -> None:
-    """Draw final loss over a setting, such as bag size, with the standard error over seeds and the baseline across.
+    """Draw final loss over a setting, such as bag size, with error bars over seeds and a line for the baseline.
 
     Args:
-        panels: by title, then by the line's label: final losses by the setting's value.
-        baseline: the value at which the setting means no bags, and the final loss there.
-        axis: what the setting is.
-        path: PNG or SVG to write.
+        panels: final losses by panel title, line label and value of the setting.
+        baseline: value of the setting that means no bags, with the final loss of the baseline.
+        axis: label of the setting's axis.
+        path: PNG or SVG file to write.
     """
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     values = sorted({value for lines in panels.values() for line in lines.values() for value in line})
     ticks = values if baseline is None else [baseline[0], *values]
-    # Side by side, so that bars of one value are told apart.
+    # Points of one value are drawn side by side, so their error bars do not overlap.
     apart = 0.06 * min((b - a for a, b in itertools.pairwise(values)), default=1.0)
     with matplotlib.rc_context(_STYLE):
         figure, plots, spare = _panels(len(panels), len(labels))
@@ -223,16 +223,16 @@ def draw_final_losses(
 def draw_settings(
     rows: Sequence[tuple[str, Sequence[float], Estimate | None]], baseline: Estimate | None, path: Path
 ) -> None:
-    """Draw final losses with a row per setting: its seeds, their mean with its standard error, the baseline across.
+    """Draw final losses with one row per setting: its seeds, their mean with its standard error, and the baseline.
 
     Args:
-        rows: from the top: what the setting is, the final loss of each seed, and the mean difference from the baseline
-            of the same seed, if it is known; nats per token.
+        rows: rows from the top: label of the setting, final loss of each seed, and mean difference from the baseline
+            of the same seed, if it is known; all in nats per token.
         baseline: final loss without bags.
-        path: PNG or SVG to write.
+        path: PNG or SVG file to write.
     """
     labels = [fill(label, 24) for label, _, _ in rows]
-    # A row has the room that its label needs.
+    # The height of a row depends on the number of lines of its label.
     heights = [0.28 + 0.22 * (label.count("\n") + 1) for label in labels]
     places = [sum(heights[:number]) + height / 2 for number, height in enumerate(heights)]
     with matplotlib.rc_context(_STYLE):
@@ -255,7 +255,7 @@ def draw_settings(
 
 
 def _write_beside(plot: Any, places: Sequence[float], gaps: Sequence[Estimate | None]) -> None:
-    """Write each row's difference from the baseline at its right end."""
+    """Write each row's difference from the baseline at the right edge."""
     beside = plot.twinx()
     beside.set_ylim(plot.get_ylim())
     beside.set_yticks(places, ["" if gap is None else gap.signed(4) for gap in gaps])

@@ -1,4 +1,4 @@
-"""Processes that train the runs of a grid."""
+"""Trains the runs of a grid in processes."""
 
 import os
 import queue
@@ -11,20 +11,20 @@ from pathlib import Path
 from megatron_tst.analysis.sweep import SweepRun
 from megatron_tst.config import EXIT_CODE
 
-# What is said of a run that waited when all was stopped.
+# Outcome of a run that was still waiting when the grid was stopped.
 NOT_STARTED = "not started"
 
 
 class Runner:
-    """Runs pretrain_tst.py as processes, a number at a time, each with a GPU of its own where there are any."""
+    """Runs pretrain_tst.py in a limited number of concurrent processes, each with its own GPU if there are GPUs."""
 
     def __init__(self, program: Path, workers: int, gpus: Sequence[str]) -> None:
-        """Prepare.
+        """Prepare one slot per concurrent run.
 
         Args:
-            program: pretrain_tst.py.
-            workers: runs at a time.
-            gpus: for CUDA_VISIBLE_DEVICES; empty for the CPU, whose cores the runs share.
+            program: path of pretrain_tst.py.
+            workers: number of concurrent runs.
+            gpus: values of CUDA_VISIBLE_DEVICES; empty for CPU runs, which share the cores.
         """
         self._program, self.workers = program, workers
         self._slots: queue.Queue[dict[str, str]] = queue.Queue()
@@ -37,14 +37,14 @@ class Runner:
 
     @property
     def running(self) -> list[str]:
-        """Names of the runs under way."""
+        """Names of the running runs."""
         return list(self._processes)
 
     def run_all(self, runs: Sequence[SweepRun]) -> Iterator[tuple[SweepRun, str | None]]:
-        """Yield each run at its end, with what went wrong, or None.
+        """Yield each run when it ends, with the reason of its failure or None.
 
-        After a user's mistake no other run is started. On an interruption, runs under way are told to save and stop,
-        and waited for.
+        After a user's mistake no further run starts. On an interruption, the running runs are asked to save and stop,
+        and this method waits for them.
         """
         with ThreadPoolExecutor(self.workers) as pool:
             futures = {pool.submit(self._run, run): run for run in runs}
@@ -66,7 +66,7 @@ class Runner:
             with log.open("wb") as file:
                 command = (sys.executable, str(self._program), *run.argv)
                 environment = {**os.environ, **slot}
-                # In a session of its own: what is typed at the terminal reaches this process alone.
+                # A session of its own keeps the terminal's signals, such as Ctrl-C, away from the run.
                 process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
                 self._processes[run.name] = process
                 if self._is_stopped:

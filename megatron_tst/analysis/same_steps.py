@@ -1,4 +1,4 @@
-"""Whether two runs compute the same: the figures of every step, side by side."""
+"""Compares the figures of every step of two runs, to check whether both compute the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Step:
     """One figure of one step.
 
     Attributes:
-        step: optimizer steps done.
+        step: number of completed optimizer steps.
         name: name of the figure, as in ``metrics.jsonl``.
-        value: its value.
+        value: value of the figure.
     """
 
     step: int
@@ -29,7 +29,7 @@ def read_steps(path: Path) -> list[Step]:
     """Return losses, gradient norms, learning rates and validation losses of a run, in the order of its steps.
 
     Raises:
-        UserError: if the run has logged none.
+        UserError: if the run has not logged a step.
     """
     lines = read_metrics(path) if path.is_file() else []
     found = [
@@ -45,13 +45,13 @@ def read_steps(path: Path) -> list[Step]:
 
 
 def differing(one: Sequence[Step], other: Sequence[Step]) -> list[int]:
-    """Return the places at which two runs differ; figures that only one of them has differ."""
+    """Return the indices at which two runs differ; a figure that only one run has counts as different."""
     common = min(len(one), len(other))
     unequal = [place for place in range(common) if one[place] != other[place]]
     return [*unequal, *range(common, max(len(one), len(other)))]
 
 
 def largest_difference(one: Sequence[Step], other: Sequence[Step]) -> float:
-    """Return the largest difference of a figure that both runs have, over the larger of its two sizes."""
+    """Return the largest relative difference of a figure that both runs have."""
     pairs = [(a.value, b.value) for a, b in zip(one, other, strict=False) if a.value != b.value]
     return max((abs(a - b) / max(abs(a), abs(b)) for a, b in pairs), default=0.0)

@@ -1,4 +1,4 @@
-"""A grid of runs over phases, bag weights, lengths and any other setting, and a baseline for each of its models."""
+"""Plans a grid of runs over phases, bag weights, lengths and any other setting, with the baselines that it needs."""
 
 import dataclasses
 import itertools
@@ -21,9 +21,9 @@ from megatron_tst.config import (
 from megatron_tst.superposition import Phase
 from megatron_tst.telemetry import RunDirectory
 
-# Bag size and share of the steps of each phase with bags; the rest of the steps is ordinary training.
+# Bag size and fraction of the steps of each phase with bags; the remaining steps are ordinary training.
 PhaseShares = tuple[tuple[int, float], ...]
-# Settings that have a flag of the grid's own.
+# Settings that the grid varies by flags of its own.
 _OWN = {
     "seed": "--seeds", "train_iters": "--steps", "tst_bag_size": "--bag-sizes", "tst_step_ratio": "--step-ratios",
     "tst_steps": "--step-ratios", "tst_bag_weights": "--bag-weights", "tst_run_dir": "--output", "load": "--output",
@@ -38,14 +38,14 @@ _SECTION = {
 
 @dataclass(frozen=True)
 class Grid:
-    """What runs differ in: every combination is one setting, and every seed trains it once.
+    """The values that a grid varies; every combination is one setting, which is trained once per seed.
 
     Attributes:
-        phases: of the superposed runs.
-        bag_weights: of the loss.
-        settings: values of other settings by their names, as they are typed.
-        lengths: optimizer steps; the flags' where empty.
-        seeds: of weights and data order.
+        phases: lists of phases with bags.
+        bag_weights: bag weights of the loss.
+        settings: values of other settings by name, as on the command line.
+        lengths: numbers of optimizer steps; empty takes the number in the flags.
+        seeds: seeds of the weights and the data order.
     """
 
     phases: Sequence[PhaseShares]
@@ -60,10 +60,10 @@ class SweepPoint:
     """One setting of a grid.
 
     Attributes:
-        phases: those with bags, in order; none for a baseline.
-        bag_weights: of the loss.
-        settings: names and values of what else the grid varies.
-        num_steps: of the run; the flags' where None.
+        phases: phases with bags, in order; empty for a baseline.
+        bag_weights: bag weights of the loss.
+        settings: names and values of the other settings that the grid varies.
+        num_steps: number of steps of the run; None takes the number in the flags.
     """
 
     phases: PhaseShares = ()
@@ -77,10 +77,10 @@ class SweepRun:
     """One run of a grid.
 
     Attributes:
-        point: its setting.
-        seed: of weights and data order.
-        directory: of the run.
-        config: all its settings.
+        point: setting of the run.
+        seed: seed of the weights and the data order.
+        directory: directory of the run.
+        config: all settings of the run.
     """
 
     point: SweepPoint
@@ -90,12 +90,12 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Name of the run directory."""
         return self.directory.path.name
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """Arguments of pretrain_tst.py, which start the run or go on with it."""
+        """Arguments of pretrain_tst.py that start or resume the run."""
         return "--config", str(self._settings), "--tst-run-dir", str(self.directory.path)
 
     @property
@@ -103,15 +103,15 @@ class SweepRun:
         return self.directory.path.with_name(f"{self.name}.yaml")
 
     def write_settings(self) -> None:
-        """Write the file that the arguments name."""
+        """Write the settings file that the arguments name."""
         self._settings.write_text(dump_config(self.config), encoding="utf-8")
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has ended.
+        """Whether the run has finished.
 
         Raises:
-            UserError: if another run is in its directory.
+            UserError: if its directory holds a run with other settings.
         """
         directory = self.directory
         if not directory.config.is_file():
@@ -126,25 +126,25 @@ class SweepRun:
 
 
 def grid_phases(bag_sizes: Sequence[int], step_ratios: Sequence[float]) -> list[PhaseShares]:
-    """Return the paper's two phases for each bag size s, above 1, and step ratio r, above 0.
+    """Return the paper's two-phase schedule for each bag size s above 1 and step ratio r above 0.
 
     Raises:
-        UserError: if a value lies outside.
+        UserError: if a value is out of range.
     """
     for size in bag_sizes:
         if size < 2:
             raise UserError(f"--bag-sizes {size}: must be above 1; the baseline, bag size 1, is always run")
     for ratio in step_ratios:
         if not 0 < ratio <= 1:
-            raise UserError(f"--step-ratios {ratio}: must lie between 0 and 1")
+            raise UserError(f"--step-ratios {ratio}: must be above 0 and at most 1")
     return [((size, ratio),) for ratio in step_ratios for size in bag_sizes]
 
 
 def read_phases(text: str) -> PhaseShares:
-    """Read the phases with bags from ``8:0.1,4:0.2``: bag sizes with their shares of the steps.
+    """Read the phases with bags from ``8:0.1,4:0.2``: bag sizes with their fractions of the steps.
 
     Raises:
-        UserError: if they are no such list, or leave out of the steps less than nothing.
+        UserError: if the text is not such a list, or the fractions exceed 1 in total.
     """
     try:
         pairs = [(size, share) for size, share in (entry.split(":") for entry in text.split(","))]
@@ -154,24 +154,24 @@ def read_phases(text: str) -> PhaseShares:
     total = sum(share for _, share in phases)
     if not phases or total > 1 + 1e-9 or any(size < 2 or not 0 < share <= 1 for size, share in phases):
         raise UserError(
-            f"--phases {text}: must be bag sizes above 1 with their shares of the steps, such as 8:0.1,4:0.2; "
-            "the rest is ordinary training"
+            f"--phases {text}: must be bag sizes above 1 with their fractions of the steps, such as 8:0.1,4:0.2; "
+            "the remaining steps are ordinary training"
         )
     return phases
 
 
 def plan_sweep(grid: Grid, output: Path, flags: Sequence[str]) -> list[SweepRun]:
-    """Return the runs of a grid, one seed after the other, each seed's baselines first.
+    """Return the runs of a grid, seed by seed, with each seed's baselines first.
 
-    There is a baseline for each combination of what does not concern superposition.
+    There is one baseline for each combination of the settings that do not concern superposition.
 
     Args:
-        grid: what to vary.
+        grid: values to vary.
         output: folder of the run directories.
-        flags: of pretrain_tst.py, the same for all runs.
+        flags: flags of pretrain_tst.py that all runs share.
 
     Raises:
-        UserError: if a value lies outside the grid, or makes no run with the flags.
+        UserError: if a value is out of range or cannot be combined with the flags.
     """
     _check_grid(grid)
     concerns_bags = {name: name in _fields(SuperpositionSettings) for name in grid.settings}
@@ -188,7 +188,7 @@ def plan_sweep(grid: Grid, output: Path, flags: Sequence[str]) -> list[SweepRun]
     settings = [(point, _plan_point(point, flags)) for point in points]
     names = [_name(point, base, config) for point, config in settings]
     if twins := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{twins[0]}: is named twice by the grid")
+        raise UserError(f"{twins[0]}: the grid holds this setting twice")
     return [
         _plan_run(point, config, output / f"{name}-seed{seed}", seed)
         for seed in grid.seeds
@@ -205,19 +205,19 @@ def _check_grid(grid: Grid) -> None:
     listed |= {f"vary {name}": values for name, values in grid.settings.items()}
     for flag, values in listed.items():
         if len(set(values)) < len(values):
-            raise UserError(f"--{flag} {' '.join(map(str, values))}: names a value twice")
+            raise UserError(f"--{flag} {' '.join(map(str, values))}: holds a value twice")
     for steps in grid.lengths:
         if steps < 1:
             raise UserError(f"--steps {steps}: must be above 0")
     for name in grid.settings:
         if name in _OWN:
-            raise UserError(f"--vary {name}: is varied by {_OWN[name]}")
+            raise UserError(f"--vary {name}: use {_OWN[name]} to vary this setting")
         if name not in _SECTION:
-            raise UserError(f"--vary {name}: is no setting of pretrain_tst.py")
+            raise UserError(f"--vary {name}: is not a setting of pretrain_tst.py")
 
 
 def _combine(grid: Grid, concerns_bags: Mapping[str, bool], with_bags: bool) -> list[tuple[tuple[str, str], ...]]:
-    """Return every combination of the other settings, or for the baselines of those that do not concern bags."""
+    """Return every combination of the other settings; for baselines, only of those that do not concern bags."""
     names = [name for name in grid.settings if with_bags or not concerns_bags[name]]
     return [
         tuple(zip(names, values, strict=True)) for values in itertools.product(*(grid.settings[name] for name in names))
@@ -225,7 +225,7 @@ def _combine(grid: Grid, concerns_bags: Mapping[str, bool], with_bags: bool) -> 
 
 
 def _plan_point(point: SweepPoint, flags: Sequence[str]) -> RunConfig:
-    """Return the settings that the runs of a point share."""
+    """Return the settings that all runs of a point share."""
     own = {"tst_bag_weights": point.bag_weights, **dict(point.settings)}
     config = read_config([*flags, *(text for name, value in own.items() for text in _as_flags(name, value))])
     if not point.phases:
@@ -237,12 +237,12 @@ def _plan_run(point: SweepPoint, config: RunConfig, folder: Path, seed: int) -> 
     directory = RunDirectory(folder)
     config = _replace(config, "training", seed=seed)
     config = _replace(config, "logging", tst_run_dir=str(folder))
-    # Whether it starts or goes on, the command is the same.
+    # With --load, one command both starts and resumes the run.
     config = _replace(config, "checkpoint", load=str(directory.checkpoints))
     check_config(config)
     if not is_decayed(config):
         raise UserError(
-            f"--lr-decay-iters {config.optimizer.lr_decay_iters}: is more than the runs' {config.schedule.num_steps} "
+            f"--lr-decay-iters {config.optimizer.lr_decay_iters}: exceeds the runs' {config.schedule.num_steps} "
             "steps; a grid compares losses after the decay"
         )
     if not config.training.eval_iters:
@@ -255,7 +255,7 @@ def _replace(config: RunConfig, section: str, **values: Any) -> RunConfig:
 
 
 def _as_flags(name: str, value: str) -> list[str]:
-    """Return the flags that give a setting a value; a switch has a flag for either value and takes none."""
+    """Return the flags that set a value; a boolean setting has one flag per value instead of an argument."""
     flag = name.replace("_", "-")
     kind = next(f.type for f in dataclasses.fields(RunConfig) if f.name == _SECTION[name])
     if get_type_hints(kind)[name] is not bool:
@@ -266,13 +266,13 @@ def _as_flags(name: str, value: str) -> list[str]:
 
 
 def _with_steps(config: RunConfig, num_steps: int | None) -> RunConfig:
-    """Return the settings for another number of steps: warm-up, decay and intervals keep their share of the run."""
+    """Return the settings for another number of steps; warm-up, decay and intervals scale with it."""
     before = config.training.train_iters
     if num_steps is None or before is None or num_steps == before:
         return config
 
     def scaled(steps: int | None) -> int | None:
-        """Return the same share of the new length, at least a step where there was one."""
+        """Return the same fraction of the new length, but at least one step unless there was none."""
         return steps and max(round(steps * num_steps / before), 1)
 
     for section, names in (
@@ -286,7 +286,7 @@ def _with_steps(config: RunConfig, num_steps: int | None) -> RunConfig:
 
 
 def _with_phases(config: RunConfig, point: SweepPoint) -> RunConfig:
-    """Return the settings with a point's phases: as bag size and step ratio where one has bags, else as a list."""
+    """Return the settings with a point's phases: a single phase as bag size and step ratio, several as a list."""
     total, phases = config.training.train_iters, []
     if total is None:
         raise UserError("--train-iters None: must be given")
@@ -295,7 +295,7 @@ def _with_phases(config: RunConfig, point: SweepPoint) -> RunConfig:
         share_done += share
         steps = round(share_done * total) - done
         if steps < 1:
-            raise UserError(f"{_phases_flag(point)}: {share:g} is less than one of {total} steps")
+            raise UserError(f"{_phases_flag(point)}: the fraction {share:g} of {total} steps is less than one step")
         phases.append(Phase(size, steps, config.superposition.tst_superpose != "output"))
         done += steps
     if len(phases) < 2:
@@ -314,7 +314,7 @@ def _phases_flag(point: SweepPoint) -> str:
 
 
 def _name(point: SweepPoint, base: RunConfig, config: RunConfig) -> str:
-    """Return a name that tells a setting from the others, and is the same in every grid with the same flags."""
+    """Return a name that is unique for a setting, and equal in every grid with the same flags."""
     parts = ["-".join(f"s{size}-r{share:g}" for size, share in point.phases) or "baseline"]
     if point.bag_weights != "uniform":
         parts.append(point.bag_weights)

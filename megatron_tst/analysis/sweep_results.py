@@ -1,4 +1,4 @@
-"""What the ends of a grid's runs show: losses over seeds, and differences from the baseline seed by seed."""
+"""Evaluates a grid's finished runs: losses over seeds, and differences from the baseline of the same seed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from megatron_tst.config import RunConfig, UserError, load_config
 from megatron_tst.config.effects import TEXT, effect_of
 from megatron_tst.telemetry import RunDirectory
 
-# Settings that decide which tokens a loss is the mean of: with others, losses do not compare.
+# Settings that determine the tokens of the validation loss; losses are comparable only if these are equal.
 _TEXT = (
     "--split",
     *(
@@ -25,17 +25,17 @@ _TEXT = (
     ),
 )
 BAG_WEIGHTS = "--tst-bag-weights"
-# Columns that follow from the number of steps, as long as each keeps its share of them.
+# Columns that follow from the number of steps, as long as their fractions of it are equal.
 _COUNTED = ("--lr-warmup-iters", "--lr-decay-iters", "--lr-wsd-decay-iters")
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a run of a grid ended.
+    """A finished run of a grid.
 
     Attributes:
-        curve: its course.
-        config: its settings.
+        curve: loss curve of the run.
+        config: settings of the run.
     """
 
     curve: RunCurve
@@ -43,12 +43,12 @@ class SweepResult:
 
     @property
     def name(self) -> str:
-        """Of the run directory."""
+        """Name of the run directory."""
         return self.curve.name
 
     @property
     def phases(self) -> PhaseShares:
-        """Bag size and share of the steps of each phase with bags."""
+        """Bag size and fraction of the steps of each phase with bags."""
         schedule = self.config.schedule
         return tuple(
             (phase.bag_size, round(phase.num_steps / schedule.num_steps, 3))
@@ -65,7 +65,7 @@ class SweepResult:
 
     @cached_property
     def superposition(self) -> dict[str, Any]:
-        """All settings of superposition, phases apart; None for a baseline, for which they mean nothing."""
+        """All superposition settings except phases; None for a baseline, where they have no effect."""
         settings = self.config.superposition
         return {
             flag: getattr(settings, flag.removeprefix("--").replace("-", "_")) if self.phases else None
@@ -77,19 +77,19 @@ def read_result(path: Path) -> SweepResult:
     """Read a finished run's directory.
 
     Raises:
-        UserError: if it holds no finished run.
+        UserError: if the directory holds no finished run.
     """
     return SweepResult(read_curve(path), load_config(RunDirectory(path).config))
 
 
 @dataclass(frozen=True)
 class SweepSetting:
-    """Runs of a grid that differ in their seed alone.
+    """Runs of a grid that differ only in their seed.
 
     Attributes:
-        runs: by seed.
-        varied: what the grid varies, phases apart, and the value here.
-        baseline: runs without bags and otherwise of this setting, by seed; None where there are none.
+        runs: runs by seed.
+        varied: values of the settings that the grid varies, except phases.
+        baseline: runs by seed that have no bags and otherwise the same settings; None if there are none.
     """
 
     runs: Mapping[int, SweepResult]
@@ -98,37 +98,37 @@ class SweepSetting:
 
     @property
     def phases(self) -> PhaseShares:
-        """Bag size and share of the steps of each phase with bags; none for a baseline."""
+        """Bag size and fraction of the steps of each phase with bags; empty for a baseline."""
         return next(iter(self.runs.values())).phases
 
     @property
     def bag_weights(self) -> str:
-        """Of the loss; a baseline's are uniform."""
+        """Bag weights of the loss; uniform for a baseline."""
         return str(next(iter(self.runs.values())).superposition[BAG_WEIGHTS] or "uniform")
 
     @property
     def losses(self) -> list[float]:
-        """Final loss of each seed, nats per token."""
+        """Final loss of each seed, in nats per token."""
         return [run.curve.final_loss for run in self.runs.values()]
 
     @property
     def final_loss(self) -> Estimate:
-        """Over the seeds, nats per token."""
+        """Mean final loss over the seeds, in nats per token."""
         return Estimate.of(self.losses)
 
     def differences(self) -> dict[int, float]:
-        """Return each run's final loss less that of the baseline with its seed, where there is one: nats per token."""
+        """Return each run's final loss minus that of the baseline of the same seed, in nats per token."""
         return differences(self.runs, self.baseline or {}) if self.phases else {}
 
     @property
     def less_baseline(self) -> Estimate | None:
-        """The mean of the differences, with its standard error; None where no seed has one."""
+        """Mean of the differences with its standard error; None if there are no differences."""
         found = list(self.differences().values())
         return Estimate.of(found) if found else None
 
     @property
     def label(self) -> str:
-        """What tells it from the others, in words."""
+        """Description of the setting, in words."""
         told = ["baseline"]
         if self.phases:
             sizes, shares = (", ".join(f"{value:g}" for value in values) for values in zip(*self.phases, strict=True))
@@ -147,16 +147,16 @@ def heading(flag: str) -> str:
 
 
 def differences(runs: Mapping[int, SweepResult], others: Mapping[int, SweepResult]) -> dict[int, float]:
-    """Return final losses less those of other runs, for each seed that both have, in nats per token.
+    """Return final losses minus those of other runs, for each seed that both have, in nats per token.
 
-    Runs of one seed begin with the same weights and read in the same order: what a seed does to both cancels.
+    Runs of one seed start from the same weights and read the data in the same order, so the effect of the seed cancels.
     """
     return {seed: run.curve.final_loss - others[seed].curve.final_loss for seed, run in runs.items() if seed in others}
 
 
 @dataclass(frozen=True)
 class _Key:
-    """What the runs of one setting share."""
+    """The settings that all runs of one setting share."""
 
     phases: PhaseShares
     rest: tuple[tuple[str, Any], ...]
@@ -164,16 +164,18 @@ class _Key:
 
 
 def gather(results: Sequence[SweepResult]) -> list[SweepSetting]:
-    """Sort the runs of a grid into settings, baselines first.
+    """Group the runs of a grid by setting, baselines first.
 
     Raises:
-        UserError: if two runs read other text, or have the same setting and seed.
+        UserError: if two runs use different text, or have the same setting and seed.
     """
     found: dict[_Key, dict[int, SweepResult]] = {}
     for result in sorted(results, key=lambda result: (result.phases, result.curve.seed)):
         for flag in _TEXT:
             if result.rest[flag] != results[0].rest[flag]:
-                raise UserError(f"{result.name}: differs from {results[0].name} in {flag}; its loss is of other tokens")
+                raise UserError(
+                    f"{result.name}: differs from {results[0].name} in {flag}, so its loss covers other tokens"
+                )
         key = _Key(result.phases, tuple(result.rest.items()), tuple(result.superposition.items()))
         twin = found.setdefault(key, {}).setdefault(result.curve.seed, result)
         if twin is not result:
@@ -206,7 +208,7 @@ def _is_baseline(result: SweepResult, of: SweepResult) -> bool:
 
 
 def _varied(results: Sequence[SweepResult]) -> list[str]:
-    """Return the names of what differs: of superposition among runs with bags, of all else among all runs."""
+    """Return the settings that differ: superposition settings among runs with bags, all others among all runs."""
     bags = [result for result in results if result.phases]
     names = [name for name in results[0].superposition if len({run.superposition[name] for run in bags}) > 1]
     names += [name for name in results[0].rest if len({run.rest[name] for run in results}) > 1]
@@ -215,13 +217,13 @@ def _varied(results: Sequence[SweepResult]) -> list[str]:
 
 @dataclass(frozen=True)
 class FinalLossCurves:
-    """Final losses over bag size, or over step ratio.
+    """Final losses over bag size or over step ratio.
 
     Attributes:
-        panels: by title, then by the line's label: final losses by bag size or step ratio.
-        axis: what they are drawn over.
-        baseline_at: the value on that axis that means no bags.
-        file: name of the picture.
+        panels: final losses by panel title, line label and bag size or step ratio.
+        axis: label of the horizontal axis.
+        baseline_at: value on that axis that means no bags.
+        file: file name of the plot.
     """
 
     panels: Mapping[str, Mapping[str, Mapping[float, Estimate]]]
@@ -231,10 +233,10 @@ class FinalLossCurves:
 
 
 def final_loss_curves(settings: Sequence[SweepSetting]) -> FinalLossCurves | None:
-    """Return final losses as curves, where settings differ in bag size, step ratio and bag weights alone.
+    """Return final losses as curves, if settings differ only in bag size, step ratio and bag weights.
 
-    They lie over bag size if there is more than one, with a line per step ratio, and else over step ratio. With several
-    step ratios each kind of bag weights has a panel of its own. None where there is nothing to draw a curve over.
+    The curves are over bag size if there are several, with one line per step ratio, and otherwise over step ratio. With
+    several of both, each kind of bag weights has its own panel. Return None if the settings do not form a curve.
     """
     bags = [setting for setting in settings if setting.phases]
     if any(len(setting.phases) > 1 or set(setting.varied) - {BAG_WEIGHTS} for setting in bags):
@@ -252,5 +254,5 @@ def final_loss_curves(settings: Sequence[SweepSetting]) -> FinalLossCurves | Non
         by_weights = len(kinds) > 1 and not has_lines
         title, label = (fixed, weights) if by_weights else (weights, fixed)
         panels.setdefault(title, {}).setdefault(label, {})[size if over_size else ratio] = setting.final_loss
-    axis = "bag size s (data tokens per position)" if over_size else "step ratio r (share of the steps with bags)"
+    axis = "bag size s (data tokens per position)" if over_size else "step ratio r (fraction of the steps with bags)"
     return FinalLossCurves(panels, axis, float(over_size), "u_curves.png" if over_size else "ratio_curves.png")

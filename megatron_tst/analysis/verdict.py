@@ -1,4 +1,4 @@
-"""A comparison of runs in a table and sentences."""
+"""Describes a comparison of runs by a table and sentences."""
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
@@ -17,7 +17,7 @@ from megatron_tst.analysis.compare import (
 from megatron_tst.telemetry.progress import short
 
 COLUMNS = ("run", "seeds", "bag sizes", "steps", "FLOPs", "data tokens", "GPU-hours", "final loss")
-# Settings that decide which tokens a loss is the mean of.
+# Settings that determine the tokens of the validation loss.
 _TEXT = {"--data-path", "--train-data-path", "--valid-data-path", "--split", "--tokenizer-model", "--vocab-size"}
 CAPTION = "Final loss: next-token validation loss in nats per token, with its standard error over seeds."
 
@@ -39,7 +39,7 @@ def table_rows(methods: Sequence[Method]) -> Iterator[tuple[str, ...]]:
 
 
 def sentences(methods: Sequence[Method]) -> Iterator[str]:
-    """Yield what holds of each method against the first one, the baseline."""
+    """Yield sentences that compare each method with the first one, the baseline."""
     baseline, *others = methods
     for method in others:
         yield from _other_settings(method, baseline)
@@ -51,15 +51,17 @@ def sentences(methods: Sequence[Method]) -> Iterator[str]:
 
 
 def _other_settings(method: Method, baseline: Method) -> Iterator[str]:
-    """Tell in which settings, superposition apart, a method is another than the baseline."""
+    """Yield the settings, except superposition, in which a method differs from the baseline."""
     ours, theirs = (other.groups[0].runs[0].setting for other in (method, baseline))
     # Runs of Megatron-LM's trainer have the flags that they were given.
     differing = [flag for flag in {**ours, **theirs} if ours.get(flag) != theirs.get(flag)]
     if differing:
-        told = ", ".join(f"{flag} {_value(ours.get(flag))} (there {_value(theirs.get(flag))})" for flag in differing)
+        told = ", ".join(
+            f"{flag} {_value(ours.get(flag))} (instead of {_value(theirs.get(flag))})" for flag in differing
+        )
         yield f"Settings: {method.name} differs from {baseline.name} in {told}."
     if not _TEXT.isdisjoint(differing):
-        yield "Losses per token compare where text and tokenizer are the same: what follows may not hold."
+        yield "Losses per token are comparable only if text and tokenizer are the same: the following may not hold."
 
 
 def _value(value: object) -> str:
@@ -78,7 +80,7 @@ def _at_equal_cost(group: Group, baseline: Method) -> Iterator[str]:
         return
     known = baseline.groups[-1]
     steps = round(group.total("data_tokens") / known.total("data_tokens") * known.num_steps)
-    yield f"Equal data: not compared; {group.name} read as much as {known.name} would in {steps} steps."
+    yield f"Equal data: not compared; {group.name} read as many data tokens as {known.name} would in {steps} steps."
 
 
 def _ends(group: Group, baseline: Group) -> str:
@@ -94,7 +96,7 @@ def _at_equal_loss(method: Method, baseline: Method) -> Iterator[str]:
         case [SpeedUpBound() as lower, SpeedUpBound() as upper] if lower.ratio > upper.ratio:
             yield (
                 f"{what} not known: {_ends(lower.group, lower.baseline)}, so at least {lower.ratio:.2f} x, but "
-                f"{_ends(upper.group, upper.baseline)}, so less than {upper.ratio:.2f} x. More seeds would tell."
+                f"{_ends(upper.group, upper.baseline)}, so less than {upper.ratio:.2f} x. More seeds are needed."
             )
         case found:
             yield from (f"{what} {_tell(speed_up, method, baseline)}" for speed_up in found)
@@ -111,23 +113,23 @@ def _tell(speed_up: SpeedUp | SpeedUpBound, method: Method, baseline: Method) ->
     if abs(speed_up.ratio - 1) < TOLERANCE:
         return (
             f"not known from runs of one length: {_ends(speed_up.group, speed_up.baseline)}. Shorter runs of "
-            f"{shorter.name} or longer ones of {longer.name} would tell."
+            f"{shorter.name} or longer runs of {longer.name} are needed."
         )
     side = "at least" if speed_up.is_lower else "less than"
     return (
-        f"{side} {speed_up.ratio:.2f} x: {_ends(speed_up.group, speed_up.baseline)}. Shorter runs of "
-        f"{shorter.name} or longer ones of {longer.name} would tell."
+        f"{side} {speed_up.ratio:.2f} x: {_ends(speed_up.group, speed_up.baseline)}. For the exact value, shorter runs "
+        f"of {shorter.name} or longer runs of {longer.name} are needed."
     )
 
 
 def _switch(group: Group) -> Iterator[str]:
-    """Tell how a group's runs overcame their last switch."""
+    """Describe how a group's runs recovered from their last switch."""
     found = [run.recovery for run in group.runs if run.recovery]
     steps = [recovery["recovery_steps"] for recovery in found if recovery["recovery_steps"] is not None]
     if not found:
         return
     rise = fmean(recovery["spike"] for recovery in found)
-    back = f"was back after {fmean(steps):.3g} steps" if steps else "was not back at the phase's end"
+    back = f"recovered after {fmean(steps):.3g} steps" if steps else "did not recover by the end of the phase"
     if 0 < len(steps) < len(found):
         back += f" in {len(steps)} of {len(found)} runs"
     rose = f"rose by {rise:.2f} nats and {back}" if rise > 0 else "did not rise"
@@ -138,8 +140,8 @@ def report(methods: Sequence[Method], picture: str) -> str:
     """Return the comparison as Markdown.
 
     Args:
-        methods: the baseline first.
-        picture: path of the picture, as seen from the report.
+        methods: methods, the baseline first.
+        picture: path of the plot, relative to the report.
     """
     rows = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(methods)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)

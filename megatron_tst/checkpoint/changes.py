@@ -104,15 +104,15 @@ def check_changes(changes: list[Change], settings: CheckpointSettings, is_main: 
         if change.is_binding and is_shape:
             raise UserError(f"{change}; another model cannot load it")
         if is_optimizer_shape and not settings.no_load_optim:
-            raise UserError(f"{change}; its optimizer state has another shape, add --no-load-optim to leave it")
+            raise UserError(f"{change}; its optimizer state has another shape, add --no-load-optim to skip it")
         if change.is_binding and not is_optimizer_shape and not settings.override_run_config:
-            raise UserError(f"{change}; to go on nevertheless, add --override-run-config")
+            raise UserError(f"{change}; to continue nevertheless, add --override-run-config")
         if is_main:
             logger.info("changed: %s", change)
 
 
 def check_phases(saved: tuple[Phase, ...], wanted: tuple[Phase, ...]) -> None:
-    """Refuse phases in the YAML file that differ in more than the length of the last.
+    """Refuse phases in the YAML file that differ in more than the length of the last phase.
 
     Raises:
         UserError: if they do.
@@ -122,7 +122,7 @@ def check_phases(saved: tuple[Phase, ...], wanted: tuple[Phase, ...]) -> None:
     if kinds[0] != kinds[1] or lengths[0] != lengths[1]:
         raise UserError(
             f"phases: differ from the checkpoint's {[(phase.bag_size, phase.num_steps) for phase in saved]} in more "
-            "than the steps of the last; to go on nevertheless, add --override-run-config"
+            "than the steps of the last; to continue nevertheless, add --override-run-config"
         )
 
 

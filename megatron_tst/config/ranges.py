@@ -37,8 +37,8 @@ class Range:
         return above and below
 
 
-POSITIVE = Range(0, _MOST, f"must be above 0 and at most {_MOST}", excludes_low=True)
-NOT_NEGATIVE = Range(0, _MOST, f"must lie between 0 and {_MOST}")
+POSITIVE = Range(0, _MOST, f"must be above 0, and at most {_MOST}", excludes_low=True)
+NOT_NEGATIVE = Range(0, _MOST, f"must be at least 0, and at most {_MOST}")
 FRACTION = Range(0, 1, "must lie between 0 and 1")
 BELOW_ONE = Range(0, 1, "must be at least 0 and below 1", excludes_high=True)
 SEED = Range(0, 2**32 - 1, f"must lie between 0 and {2**32 - 1}, which is what numpy takes")

@@ -80,9 +80,9 @@ def check_sizes(config: RunConfig) -> None:
     Raises:
         UserError: if a rule is broken; the message names the flag, its value and the rule.
     """
+    _refuse_broken(range_rules(config))
     _refuse_broken(_superposition_rules(config.superposition, config))
     _refuse_broken(_batch_rules(config.training))
-    _refuse_broken(_size_rules(config.parallel))
 
 
 def check_layout(config: RunConfig) -> None:
@@ -117,14 +117,6 @@ def _required_rules(config: RunConfig) -> Iterator[_Rule]:
     }
     for flag, value in needed.items():
         yield value is not None, f"{flag} None", "must be given"
-    positive = {
-        **{flag: value for flag, value in needed.items() if isinstance(value, int | float)},
-        "--log-interval": config.logging.log_interval,
-        "--eval-interval": config.training.eval_interval,
-        "--max-nan-steps": config.training.max_nan_steps,
-    }
-    for flag, value in positive.items():
-        yield value > 0, f"{flag} {value}", "must be above 0"
 
 
 def _model_rules(model: ModelSettings) -> Iterator[_Rule]:
@@ -154,15 +146,12 @@ def _model_rules(model: ModelSettings) -> Iterator[_Rule]:
         )
     capacity = model.moe_expert_capacity_factor
     if capacity is not None:
-        yield capacity > 0, f"--moe-expert-capacity-factor {capacity}", "must be above 0"
         yield model.num_experts is not None, f"--moe-expert-capacity-factor {capacity}", "needs --num-experts"
 
 
 def _superposition_rules(settings: SuperpositionSettings, config: RunConfig) -> Iterator[_Rule]:
     steps = config.training.train_iters or 0
     bag, ratio, superposed = settings.tst_bag_size, settings.tst_step_ratio, settings.tst_steps
-    yield bag >= 1, f"--tst-bag-size {bag}", "must be at least 1"
-    yield 0.0 <= ratio <= 1.0, f"--tst-step-ratio {ratio}", "must lie between 0 and 1"
     yield (
         superposed is None or 0 <= superposed <= steps,
         f"--tst-steps {superposed}",
@@ -191,7 +180,6 @@ def _batch_rules(training: TrainingSettings) -> Iterator[_Rule]:
         f"--global-batch-size {size}",
         f"must be a multiple of --micro-batch-size {micro}",
     )
-    yield training.eval_iters >= 0, f"--eval-iters {training.eval_iters}", "must not be negative"
 
 
 def _data_rules(data: DataSettings) -> Iterator[_Rule]:
@@ -201,7 +189,6 @@ def _data_rules(data: DataSettings) -> Iterator[_Rule]:
         "--data-path",
         "conflicts with --train-data-path and --valid-data-path",
     )
-    yield data.num_workers >= 0, f"--num-workers {data.num_workers}", "must not be negative"
 
 
 def _optimizer_rules(optimizer: OptimizerSettings, training: TrainingSettings) -> Iterator[_Rule]:
@@ -225,19 +212,12 @@ def _optimizer_rules(optimizer: OptimizerSettings, training: TrainingSettings) -
         )
 
 
-def _size_rules(parallel: ParallelSettings) -> Iterator[_Rule]:
-    for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "expert_model_parallel"):
-        size = getattr(parallel, f"{name}_size")
-        yield size >= 1, f"--{name.replace('_', '-')}-size {size}", "must be at least 1"
-
-
 def _parallel_rules(parallel: ParallelSettings, model: ModelSettings) -> Iterator[_Rule]:
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    yield from _size_rules(parallel)
     heads, length, layers = model.num_attention_heads or 0, model.seq_length or 0, model.num_layers or 0
     groups = model.num_query_groups if model.group_query_attention else heads
     yield heads % tp == 0, f"--tensor-model-parallel-size {tp}", f"must divide --num-attention-heads {heads}"
@@ -290,14 +270,10 @@ def _overlap_rules(parallel: ParallelSettings, optimizer: OptimizerSettings) -> 
         "needs --use-distributed-optimizer; without it no parameters are gathered",
     )
     yield not gathers or reduces, "--overlap-param-gather", "needs --overlap-grad-reduce"
-    yield size is None or size > 0, f"--ddp-bucket-size {size}", "must be above 0"
     yield size is None or reduces, f"--ddp-bucket-size {size}", "needs --overlap-grad-reduce"
 
 
 def _checkpoint_rules(settings: CheckpointSettings) -> Iterator[_Rule]:
-    for name in ("save_interval", "keep_last", "exit_interval", "exit_duration_in_mins"):
-        value = getattr(settings, name)
-        yield value is None or value > 0, f"--{name.replace('_', '-')} {value}", "must be above 0"
     for name in (
         "finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint", "override_run_config",
         "no_verify_checkpoint", "ckpt_step",

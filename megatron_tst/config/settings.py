@@ -177,8 +177,11 @@ class TrainingSettings:
     """With full recomputation: layers per recomputed chunk."""
     cross_entropy_loss_fusion: bool = field(default=False, metadata=having(COMPUTATION))
     """Accepted for compatibility with Megatron-LM; the loss is always one fused pass, whatever the bag size."""
-    cross_entropy_fusion_impl: Literal["te", "native"] | None = field(default=None, metadata=having(COMPUTATION))
-    """Loss kernel: Transformer Engine's, which is the default if it is installed, or torch operations."""
+    cross_entropy_fusion_impl: Literal["te", "native", "linear"] | None = field(
+        default=None, metadata=having(COMPUTATION)
+    )
+    """Loss kernel: Transformer Engine's, which is the default if it is installed, torch operations, or linear, which
+    computes the output layer and the loss together and holds the logits of an eighth of the rows at a time."""
     deterministic_mode: bool = field(default=False, metadata=having(COMPUTATION))
     """Compute in a fixed order, so that a repeated run gives the same bits, also on CUDA; slower."""
     use_cpu_initialization: bool = field(default=False, metadata=having(NOTHING))

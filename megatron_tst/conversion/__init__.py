@@ -1,1 +1,1 @@
-"""Conversion to and from Hugging Face folders: a table of names per architecture, read in both directions."""
+"""Conversion to and from Hugging Face folders; each architecture has one table of names, used in both directions."""

@@ -1,4 +1,4 @@
-"""Weights on their way to another type: what does not fit is refused, what is not a number is remembered."""
+"""Casts weights to another type; overflow is an error, and values that are not finite are recorded."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ from megatron_tst.config import UserError
 
 @dataclass
 class Casting:
-    """Turns weights into one type, or leaves each its own.
+    """Casts weights to one type, or keeps each weight's own type.
 
     Attributes:
-        dtype: of the result; each weight's own where None.
-        not_finite: names of the weights that came with NaN or infinity.
+        dtype: type of the result; None keeps each weight's own type.
+        not_finite: names of the weights that hold NaN or infinity.
         rounded: whether any weight was stored in a type that the result cannot hold exactly.
     """
 
@@ -27,9 +27,9 @@ class Casting:
         """Cast one weight.
 
         Args:
-            name: of the weight, for messages.
-            weight: of any floating-point type.
-            default: its type where none is asked for.
+            name: name of the weight, for messages.
+            weight: weight of any floating-point type.
+            default: type of the result if ``dtype`` is None.
 
         Raises:
             UserError: if a finite value becomes infinite.
@@ -42,12 +42,12 @@ class Casting:
         elif not math.isfinite(_largest(cast)):
             limit = torch.finfo(cast.dtype).max
             raise UserError(
-                f"{name}: holds {largest:.4g}, but {cast.dtype} ends at {limit:.4g}; choose another --dtype"
+                f"{name}: holds {largest:.4g}, but the largest {cast.dtype} is {limit:.4g}; choose another --dtype"
             )
         return cast
 
 
 def _largest(weight: Tensor) -> float:
-    """Return the largest absolute value, NaN if one is NaN; without a temporary copy of the weight."""
+    """Return the largest absolute value, or NaN if a value is NaN, without a temporary copy of the weight."""
     low, high = torch.aminmax(weight)
     return float(torch.maximum(-low, high))

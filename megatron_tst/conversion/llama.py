@@ -1,4 +1,4 @@
-"""Llama: what the dense presets are."""
+"""Llama, the architecture of the dense presets."""
 
 from megatron_tst.conversion.tables import (
     EMBEDDING,
@@ -66,6 +66,6 @@ LLAMA = Architecture(
     qk_layernorm=False,
     experts=False,
     always={"mlp_bias": False},
-    inert={"pretraining_tp": 1},  # how a matrix was cut when the model was trained
+    inert={"pretraining_tp": 1},  # how matrices were sharded when the model was trained
     absent={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
 )

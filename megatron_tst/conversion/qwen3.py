@@ -23,7 +23,7 @@ QWEN3 = Architecture(
     qk_layernorm=True,
     experts=False,
     always={"use_sliding_window": False},
-    # transformers 4.51 takes 4096 where it is left out, and masks with it although no window is used.
+    # If this key is missing, transformers 4.51 assumes 4096 and masks with it although no window is used.
     inert={"sliding_window": None},
     absent={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 )

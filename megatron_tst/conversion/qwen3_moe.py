@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 with a mixture of experts in every layer; what the 10b-a1b preset is."""
+"""Qwen3-MoE, the architecture of the 10b-a1b preset: Qwen3 with a mixture of experts in every layer."""
 
 from megatron_tst.conversion.llama import ATTENTION, FIRST, LAST
 from megatron_tst.conversion.qwen3 import HEAD_NORMS
@@ -40,7 +40,7 @@ QWEN3_MOE = Architecture(
         "moe_aux_loss_coeff": "router_aux_loss_coef",
     },
     always={"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    # The softmax over the chosen experts is the softmax over all of them, divided by the chosen ones' sum.
+    # The softmax over the chosen experts equals the softmax over all experts, divided by the sum over the chosen ones.
     stated={"norm_topk_prob": True},
     inert={"sliding_window": None},
     absent={

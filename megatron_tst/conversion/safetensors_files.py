@@ -1,7 +1,8 @@
-"""safetensors shards, written one weight at a time and read one weight at a time.
+"""Writes and reads safetensors shards one weight at a time.
 
-A file is the header's length (8 bytes, little endian), the header (JSON: name to dtype, shape and place), and the
-weights' bytes. The library writes a file from a dictionary of all its weights; here a weight is dropped once written.
+A file consists of the header's length (8 bytes, little endian), the header (JSON: name to dtype, shape and offsets)
+and the bytes of the weights. The safetensors library writes a file from a dictionary of all its weights; this module
+releases each weight after writing it.
 """
 
 import json
@@ -30,12 +31,12 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight to come.
+    """Name, shape and type of a weight.
 
     Attributes:
-        name: in the file.
-        size: its shape.
-        dtype: its type, a floating-point one.
+        name: name in the file.
+        size: shape of the weight.
+        dtype: floating-point type of the weight.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Weight:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         return prod(self.size) * self.dtype.itemsize
 
 
@@ -55,14 +56,14 @@ def write_shards(
     max_shard_bytes: int,
     on_progress: Callable[[int], object],
 ) -> None:
-    """Write weights into as few files as their order allows, with an index where they are more than one.
+    """Write weights into as few files as their order allows, with an index if there are several files.
 
     Args:
-        folder: where; it exists.
-        weights: what comes, in order.
-        tensors: the weights themselves, in the same order; each is dropped once written.
-        max_shard_bytes: most bytes of weights in a file; a larger weight has a file to itself.
-        on_progress: called with the bytes of each weight.
+        folder: existing folder to write to.
+        weights: names, shapes and types of the weights, in order.
+        tensors: values of the weights, in the same order; each is released after it was written.
+        max_shard_bytes: largest number of weight bytes in a file; a larger weight has a file of its own.
+        on_progress: called with the number of bytes of each weight.
     """
     shards = _shards(weights, max_shard_bytes)
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
@@ -71,7 +72,7 @@ def write_shards(
         with (folder / name).open("wb") as file:
             file.write(_header(shard))
             for weight in shard:
-                # No name keeps a weight while the next is read.
+                # No variable keeps a reference to a weight while the next one is read.
                 file.write(_content(weight, next(coming)))
                 on_progress(weight.num_bytes)
     if len(shards) > 1:
@@ -95,7 +96,7 @@ def _shards(weights: Sequence[Weight], max_shard_bytes: int) -> list[list[Weight
 
 def _content(weight: Weight, tensor: Tensor) -> memoryview:
     assert (tuple(tensor.shape), tensor.dtype) == (weight.size, weight.dtype), weight.name
-    # numpy has no bfloat16, but bytes are bytes.
+    # The view as bytes is needed because numpy has no bfloat16.
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -119,20 +120,20 @@ class SafetensorsFolder:
     """The weights of a Hugging Face folder, read by name.
 
     Attributes:
-        weights: name to shape and type.
+        weights: shape and type of each weight, by name.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers of all files; the library refuses one whose header and length disagree.
+        """Read the headers of all files; the library refuses a file whose header and length disagree.
 
         Args:
-            folder: with ``model.safetensors``, or shards and their index.
+            folder: folder with ``model.safetensors``, or with shards and their index.
 
         Raises:
-            UserError: if a file is missing or is not what it should be, the index and the files disagree, or the
+            UserError: if a file is missing or malformed, the index and the files disagree, or the
                 safetensors package is not installed.
         """
-        self._stored: dict[str, tuple[Path, str]] = {}  # a weight's file, and its name there
+        self._stored: dict[str, tuple[Path, str]] = {}  # file of each weight, and its name in that file
         self.weights: dict[str, Weight] = {}
         index = folder / INDEX
         places = _read_index(index) if index.exists() else None
@@ -140,7 +141,7 @@ class SafetensorsFolder:
             self._add(_existing(folder, name), places)
         for name, file in (places or {}).items():
             if name not in self._stored:
-                raise UserError(f"{folder / file}: does not hold {name}, but {INDEX} says so")
+                raise UserError(f"{folder / file}: does not hold {name}, although {INDEX} says so")
 
     def _add(self, path: Path, places: dict[str, str] | None) -> None:
         with _open(path) as file:
@@ -163,7 +164,7 @@ class SafetensorsFolder:
         return tensor
 
     def rename(self, name: str, other: str) -> None:
-        """Let a weight be known by another name."""
+        """Rename a weight; the file does not change."""
         weight = self.weights.pop(name)
         self.weights[other] = replace(weight, name=other)
         self._stored[other] = self._stored.pop(name)
@@ -190,8 +191,8 @@ def _existing(folder: Path, name: str) -> Path:
     pickled = next((path.name for path in sorted(folder.glob("pytorch_model*.bin"))), None)
     if pickled:
         raise UserError(
-            f"{folder}: holds pickled weights ({pickled}), which can run code when read; only safetensors are read: "
-            "load it with transformers and save it again with save_pretrained"
+            f"{folder}: holds pickled weights ({pickled}), which can run code when read; only safetensors are "
+            "supported: load it with transformers and save it again with save_pretrained"
         )
     raise UserError(f"{folder}: is not a Hugging Face folder with safetensors: {ONE_FILE} is missing")
 

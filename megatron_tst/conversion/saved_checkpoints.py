@@ -1,4 +1,4 @@
-"""What a conversion needs to know of a checkpoint beside its tensors."""
+"""Everything that a conversion reads and writes of a checkpoint besides its tensors."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from megatron_tst.checkpoint.run_state import CONFIG, RUN_STATE
 from megatron_tst.checkpoint.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_tst.config import RunConfig, UserError, dump_config
 
-# What dist_checkpointing asks before it reads.
+# dist_checkpointing checks these fields before it reads a checkpoint.
 _FORMATS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -28,11 +28,11 @@ def check_files(folder: Path, on_progress: Callable[[int], object] = lambda _: N
     """Compare a checkpoint's files with their checksums.
 
     Args:
-        folder: of the checkpoint.
-        on_progress: called with the bytes of each part that is read.
+        folder: folder of the checkpoint.
+        on_progress: called with the number of bytes of each part that is read.
 
     Raises:
-        UserError: if one of them is damaged.
+        UserError: if a file is damaged.
     """
     damage = find_damage_alone(folder, on_progress=on_progress)
     if damage is not None:
@@ -42,12 +42,12 @@ def check_files(folder: Path, on_progress: Callable[[int], object] = lambda _: N
 def find_saved_checkpoint(
     checkpoints: Path, iteration: int | None, *, check: Callable[[Path], None] | None = check_files
 ) -> SavedCheckpoint:
-    """Find a checkpoint: of a run, of imported weights, or of Megatron-LM's own.
+    """Find a checkpoint of a run, of imported weights or of Megatron-LM.
 
     Args:
         checkpoints: the folder of checkpoints.
-        iteration: which; the one that the tracker names where not given.
-        check: compares its files with their checksums, if it has any; None to take them as they are.
+        iteration: iteration of the checkpoint; None takes the one that the tracker names.
+        check: function that compares the files with their checksums, if there are any; None skips this check.
 
     Raises:
         UserError: if there is none, a file is damaged, or its settings cannot be read.
@@ -56,9 +56,9 @@ def find_saved_checkpoint(
     if check is not None and is_written_here(folder):
         check(folder)
     saved = open_checkpoint(folder)
-    _ = saved.model  # refused here, before anything is read
+    _ = saved.model  # raises here, before any tensor is read, if the settings cannot be used
     if not saved.has_checksums:
-        # All of its padded vocabulary is the model's: the padding took part in the softmax that it was trained with.
+        # The whole padded vocabulary belongs to the model, because the padding took part in the training softmax.
         return dataclasses.replace(saved, vocab_size=saved.num_embedding_rows)
     if saved.vocab_size is None or saved.tokenizer is None:
         raise UserError(f"{folder / RUN_STATE} is missing")
@@ -76,20 +76,20 @@ def _find_folder(folders: CheckpointFolders, iteration: int | None) -> Path:
     if wanted not in steps:
         named = "is missing or names no step" if latest is None else f"names step {latest}"
         raise UserError(
-            f"--load {folders.path}: {TRACKER} {named}, and the checkpoints there are of the steps {steps}: choose one "
-            "with --iteration"
+            f"--load {folders.path}: {TRACKER} {named}, and the folder holds checkpoints of the steps {steps}: choose "
+            "one with --iteration"
         )
     return folders.of(wanted)
 
 
 def complete_weights(checkpoints: Path, config: RunConfig) -> None:
-    """Make a checkpoint of weights alone out of its tensors: write what stands beside them.
+    """Write the files that a checkpoint needs besides its tensors.
 
-    Without a run's state it is a checkpoint to start from (``--finetune``), not one to resume.
+    The checkpoint holds no run state, so a run can start from it (``--finetune``) but cannot resume it.
 
     Args:
-        checkpoints: the folder of checkpoints, with the tensors in that of step 0.
-        config: settings of the model, its vocabulary and tokenizer included.
+        checkpoints: the folder of checkpoints, with the tensors in the folder of step 0.
+        config: settings of the model, including its vocabulary and tokenizer.
     """
     folders = CheckpointFolders(checkpoints)
     folder = folders.of(0)

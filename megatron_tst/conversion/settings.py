@@ -1,4 +1,4 @@
-"""From settings to Hugging Face's config.json and back; what one of the two cannot say is refused by name, or told."""
+"""Converts settings to Hugging Face's config.json and back; settings without a counterpart are errors or warnings."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from megatron_tst.shape import resolve_shape
 
 ARCHITECTURES = (LLAMA, QWEN3, QWEN3_MOE)
 
-# Our setting to its key in config.json.
+# Key in config.json of each setting.
 SHARED_SETTINGS: dict[str, str] = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -28,9 +28,9 @@ SHARED_SETTINGS: dict[str, str] = {
     "init_method_std": "initializer_range",
     "vocab_size": "vocab_size",
 }
-# Keys of config.json with the only value that the models here compute; left out, they mean the same.
+# Keys of config.json whose only supported value is also their default.
 SHARED_ALWAYS: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False}
-# What transformers takes where a key is left out. The sizes of a model have such defaults too, but nobody means them.
+# Defaults of transformers for missing keys. It has defaults for the sizes of a model too, but they are never intended.
 SHARED_ABSENT: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "attention_dropout": 0.0,
@@ -41,7 +41,7 @@ SHARED_ABSENT: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-# Keys that transformers refuses as null; null is the same as leaving any other out.
+# Keys that transformers does not accept as null; for all other keys, null is the same as a missing key.
 NEVER_NULL = (
     "rms_norm_eps",
     "rope_theta",
@@ -50,9 +50,9 @@ NEVER_NULL = (
     "norm_topk_prob",
     "decoder_sparse_step",
 )
-# Settings that are no whole numbers.
+# Settings that are not whole numbers.
 FRACTIONS = ("norm_epsilon", "attention_dropout", "init_method_std", "moe_aux_loss_coeff")
-# What every architecture here has, by setting.
+# Values of settings that every supported architecture has.
 EXPRESSIBLE: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
@@ -63,44 +63,44 @@ EXPRESSIBLE: dict[str, Any] = {
 
 
 def architecture_of(model: ModelSettings) -> Architecture:
-    """Choose the Hugging Face architecture that computes what a model of these settings does.
+    """Choose the Hugging Face architecture that computes the same as a model of these settings.
 
     Raises:
-        UserError: naming the setting that none of them has.
+        UserError: naming the setting that no architecture supports.
     """
     for setting, wanted in EXPRESSIBLE.items():
         value = getattr(model, setting)
         if value != wanted:
-            raise UserError(f"{_flag(setting)} {value}: has no Hugging Face architecture here, only {wanted} has")
+            raise UserError(f"{_flag(setting)} {value}: no Hugging Face architecture supports it, only {wanted}")
     experts = model.num_experts is not None
     for architecture in ARCHITECTURES:
         if (architecture.qk_layernorm, architecture.experts) == (model.qk_layernorm, experts):
             return architecture
-    raise UserError(f"--num-experts {model.num_experts}: has no Hugging Face architecture here without --qk-layernorm")
+    raise UserError(f"--num-experts {model.num_experts}: no Hugging Face architecture has it without --qk-layernorm")
 
 
 def inexpressible(model: ModelSettings) -> list[str]:
-    """Name what a model computes and its Hugging Face class does not, a line each."""
+    """Return one warning per setting that the Hugging Face class ignores."""
     capacity = model.moe_expert_capacity_factor
     if model.num_experts is None or capacity is None:
         return []
     return [
-        f"--moe-expert-capacity-factor {capacity}: Hugging Face's experts have no capacity: positions that a full "
-        "expert turns away here are computed there"
+        f"--moe-expert-capacity-factor {capacity}: Hugging Face's experts have no capacity limit: they also compute "
+        "the positions that a full expert drops here"
     ]
 
 
 def config_json(model: ModelSettings, vocab_size: int, token_ids: TokenIds, dtype: str) -> dict[str, Any]:
-    """Write settings as the contents of config.json, in the keys that all versions of transformers read.
+    """Return settings as the contents of config.json, with the keys that all versions of transformers read.
 
     Args:
-        model: complete settings.
-        vocab_size: tokens of the vocabulary.
-        token_ids: of the special tokens.
-        dtype: torch's name of the weights' type, ``bfloat16``.
+        model: complete settings of the model.
+        vocab_size: number of tokens in the vocabulary.
+        token_ids: ids of the special tokens.
+        dtype: torch's name of the weights' type, such as ``bfloat16``.
 
     Raises:
-        UserError: naming a setting that no architecture has.
+        UserError: naming a setting that no architecture supports.
     """
     architecture = architecture_of(model)
     shape = resolve_shape(model, vocab_size)
@@ -133,14 +133,14 @@ def config_json(model: ModelSettings, vocab_size: int, token_ids: TokenIds, dtyp
 
 
 def read_config_json(config: Mapping[str, Any], source: str) -> tuple[Architecture, ModelSettings, TokenIds]:
-    """Read the contents of config.json, as any version of transformers writes it.
+    """Read the contents of config.json, written by any version of transformers.
 
     Args:
-        config: the contents.
-        source: the file's name, for messages.
+        config: contents of the file.
+        source: name of the file, for messages.
 
     Raises:
-        UserError: if the architecture is not known, a key is missing, or has a value that megatron-core's model lacks.
+        UserError: if the architecture is unknown, or a key is missing or has a value that the model does not support.
     """
     architecture = next((known for known in ARCHITECTURES if known.model_type == config.get("model_type")), None)
     if architecture is None:
@@ -168,10 +168,10 @@ def read_config_json(config: Mapping[str, Any], source: str) -> tuple[Architectu
 
 
 def _given(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """Return all keys with the values that transformers reads, whatever was left out or is null."""
+    """Return all keys with the values that transformers uses, including its defaults for missing and null keys."""
     absent = {**SHARED_ABSENT, **architecture.absent}
     given = {**absent, **{key: value for key, value in config.items() if value is not None or key in NEVER_NULL}}
-    if "num_local_experts" in given:  # the name in versions 5
+    if "num_local_experts" in given:  # the name in transformers 5
         given.setdefault("num_experts", given["num_local_experts"])
     if given.get("hidden_act") == "swish":  # another name of the same function
         given["hidden_act"] = "silu"
@@ -200,12 +200,12 @@ def _check_values(given: Mapping[str, Any], architecture: Architecture, source: 
     for key, wanted in {**SHARED_ALWAYS, **architecture.always, **architecture.stated}.items():
         value = given.get(key, None if key in architecture.stated else wanted)
         if value != wanted:
-            raise UserError(f"{source}: {key} {value!r}: cannot be converted, only {wanted!r} can")
+            raise UserError(f"{source}: {key} {value!r}: cannot be converted, only {wanted!r} is supported")
     layers = given.get("layer_types", [])
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         raise UserError(f"{source}: layer_types {layers!r}: only 'full_attention' in every layer can be converted")
     if given.get("per_layer_config"):
-        raise UserError(f"{source}: per_layer_config: cannot be converted: all layers are alike")
+        raise UserError(f"{source}: per_layer_config: cannot be converted, because all layers share their settings")
     for setting, key in {**SHARED_SETTINGS, **architecture.settings}.items():
         value = given[key]
         if setting in FRACTIONS and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
@@ -213,7 +213,7 @@ def _check_values(given: Mapping[str, Any], architecture: Architecture, source: 
 
 
 def _rotary_base(given: Mapping[str, Any], source: str) -> int:
-    """Return the base of rotary embeddings, which transformers 5 keeps in ``rope_parameters``, 4 in ``rope_theta``."""
+    """Return the base of rotary embeddings: transformers 5 keeps it in ``rope_parameters``, 4 in ``rope_theta``."""
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = given.get(key, {})
@@ -223,7 +223,9 @@ def _rotary_base(given: Mapping[str, Any], source: str) -> int:
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0))
     if kind != "default" or share != 1.0:
-        raise UserError(f"{source}: rope of type {kind!r} over {share} of a head: only 'default' over all is known")
+        raise UserError(
+            f"{source}: rope of type {kind!r} over {share} of a head: only 'default' over the whole head is supported"
+        )
     base = rope.get("rope_theta", given["rope_theta"])
     number = not isinstance(base, bool) and isinstance(base, int | float) and math.isfinite(base)
     if not number or base != int(base) or base < 1:

@@ -1,7 +1,7 @@
-"""What a table of names is made of: rows, each with one transformation and its inverse.
+"""The parts of a table of names: rows, each with one transformation and its inverse.
 
 Shape letters: G key-value heads, Q query heads per key-value head, E head width, D hidden, F inner width of a
-feed-forward network, V vocabulary, Vp the same with padding.
+feed-forward network, V vocabulary, Vp padded vocabulary.
 """
 
 import itertools
@@ -17,11 +17,11 @@ from megatron_tst.shape import ModelShape
 
 @dataclass(frozen=True)
 class Transformation:
-    """Turns one weight of megatron-core into one or more of Hugging Face's, and back.
+    """Turns one weight of megatron-core into one or more weights of Hugging Face, and back.
 
     Attributes:
-        split: megatron-core's weight to Hugging Face's, in the order of the row's names.
-        join: its inverse.
+        split: turns megatron-core's weight into Hugging Face's weights, in the order of the row's names.
+        join: inverse of ``split``.
     """
 
     split: Callable[[Tensor, ModelShape], Sequence[Tensor]]
@@ -29,20 +29,20 @@ class Transformation:
 
 
 def _split_query_key_value(weight: Tensor, shape: ModelShape) -> Sequence[Tensor]:
-    """``[G (Q + 2) E, D]`` to ``[G Q E, D]``, ``[G E, D]``, ``[G E, D]``."""
+    """Split ``[G (Q + 2) E, D]`` into ``[G Q E, D]``, ``[G E, D]`` and ``[G E, D]``."""
     per_group = shape.num_attention_heads // shape.num_query_groups
     grouped = weight.view(shape.num_query_groups, per_group + 2, shape.kv_channels, shape.hidden_size)
     return [heads.flatten(0, 2) for heads in torch.split(grouped, [per_group, 1, 1], dim=1)]
 
 
 def _join_query_key_value(weights: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """The inverse: each key-value head's queries, then its key and its value."""
+    """Join the three weights: for each key-value head its queries, then its key and its value."""
     grouped = [heads.view(shape.num_query_groups, -1, shape.kv_channels, shape.hidden_size) for heads in weights]
     return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
 def _pad_vocabulary(weights: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """``[V, D]`` to ``[Vp, D]`` with rows of zeros."""
+    """Pad ``[V, D]`` to ``[Vp, D]`` with rows of zeros."""
     return torch.nn.functional.pad(weights[0], (0, 0, 0, shape.padded_vocab_size - shape.vocab_size))
 
 
@@ -54,13 +54,13 @@ GATE_UP = Transformation(split=lambda weight, _: weight.chunk(2), join=lambda we
 
 @dataclass(frozen=True)
 class Row:
-    """One weight under its two names.
+    """One weight with its names in both formats.
 
     Attributes:
-        megatron: key in a checkpoint, where all layers (and experts) are stacked on leading axes.
-        hugging_face: names of the weights it becomes, one set per ``{layer}`` and ``{expert}``.
-        size: of one layer's (one expert's) weight in the checkpoint, in attributes of :class:`ModelShape`.
-        transformation: between the two.
+        megatron: key in a checkpoint, which stacks all layers (and experts) on leading axes.
+        hugging_face: names of the corresponding weights, one set per ``{layer}`` and ``{expert}``.
+        size: size of one layer's (one expert's) weight in the checkpoint, as attributes of :class:`ModelShape`.
+        transformation: transformation between the two formats.
     """
 
     megatron: str
@@ -69,7 +69,7 @@ class Row:
     transformation: Transformation = SAME
 
     def stacked(self, shape: ModelShape) -> tuple[int, ...]:
-        """Return the lengths of the leading axes: of layers, and of experts."""
+        """Return the lengths of the leading axes: the layers, then the experts."""
         axes = {"{layer}": shape.num_layers, "{expert}": shape.num_experts}
         return tuple(length for axis, length in axes.items() if axis in self.hugging_face[0])
 
@@ -78,7 +78,7 @@ class Row:
         return tuple(getattr(shape, name) for name in self.size)
 
     def hugging_face_sizes(self, shape: ModelShape) -> list[tuple[int, ...]]:
-        """Return the sizes of the weights it becomes."""
+        """Return the sizes of the corresponding Hugging Face weights."""
         weight = torch.empty(self.megatron_size(shape), device="meta")
         return [tuple(part.shape) for part in self.transformation.split(weight, shape)]
 
@@ -90,19 +90,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of Hugging Face's model classes, as a table.
+    """The table of one of Hugging Face's model classes.
 
     Attributes:
-        name: the class.
-        model_type: its name in config.json.
+        name: name of the class.
+        model_type: name of the architecture in config.json.
         rows: all weights, in the order in which they are written.
-        qk_layernorm: whether queries and keys are normalised.
-        experts: whether feed-forward networks are mixtures of experts.
-        settings: our setting to its key in config.json, beyond those that all architectures share.
-        always: keys of config.json with the only value that megatron-core's model computes; they may be left out.
-        stated: the same, where leaving the key out would mean another value.
-        inert: keys of config.json to write, whose value does not matter where they are read.
-        absent: what transformers takes where a key is left out, if the architectures differ in it.
+        qk_layernorm: whether queries and keys are normalized.
+        experts: whether the model is an MoE.
+        settings: key in config.json of each setting, beyond those that all architectures share.
+        always: keys of config.json with their only supported value, which is also their default.
+        stated: keys of config.json with their only supported value, which differs from their default.
+        inert: keys of config.json that are written, but whose values do not matter when they are read.
+        absent: defaults of transformers for missing keys that differ between the architectures.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Architecture:
     absent: Mapping[str, Any] = field(default_factory=dict)
 
     def rows_of(self, tied: bool) -> list[Row]:
-        """Return the rows of a model whose head is, or is not, its embedding."""
+        """Return the rows of a model with tied or untied embedding and output layer."""
         return [row for row in self.rows if not (tied and row.megatron == HEAD)]
 
 
@@ -126,7 +126,7 @@ HEAD = "output_layer.weight"
 
 
 def pieces(rows: Sequence[Row], shape: ModelShape) -> Iterator[tuple[Row, tuple[int, ...]]]:
-    """Walk through a model layer by layer: each row, and the index of one weight on its leading axes."""
+    """Iterate over a model layer by layer, yielding each row with the index of a weight on its leading axes."""
     for layered, group in itertools.groupby(rows, lambda row: bool(row.stacked(shape))):
         neighbours = list(group)
         for layer in range(shape.num_layers) if layered else [None]:

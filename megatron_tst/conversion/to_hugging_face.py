@@ -1,4 +1,4 @@
-"""From a checkpoint to a Hugging Face folder."""
+"""Converts a checkpoint to a Hugging Face folder."""
 
 import dataclasses
 import itertools
@@ -22,24 +22,24 @@ from megatron_tst.conversion.torch_dist import Index, StackedWeights
 from megatron_tst.conversion.whole_folder import whole_folder
 from megatron_tst.shape import ModelShape, resolve_shape
 
-# Tensors of a checkpoint that are not the model's.
+# Tensors of a checkpoint that belong to the optimizer.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
 @dataclass(frozen=True)
 class EndOfDocument:
-    """The token that ends a text, by id and as text."""
+    """The end-of-document token, as id and as text."""
 
     id: int
     text: str
 
 
 class Export:
-    """A checkpoint, checked against its settings and ready to be written.
+    """A checkpoint that was checked against its settings and is ready to be written.
 
     Attributes:
-        weights: what will be written, in order.
-        casting: what became of their values.
+        weights: weights to write, in order.
+        casting: casting of the weights, which records rounded and non-finite values.
     """
 
     def __init__(self, saved: SavedCheckpoint, dtype: torch.dtype | None = None) -> None:
@@ -47,10 +47,10 @@ class Export:
 
         Args:
             saved: the checkpoint.
-            dtype: of the weights to write; each keeps its own where not given.
+            dtype: type of the written weights; None keeps each weight's own type.
 
         Raises:
-            UserError: if no architecture fits, or a weight is missing, not in the table, or of another size.
+            UserError: if no architecture fits, or a weight is missing, not in the table, or has another size.
         """
         self._model = saved.model
         self._vocab_size = require("--vocab-size", saved.vocab_size)
@@ -63,7 +63,7 @@ class Export:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights."""
+        """Number of bytes of all weights."""
         return sum(weight.num_bytes for weight in self.weights)
 
     def write(
@@ -79,14 +79,14 @@ class Export:
 
         Args:
             target: the folder.
-            tokenizer: the ``tokenizer.json`` to bring along.
-            end_of_document: the token that ends a text.
-            max_shard_bytes: most bytes of weights in a file.
+            tokenizer: the ``tokenizer.json`` to copy.
+            end_of_document: the end-of-document token.
+            max_shard_bytes: largest number of weight bytes in a file.
             force: whether an earlier export may be replaced.
-            on_progress: called with the bytes of each weight written.
+            on_progress: called with the number of bytes of each written weight.
 
         Raises:
-            UserError: if the checkpoint is damaged, a value exceeds its new type, or the folder cannot be written.
+            UserError: if the checkpoint is damaged, a value overflows its new type, or the folder cannot be written.
         """
         dtype = str(self.weights[0].dtype).removeprefix("torch.")
         token_ids = read_token_ids(tokenizer).ending_with(end_of_document.id)
@@ -113,9 +113,9 @@ class Export:
             wanted = (*row.stacked(shape), *row.megatron_size(shape))
             if tuple(stored[row.megatron].size) != wanted:
                 found = list(stored[row.megatron].size)
-                raise UserError(f"{folder}: {row.megatron}: is {found}, but its settings make it {list(wanted)}")
+                raise UserError(f"{folder}: {row.megatron}: has shape {found}, but the settings need {list(wanted)}")
         if shape.padded_vocab_size < shape.vocab_size:
-            raise UserError(f"{folder}: {EMBEDDING}: has {shape.padded_vocab_size} of {shape.vocab_size} tokens")
+            raise UserError(f"{folder}: {EMBEDDING}: has {shape.padded_vocab_size} rows for {shape.vocab_size} tokens")
         return shape
 
     def _coming(self, row: Row, index: Index) -> Iterator[Weight]:

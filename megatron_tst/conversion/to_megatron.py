@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a checkpoint of weights, from which a run can start."""
+"""Converts a Hugging Face folder to a checkpoint of weights from which a run can start."""
 
 import itertools
 import json
@@ -25,19 +25,19 @@ from megatron_tst.shape import resolve_shape
 
 # Buffers that old versions of transformers saved with the weights; they follow from rope_theta.
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
-# A layer's experts in one tensor, as transformers 5 keeps them in memory.
+# Tensors that hold all experts of a layer, as transformers 5 keeps them in memory.
 _FUSED = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)\b")
 _LINEAR = re.compile(r"\.linear_\w+$")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Import:
-    """A Hugging Face folder, checked against its config.json and ready to be written.
+    """A Hugging Face folder that was checked against its config.json and is ready to be written.
 
     Attributes:
-        model: the settings of its model.
-        num_bytes: of all weights.
-        casting: what became of their values.
+        model: settings of the model.
+        num_bytes: number of bytes of all weights.
+        casting: casting of the weights, which records rounded and non-finite values.
     """
 
     def __init__(self, source: Path, dtype: torch.dtype | None = None) -> None:
@@ -45,10 +45,11 @@ class Import:
 
         Args:
             source: the Hugging Face folder.
-            dtype: of the weights to write; each keeps its own where not given.
+            dtype: type of the written weights; None keeps each weight's own type.
 
         Raises:
-            UserError: if config.json cannot be converted, or a weight is missing, not in the table, or of another size.
+            UserError: if config.json cannot be converted, or a weight is missing, not in the table, or has another
+                size.
         """
         path = source / "config.json"
         try:
@@ -69,7 +70,7 @@ class Import:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the vocabulary."""
+        """Number of tokens in the vocabulary."""
         return self._shape.vocab_size
 
     def write(
@@ -79,16 +80,16 @@ class Import:
         force: bool = False,
         on_progress: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """Write the folder of checkpoints, with the tokenizer in it; it appears whole or not at all.
+        """Write the folder of checkpoints with the tokenizer in it; it appears whole or not at all.
 
         Args:
             target: the folder.
-            tokenizer: the ``tokenizer.json`` to bring along.
+            tokenizer: the ``tokenizer.json`` to copy.
             force: whether an earlier import may be replaced.
-            on_progress: called with the bytes of each weight written.
+            on_progress: called with the number of bytes of each written weight.
 
         Raises:
-            UserError: if a weight cannot be read, a value exceeds its new type, or the folder cannot be written.
+            UserError: if a weight cannot be read, a value overflows its new type, or the folder cannot be written.
         """
         first = CheckpointFolders(target).of(0).name
         with whole_folder(target, self._source, self.num_bytes, force) as folder:
@@ -104,7 +105,7 @@ class Import:
             complete_weights(folder, config)
 
     def _copy_tokenizer(self, tokenizer: Path, target: Path) -> None:
-        """Copy the tokenizer, and what the model says of its special tokens whoever's tokenizer it is."""
+        """Copy the tokenizer, and the model's own ids of special tokens, even if the tokenizer is another one."""
         copy_tokenizer(tokenizer, target)
         write_token_ids(target, self._token_ids)
         if (self._source / GENERATION).is_file():
@@ -112,7 +113,7 @@ class Import:
 
     def _check(self, architecture: str) -> None:
         if self._tied and _HEAD in self._given.weights and _EMBEDDING not in self._given.weights:
-            self._given.rename(_HEAD, _EMBEDDING)  # savers that keep one of two equal tables may keep this one
+            self._given.rename(_HEAD, _EMBEDDING)  # a saver that drops one of two tied tables may keep this one
         given = {name: weight for name, weight in self._given.weights.items() if not _DERIVED.fullmatch(name)}
         if self._tied and _HEAD in given:
             del given[_HEAD]
@@ -125,18 +126,20 @@ class Import:
         }
         fused = next((name for name in sorted(given) if _FUSED.search(name)), None)
         if fused:
-            raise UserError(f"{self._source}: {fused}: holds all experts of a layer; only one weight each is read")
+            raise UserError(
+                f"{self._source}: {fused}: holds all experts of a layer; only one weight per expert is supported"
+            )
         for name in sorted(given.keys() ^ table.keys()):
             where = "is not in the table of its architecture" if name in given else "is missing"
             raise UserError(f"{self._source}: {name}: {where}, {architecture}")
         for name, size in table.items():
             if given[name].size != size:
                 found = list(given[name].size)
-                raise UserError(f"{self._source}: {name}: is {found}, but config.json makes it {list(size)}")
+                raise UserError(f"{self._source}: {name}: has shape {found}, but config.json needs {list(size)}")
 
     def _slice(self, row: Row, index: Index) -> Slice:
         stacked = row.stacked(self._shape)
-        # A stacked tensor has one type: that of its first weight.
+        # A stacked tensor has a single type, that of its first weight.
         first = row.names(tuple(0 for _ in stacked))[0]
         dtype = self.casting.dtype or self._given.weights[first].dtype
 
@@ -148,11 +151,11 @@ class Import:
         return Slice(row.megatron, stacked, index, row.megatron_size(self._shape), dtype, load)
 
     def _empty_states(self) -> Iterator[str]:
-        """Keys of what modules keep besides weights, which a load asks for: nothing, without FP8."""
+        """Yield the keys of the modules' extra states, which a load expects; they are empty without FP8."""
         for row in self._rows:
             module = row.megatron.removesuffix(".weight")
             lengths = row.stacked(self._shape)
-            # Transformer Engine's attention has no weight, but it has such an entry.
+            # Transformer Engine's attention has no weight, but it has an extra state.
             attention = module.replace("linear_proj", "core_attention")
             for owner in sorted({module, attention}) if _LINEAR.search(module) else ():
                 for index in itertools.product(*map(range, lengths)):

@@ -1,4 +1,4 @@
-"""The files that make a folder's tokenizer, copied along with weights, and the ids of its special tokens."""
+"""Copies the files of a tokenizer along with the weights, and keeps the ids of its special tokens."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of special tokens, as config.json has them.
+    """Ids of special tokens, in the form of config.json.
 
     Attributes:
-        bos: begins a text.
-        eos: ends a text; there may be several.
-        pad: fills up a batch.
+        bos: id of the token that begins a text.
+        eos: id or ids of the tokens that end a text.
+        pad: id of the token that pads a batch.
     """
 
     bos: int | list[int] | None = None
@@ -38,10 +38,10 @@ class TokenIds:
 
     @staticmethod
     def from_keys(given: Mapping[str, Any], source: str) -> "TokenIds":
-        """Read them from the contents of a file.
+        """Read the ids from the contents of a file.
 
         Raises:
-            UserError: naming the key whose value is no id, no list of ids and not null.
+            UserError: naming the key whose value is neither an id, a list of ids nor null.
         """
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = given.get(key)
@@ -51,11 +51,11 @@ class TokenIds:
         return TokenIds(given.get("bos_token_id"), given.get("eos_token_id"), given.get("pad_token_id"))
 
     def as_keys(self) -> dict[str, int | list[int] | None]:
-        """Return the keys of config.json."""
+        """Return the ids under the keys of config.json."""
         return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
     def ending_with(self, end_of_document: int) -> "TokenIds":
-        """Return the ids with the one that ended the texts of training among those that end a text."""
+        """Return the ids with the end-of-document token of training added to those that end a text."""
         ends = self.eos if isinstance(self.eos, list) else [] if self.eos is None else [self.eos]
         if end_of_document in ends:
             return self
@@ -63,15 +63,15 @@ class TokenIds:
 
 
 def write_token_ids(folder: Path, token_ids: TokenIds) -> None:
-    """Keep the ids of an imported model beside its tokenizer, for an export to find."""
+    """Write the ids of an imported model next to its tokenizer, where an export finds them."""
     (folder / TOKEN_IDS).write_text(json.dumps(token_ids.as_keys(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_token_ids(tokenizer: Path) -> TokenIds:
-    """Return the ids that an import kept beside a tokenizer; none of another tokenizer.
+    """Return the ids that an import wrote next to a tokenizer, or no ids if there are none.
 
     Raises:
-        UserError: if they cannot be read.
+        UserError: if the ids cannot be read.
     """
     path = tokenizer.with_name(TOKEN_IDS)
     if not path.is_file():
@@ -84,7 +84,7 @@ def read_token_ids(tokenizer: Path) -> TokenIds:
 
 
 def copy_tokenizer(tokenizer: Path, target: Path) -> None:
-    """Copy a tokenizer, and what lies beside it for the same purpose.
+    """Copy a tokenizer and its companion files.
 
     Args:
         tokenizer: the ``tokenizer.json``.
@@ -98,14 +98,14 @@ def copy_tokenizer(tokenizer: Path, target: Path) -> None:
 
 
 def complete_tokenizer(folder: Path, token_ids: TokenIds, end_text: str) -> None:
-    """Write what transformers wants beside ``tokenizer.json`` and did not come along.
+    """Write the companion files that transformers needs and that were not copied.
 
     Args:
-        folder: of the exported model.
-        token_ids: of the special tokens.
-        end_text: the token that ends a text.
+        folder: folder of the exported model.
+        token_ids: ids of the special tokens.
+        end_text: text of the end-of-document token.
     """
-    # Without a class by name, transformers guesses one from the model and rebuilds the tokenizer its way.
+    # Without the name of a class, transformers guesses one from the model and rebuilds the tokenizer differently.
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_text,

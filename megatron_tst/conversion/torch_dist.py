@@ -1,4 +1,4 @@
-"""megatron-core's torch_dist checkpoints, one weight at a time: no process group, no model, no GPU."""
+"""Reads and writes megatron-core's torch_dist checkpoints one weight at a time, without process group, model or GPU."""
 
 import collections
 import io
@@ -34,28 +34,28 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_tst.config import UserError
 from megatron_tst.megatron_patches.safe_checkpoint import read_metadata
 
-# A weight's index on the leading axes of the tensor that it is stacked in.
+# Index of a weight on the leading axes of the tensor in which it is stacked.
 Index = tuple[int, ...]
 
 
 class _Target(LoadPlanner):
-    """Lets the reader put pieces into one tensor."""
+    """A load plan that copies the stored chunks into one tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Return the part of the tensor that a piece belongs to."""
+        """Return the part of the tensor that a chunk belongs to."""
         slot = self.tensor
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             slot = slot.narrow(axis, start, length)
         return slot
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """The slot is a view: nothing is left to do."""
+        """Do nothing, because the slot is a view of the tensor."""
 
     def _unused(self, *_: Any, **__: Any) -> Any:
-        raise AssertionError("only tensors are read, by a plan made here")
+        raise AssertionError("only tensors are read, and only with a plan from this module")
 
     set_up_planner = create_local_plan = create_global_plan = finish_plan = load_bytes = resolve_bytes = _unused
 
@@ -64,17 +64,17 @@ class StackedWeights:
     """The tensors of a checkpoint, read by key and leading index.
 
     Attributes:
-        entries: key to size and properties.
+        entries: size and properties of each tensor, by key.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the table of contents.
+        """Read the checkpoint's metadata.
 
         Args:
-            folder: of one checkpoint, ``iter_0000123``.
+            folder: folder of one checkpoint, ``iter_0000123``.
 
         Raises:
-            UserError: if it is not a checkpoint, or one of its files is missing or cut short.
+            UserError: if the folder is not a checkpoint, or one of its files is missing or truncated.
         """
         metadata = read_metadata(folder)
         _check_files(folder, metadata)
@@ -87,7 +87,7 @@ class StackedWeights:
     def read(self, key: str, index: Index) -> Tensor:
         """Read one weight: the slice of ``key`` at ``index`` on its leading axes, joined from its chunks.
 
-        Memory is the weight and its largest chunk.
+        The peak memory is that of the weight and its largest chunk.
 
         Raises:
             UserError: if chunks are damaged or do not cover the weight.
@@ -108,7 +108,7 @@ class StackedWeights:
         return tensor.view(rest)
 
     def _chunks_at(self, key: str, axes: int) -> dict[Index, list[ChunkStorageMetadata]]:
-        """Sort a tensor's chunks by their leading indices, once: there may be thousands."""
+        """Group a tensor's chunks by their leading indices; the result is cached, because there may be thousands."""
         if (key, axes) not in self._chunks:
             sorted_chunks = collections.defaultdict(list)
             for chunk in self.entries[key].chunks:
@@ -126,11 +126,11 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
     for name, end in ends.items():
         path = folder / name
         if Path(name).name != name:
-            raise UserError(f"{folder}: its table of contents names {name}, which lies elsewhere")
+            raise UserError(f"{folder}: its metadata names {name}, which is outside the folder")
         if not path.is_file():
             raise UserError(f"{path}: is missing")
         if path.stat().st_size < end:
-            raise UserError(f"{path}: is cut short: {path.stat().st_size} of at least {end} bytes")
+            raise UserError(f"{path}: is truncated: {path.stat().st_size} of at least {end} bytes")
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ class Slice:
     """One weight to write.
 
     Attributes:
-        key: of the tensor it is stacked in.
-        stacked: lengths of that tensor's leading axes.
-        index: its place on them.
-        size: its own size.
-        dtype: its type.
-        load: makes the weight when its turn comes.
+        key: key of the tensor in which the weight is stacked.
+        stacked: lengths of the leading axes of that tensor.
+        index: index of the weight on the leading axes.
+        size: size of the weight.
+        dtype: type of the weight.
+        load: function that returns the weight, called when it is written.
     """
 
     key: str
@@ -155,19 +155,19 @@ class Slice:
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """Where it lies in the tensor it is stacked in."""
+        """The place of the weight in the tensor in which it is stacked."""
         offsets = (*self.index, *(0 for _ in self.size))
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size((*(1 for _ in self.index), *self.size)))
 
 
 class _Source(SavePlanner):
-    """Hands entries to the writer one by one."""
+    """A save plan that hands entries to the writer one by one."""
 
     def __init__(self, slices: dict[MetadataIndex, Slice], on_progress: Callable[[int], object]) -> None:
         self.slices, self.on_progress = slices, on_progress
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """Make an entry when its turn comes."""
+        """Return the content of an entry; called when the entry is written."""
         if write_item.type == WriteItemType.BYTE_IO:
             nothing = io.BytesIO()
             torch.save([None], nothing)  # megatron-core keeps a list per entry
@@ -178,7 +178,7 @@ class _Source(SavePlanner):
         return tensor
 
     def _unused(self, *_: Any, **__: Any) -> Any:
-        raise AssertionError("the plan is made here")
+        raise AssertionError("only a plan from this module is written")
 
     set_up_planner = create_local_plan = create_global_plan = finish_plan = _unused
 
@@ -186,13 +186,13 @@ class _Source(SavePlanner):
 def write_stacked(
     folder: Path, slices: Iterable[Slice], empty_states: Iterable[str], on_progress: Callable[[int], object]
 ) -> None:
-    """Write weights as a checkpoint's tensors and table of contents, in one file.
+    """Write weights as one file of tensors and the checkpoint's metadata.
 
     Args:
-        folder: where; it exists and holds no checkpoint.
+        folder: existing folder without a checkpoint.
         slices: all weights.
-        empty_states: keys of entries that are no tensors and hold nothing.
-        on_progress: called with the bytes of each weight.
+        empty_states: keys of empty entries that are not tensors.
+        on_progress: called with the number of bytes of each weight.
     """
     entries: dict[str, Any] = {}
     by_index, items = {}, []
@@ -213,6 +213,6 @@ def write_stacked(
     try:
         results = writer.write_data(plan, _Source(by_index, on_progress)).wait()
     except RuntimeError as error:
-        # torch's archive writer hides what stopped it, an interruption say, behind a complaint of its own.
+        # torch's archive writer raises its own error and hides the cause, for example an interruption.
         raise error.__context__ or error from None
     writer.finish(Metadata(entries, planner_data={}), [results])

@@ -1,4 +1,4 @@
-"""Both sides of a conversion on the same text."""
+"""Compares the logits of both sides of a conversion on the same text."""
 
 import math
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from megatron_tst.config import UserError
 from megatron_tst.conversion.casting import Casting
 from megatron_tst.megatron_patches.safe_checkpoint import safe_loading
 
-# The largest difference of two logits, over the largest logit, that is rounding: of float32 arithmetic where the
-# weights are the same, of the weights themselves where they were rounded to a shorter type.
+# The largest difference of two logits, relative to the largest logit, that rounding explains: rounding of float32
+# arithmetic for equal weights, or rounding of the weights themselves to a shorter type.
 EXACT = 1e-4
 ROUNDED = {torch.float32: EXACT, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def tolerance_for(casting: Casting) -> float:
-    """Return the largest difference, over the largest logit, that rounding explains once weights were cast."""
+    """Return the largest difference, relative to the largest logit, that rounding explains after the casting."""
     return ROUNDED[casting.dtype] if casting.rounded and casting.dtype else EXACT
 
 
@@ -32,13 +32,13 @@ class DifferentLogitsError(UserError):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two models' logits are apart.
+    """The difference between two models' logits.
 
     Attributes:
-        positions: of the text that was read.
-        largest: absolute difference of two logits.
-        largest_logit: absolute value of a logit, for scale.
-        same_choice: positions at which both models' most likely next token is the same.
+        positions: number of positions of the text.
+        largest: largest absolute difference of two logits.
+        largest_logit: largest absolute value of a logit, for scale.
+        same_choice: number of positions at which both models predict the same most likely next token.
     """
 
     positions: int
@@ -47,32 +47,32 @@ class Difference:
     same_choice: int
 
     def __str__(self) -> str:
-        """Say it in a line."""
+        """Describe the difference in one line."""
         return (
             f"largest logit difference {self.largest:.2g} (largest logit {self.largest_logit:.3g}), "
             f"same most likely token at {self.same_choice} of {self.positions} positions"
         )
 
     def check(self, tolerance: float) -> None:
-        """Judge the difference.
+        """Compare the difference with a tolerance.
 
         Args:
-            tolerance: most that it may be, over the largest logit.
+            tolerance: largest allowed difference, relative to the largest logit.
 
         Raises:
-            DifferentLogitsError: if it is more, or a logit is not a number.
+            DifferentLogitsError: if the difference is larger, or a logit is NaN or infinite.
         """
         if not (math.isfinite(self.largest) and self.largest <= tolerance * self.largest_logit):
             limit = f"{tolerance:.2g} (--verify-tolerance) of the largest logit"
-            raise DifferentLogitsError(f"--verify: {self}: more than {limit}")
+            raise DifferentLogitsError(f"--verify: {self}: the difference exceeds {limit}")
 
 
 def load_weights(model: GPTModel, folder: Path) -> None:
-    """Load a checkpoint's weights by megatron-core's own reader, which knows nothing of the conversion.
+    """Load a checkpoint's weights with megatron-core's own reader, which is independent of the conversion.
 
     Args:
-        model: a GPTModel of this one rank, without wrappers; it keeps its type.
-        folder: of the checkpoint, ``iter_0000123``.
+        model: a GPTModel on a single rank, without wrappers; its type does not change.
+        folder: folder of the checkpoint, ``iter_0000123``.
     """
     with safe_loading():
         loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
@@ -81,12 +81,12 @@ def load_weights(model: GPTModel, folder: Path) -> None:
 
 @torch.no_grad()
 def compare_logits(model: torch.nn.Module, hugging_face: Path, tokens: list[int]) -> Difference:
-    """Run our model and transformers' one in float32 on the same tokens.
+    """Run our model and transformers' model in float32 on the same tokens.
 
     Args:
         model: a float32 GPTModel with its weights loaded.
-        hugging_face: the converted folder.
-        tokens: ids of the text.
+        hugging_face: the Hugging Face folder.
+        tokens: token ids of the text.
 
     Raises:
         UserError: if transformers is not installed.

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and that say what made them."""
+"""Writes folders that appear whole or not at all, and that record which program wrote them."""
 
 import contextlib
 import json
@@ -16,31 +16,31 @@ MARK = "megatron_tst_conversion.json"
 
 @contextlib.contextmanager
 def whole_folder(target: Path, source: Path, needed_bytes: int, force: bool) -> Iterator[Path]:
-    """Give a folder beside ``target`` to write in; it becomes ``target`` if the block ends without an error.
+    """Yield a folder beside ``target`` to write in; it becomes ``target`` if the block ends without an error.
 
-    A file in it, the mark, says what made the folder and lists the files.
+    The folder holds a marker file, which records the program that wrote the folder and lists the files.
 
     Args:
-        target: the folder to make; its parents are made too.
-        source: what is read meanwhile.
-        needed_bytes: how much will be written.
-        force: whether a ``target`` that holds the mark and no file besides those listed may be replaced, once the new
-            one is whole.
+        target: the folder to create; missing parents are created too.
+        source: the folder that the conversion reads.
+        needed_bytes: number of bytes that will be written.
+        force: whether a ``target`` with the marker and without files that it does not list may be replaced as soon as
+            the new folder is complete.
 
     Raises:
-        UserError: if ``target`` may not be replaced or another process writes it, there is too little space, or a file
-            cannot be written.
+        UserError: if ``target`` must not be replaced or another process writes it, there is too little space, or a
+            file cannot be written.
     """
     target = target.resolve()
     if not target.name:
-        raise UserError(f"--save {target}: is no folder that can be replaced")
+        raise UserError(f"--save {target}: this folder cannot be replaced")
     aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     with locked(target, f"--save {target}"):
         _check_replaceable(target, source, force)
         try:
             with writing(target):
                 _check_space(target, needed_bytes)
-                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+                shutil.rmtree(aside, ignore_errors=True)  # left over from a process that was killed
                 aside.mkdir()
                 yield aside
                 _write_mark(aside)
@@ -88,14 +88,16 @@ def _check_replaceable(target: Path, source: Path, force: bool) -> None:
     if not force:
         raise UserError(f"--save {target}: is not empty; --force replaces it if this tool made it")
     if source.resolve().is_relative_to(target):
-        raise UserError(f"--save {target}: holds what --load reads: --force does not replace it")
+        raise UserError(f"--save {target}: contains the folder that --load reads, so --force does not replace it")
     foreign = sorted(_files(target) - _listed(target) - {MARK})
     if foreign:
-        raise UserError(f"--save {target}: holds {foreign[0]}, which this tool did not write: --force keeps it")
+        raise UserError(
+            f"--save {target}: holds {foreign[0]}, which this tool did not write, so --force does not replace it"
+        )
 
 
 def _listed(target: Path) -> set[str]:
-    """Return the files that the mark of an earlier conversion lists."""
+    """Return the files that the marker of an earlier conversion lists."""
     try:
         return set(json.loads((target / MARK).read_text(encoding="utf-8"))["files"])
     except FileNotFoundError:

@@ -26,6 +26,7 @@ NOT_TAKEN = {
     "max_nan_steps": "Megatron-LM stops at the first loss or gradient that is not finite",
     "no_verify_checkpoint": "Megatron-LM's checkpoints have no checksums",
 }
+KERNELS = ("te", "native", "linear")
 _PREFLIGHT = ("preflight", "preflight_only", "preflight_timeout", "preflight_min_gb_per_s")
 
 
@@ -72,7 +73,8 @@ def flag_parser() -> argparse.ArgumentParser:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags that Megatron-LM does not have."""
+    """Add the flags that Megatron-LM does not have, and the kernel of the loss."""
+    parser._option_string_actions["--cross-entropy-fusion-impl"].choices = KERNELS
     group = parser.add_argument_group(title="token superposition")
     hints = get_type_hints(SuperpositionSettings)
     for field in dataclasses.fields(SuperpositionSettings):

@@ -32,13 +32,13 @@ class Libraries:
         """Name the library that computes each part of a step, for the run's first log lines.
 
         Args:
-            cross_entropy: the implementation of the loss, ``te`` or ``native``.
+            cross_entropy: the implementation of the loss, ``te``, ``native`` or ``linear``.
         """
         has_te = self.transformer_engine is not None
         parts = {
             "layers": f"Transformer Engine {self.transformer_engine}" if has_te else "megatron-core",
             "norms and attention": "Transformer Engine" if has_te else "torch",
-            "cross-entropy": "Transformer Engine" if cross_entropy == "te" else "native",
+            "cross-entropy": "Transformer Engine" if cross_entropy == "te" else cross_entropy,
             "Adam": self.adam,
             "gradient accumulation": "fused, apex" if self.gradient_accumulation_fusion else "not fused",
         }

@@ -3,6 +3,7 @@
 from megatron_tst.model.build import build_gpt, build_model, loss_choice, transformer_config
 from megatron_tst.model.embedding import VocabParallelBagEmbedding
 from megatron_tst.model.gpt import TSTGPTModel
+from megatron_tst.model.linear_loss import vocab_parallel_linear_multi_hot_cross_entropy
 from megatron_tst.model.loss import LossChoice, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model.superposed import superpose_model
 
@@ -15,5 +16,6 @@ __all__ = [
     "loss_choice",
     "superpose_model",
     "transformer_config",
+    "vocab_parallel_linear_multi_hot_cross_entropy",
     "vocab_parallel_multi_hot_cross_entropy",
 ]

@@ -13,6 +13,7 @@ from megatron_tst.megatron_patches import Libraries
 from megatron_tst.megatron_patches.versions import without_cuda_graphs
 from megatron_tst.model.gpt import TSTGPTModel
 from megatron_tst.model.layers import block_spec
+from megatron_tst.model.linear_loss import check_torch
 from megatron_tst.model.loss import LossChoice, LossImplementation
 from megatron_tst.model.te_loss import load_kernel
 from megatron_tst.shape import ModelShape, virtual_stages
@@ -155,12 +156,15 @@ def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
     """Return the loss that the settings ask for; Transformer Engine's kernel where it is installed and none is named.
 
     Raises:
-        UserError: if Transformer Engine's kernel is asked for and it is missing or of an unsupported version.
+        UserError: if Transformer Engine's kernel is asked for and it is missing or of an unsupported version, or the
+            linear loss and torch is too old for it.
     """
     default: LossImplementation = "native" if libraries.transformer_engine is None else "te"
     implementation = run.training.cross_entropy_fusion_impl or default
     if implementation == "te":
         load_kernel()
+    if implementation == "linear" and run.training.bf16 and torch.cuda.is_available():
+        check_torch(torch.__version__)
     return LossChoice(run.superposition.loss_weights, run.superposition.tst_objective, implementation)
 
 

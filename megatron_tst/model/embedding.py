@@ -21,21 +21,29 @@ class _BagSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight_VpD: Tensor, rows_NS: Tensor) -> Tensor:
-        """Return ``[N, D]`` float32; rows below 0 or from Vp on belong to other shards and add nothing."""
+    def forward(ctx: Any, weight_VpD: Tensor, rows_NS: Tensor, is_whole: bool) -> Tensor:
+        """Return ``[N, D]`` float32; rows below 0 or from Vp on belong to other shards and add nothing.
+
+        ``is_whole`` says that there are no other shards, and spares a pass over each place's embeddings.
+        """
         num_rows = weight_VpD.shape[0]
-        outside_NS = (rows_NS < 0) | (rows_NS >= num_rows)
         sum_ND = weight_VpD.new_zeros(rows_NS.shape[0], weight_VpD.shape[1], dtype=torch.float32)
-        for rows_N, outside_N in zip(rows_NS.unbind(1), outside_NS.unbind(1), strict=True):
-            term_ND = weight_VpD.index_select(0, rows_N.masked_fill(outside_N, 0))
-            sum_ND += term_ND.masked_fill_(outside_N.unsqueeze(1), 0.0)
-        # One row more than the shard has collects the gradient of the tokens outside it.
-        ctx.save_for_backward(rows_NS.masked_fill(outside_NS, num_rows))
+        if is_whole:
+            for rows_N in rows_NS.unbind(1):
+                sum_ND += weight_VpD.index_select(0, rows_N)
+        else:
+            outside_NS = (rows_NS < 0) | (rows_NS >= num_rows)
+            for rows_N, outside_N in zip(rows_NS.unbind(1), outside_NS.unbind(1), strict=True):
+                term_ND = weight_VpD.index_select(0, rows_N.masked_fill(outside_N, 0))
+                sum_ND += term_ND.masked_fill_(outside_N.unsqueeze(1), 0.0)
+            # One row more than the shard has collects the gradient of the tokens outside it.
+            rows_NS = rows_NS.masked_fill(outside_NS, num_rows)
+        ctx.save_for_backward(rows_NS)
         ctx.weight_shape, ctx.weight_dtype = weight_VpD.shape, weight_VpD.dtype
         return sum_ND
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
         """Return the shard's gradient, ``[Vp, D]`` in the weight's dtype: one rounding of the float32 sum."""
         (rows_NS,) = ctx.saved_tensors
         num_rows, width = ctx.weight_shape
@@ -43,7 +51,7 @@ class _BagSum(torch.autograd.Function):
         for rows_N in rows_NS.unbind(1):
             # On CUDA this adds with atomics, in any order; in deterministic mode torch sorts the rows instead.
             grad_weight.index_add_(0, rows_N, grad_ND)
-        return grad_weight[:num_rows].to(ctx.weight_dtype), None
+        return grad_weight[:num_rows].to(ctx.weight_dtype), None, None
 
 
 class VocabParallelBagEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
@@ -60,7 +68,8 @@ class VocabParallelBagEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
             return cast(Tensor, super().forward(input_))
         batch, positions, bag_size = input_.shape
         rows_NS = input_.reshape(-1, bag_size) - self.vocab_start_index
-        sum_BLD = cast(Tensor, _BagSum.apply(self.weight, rows_NS)).view(batch, positions, -1)
+        sum_ND = _BagSum.apply(self.weight, rows_NS, self.tp_group.size() == 1)
+        sum_BLD = cast(Tensor, sum_ND).view(batch, positions, -1)
         # The sum stays in float32 across the ranks' partial sums: the mean is then rounded once, whatever tp is.
         if self.reduce_scatter_embeddings:
             sum_LBD = sum_BLD.transpose(0, 1).contiguous()

@@ -14,7 +14,7 @@ from megatron_tst.model.native_loss import NativeMultiHotCrossEntropy
 from megatron_tst.model.te_loss import TEMultiHotCrossEntropy, load_kernel
 from megatron_tst.superposition import OBJECTIVES, target_weights
 
-LossImplementation = Literal["te", "native"]
+LossImplementation = Literal["te", "native", "linear"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LossChoice:
     Attributes:
         bag_weights: name of the weights of a bag's tokens.
         objective: ``mce`` or ``mce_alt``.
-        implementation: ``te`` or ``native``.
+        implementation: ``te``, ``native`` or ``linear``.
     """
 
     bag_weights: str = "uniform"
@@ -52,7 +52,8 @@ def vocab_parallel_multi_hot_cross_entropy(
         targets: ``[B, L, S]`` token ids, or ``ignore_index``; each rank passes all of them.
         weights: ``[S]`` float32 bag weights.
         tp_group: the ranks that share the vocabulary.
-        implementation: ``te``, Transformer Engine's fused kernel, or ``native``, torch operations.
+        implementation: ``te``, Transformer Engine's fused kernel, or ``native``, torch operations. (``linear`` takes
+            hidden states in place of logits: :func:`vocab_parallel_linear_multi_hot_cross_entropy`.)
         objective: ``mce``, or ``mce_alt`` for the total probability of the bag's distinct tokens.
         ignore_index: marks targets that carry neither loss nor gradient.
 
@@ -117,5 +118,16 @@ def mask_vocabulary_padding(logits: Tensor, vocab_size: int, tp_rank: int) -> Te
         The same logits.
     """
     num_columns = logits.shape[-1]
-    num_real = min(max(vocab_size - tp_rank * num_columns, 0), num_columns)
+    num_real = real_columns(num_columns, vocab_size, tp_rank)
     return logits if num_real == num_columns else _PaddingMask.apply(logits, num_real)
+
+
+def real_columns(num_columns: int, vocab_size: int, tp_rank: int) -> int:
+    """Return how many of a rank's columns stand for tokens: the first ones.
+
+    Args:
+        num_columns: of each rank.
+        vocab_size: columns that stand for tokens, over all ranks.
+        tp_rank: which columns these are.
+    """
+    return min(max(vocab_size - tp_rank * num_columns, 0), num_columns)

@@ -4,18 +4,34 @@ Shape letters: L positions, B sequences, N = L B rows, S bag size, Vp local voca
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tst.model.target_columns import TargetColumns
-from megatron_tst.superposition import Objective, target_coefficients
+from megatron_tst.model.target_columns import TargetColumns, name_columns_once
+from megatron_tst.superposition import Objective
 
 # Rows are worked through in float32 chunks of about this many logits: small enough for a CPU's cache, large enough
 # for a GPU to be busy.
 CHUNK_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+class RowGradients(NamedTuple):
+    """What turns rows of logits into the gradients of their losses.
+
+    Attributes:
+        columns: ``[N, S]`` int64, the targets' columns of this shard; 0 where a target is not here.
+        removed: ``[N, S]`` float32, what each target takes from its column; 0 where it is not here.
+        maximum: ``[N]`` float32, this shard's largest logit.
+        scale: ``[N]`` float32, omega over the sum of exponentials of all shards, relative to this shard's maximum.
+    """
+
+    columns: Tensor
+    removed: Tensor
+    maximum: Tensor
+    scale: Tensor
 
 
 class NativeMultiHotCrossEntropy(torch.autograd.Function):
@@ -37,69 +53,136 @@ class NativeMultiHotCrossEntropy(torch.autograd.Function):
         tp_group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
         """Return row losses and row weights, ``[L, B]`` float32."""
-        logits_NVp, targets_NS = logits_LBVp.flatten(0, 1), targets_LBS.flatten(0, 1)
-        is_valid = targets_NS != ignore_index
-        columns = TargetColumns.locate(targets_NS, is_valid, logits_NVp.shape[-1], tp_group.rank())
-        target_logits_NS = logits_NVp.gather(-1, columns.index).float()
-        ctx.holds_exponentials = ctx.needs_input_grad[0] and logits_NVp.dtype == torch.float32
-        local_max_N, sum_exp_N = _exponentiate(logits_NVp, in_place=ctx.holds_exponentials)
-        max_N = local_max_N.clone()
-        if tp_group.size() > 1:
-            dist.all_reduce(max_N, op=dist.ReduceOp.MAX, group=tp_group)
-        # This shard's exponentials are relative to its own maximum.
-        to_common_N = torch.exp(local_max_N - max_N)
-        sum_exp_N *= to_common_N
-        target_logits_NS = (target_logits_NS - max_N.unsqueeze(-1)).masked_fill_(~columns.is_here, 0.0)
-        if tp_group.size() > 1:
-            # One reduction carries the sum of exponentials and the target logits of every row.
-            parts = torch.cat((sum_exp_N.unsqueeze(-1), target_logits_NS), dim=-1)
-            dist.all_reduce(parts, group=tp_group)
-            sum_exp_N, target_logits_NS = parts[:, 0], parts[:, 1:]
-        cross_entropy_NS = sum_exp_N.log().unsqueeze(-1) - target_logits_NS
-        loss_N, row_weight_N, coefficients_NS = objective(
-            cross_entropy_NS, targets_NS, weights_LBS.flatten(0, 1), is_valid
+        rows = (logits_LBVp.flatten(0, 1), targets_LBS.flatten(0, 1), weights_LBS.flatten(0, 1))
+        loss_N, weight_N, gradients = compute_row_losses(
+            *rows, objective, ignore_index, tp_group, leave_exponentials=ctx.needs_input_grad[0]
         )
-        removed_NS = target_coefficients(columns.index, coefficients_NS * columns.is_here)
-        # Turns this shard's exponentials into omega times the probabilities.
-        scale_N = row_weight_N * to_common_N / sum_exp_N
-        ctx.save_for_backward(logits_LBVp, columns.index, removed_NS, local_max_N, scale_N)
-        row_weight = row_weight_N.view(logits_LBVp.shape[:-1])
+        ctx.save_for_backward(logits_LBVp, *gradients)
+        row_weight = weight_N.view(logits_LBVp.shape[:-1])
         ctx.mark_non_differentiable(row_weight)
         return loss_N.view(logits_LBVp.shape[:-1]), row_weight
 
     @staticmethod
     def backward(ctx: Any, grad_LB: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Return g (omega softmax(z) - sum_i a_i onehot(y_i)), ``[L, B, Vp]``, in the logits' memory and dtype."""
-        logits_LBVp, columns_NS, removed_NS, local_max_N, scale_N = ctx.saved_tensors
-        logits_NVp = logits_LBVp.flatten(0, 1)
-        grad_N1 = grad_LB.reshape(-1, 1)
-        scale_N1, removed_NS = scale_N.unsqueeze(-1) * grad_N1, removed_NS * grad_N1
-        for rows in _chunks(logits_NVp):
-            chunk, columns, scale = logits_NVp[rows], columns_NS[rows], scale_N1[rows]
-            exponentials = chunk
-            if not ctx.holds_exponentials:
-                exponentials = chunk.float().sub_(local_max_N[rows].unsqueeze(-1)).exp_()
-            # Written, not added: a column named twice gets one value, in whatever order. Targets that are not here
-            # name column 0, from which the targets that are there are removed alike.
-            at_targets = exponentials.gather(-1, columns) * scale - removed_NS[rows]
-            gradient = exponentials.mul_(scale).scatter_(-1, columns, at_targets)
-            if gradient is not chunk:
-                chunk.copy_(gradient)
+        logits_LBVp, *gradients = ctx.saved_tensors
+        write_row_gradients(logits_LBVp.flatten(0, 1), RowGradients(*gradients), grad_LB.reshape(-1))
         return logits_LBVp, None, None, None, None, None
+
+
+def compute_row_losses(
+    logits_NVp: Tensor,
+    targets_NS: Tensor,
+    weights_NS: Tensor,
+    objective: Objective,
+    ignore_index: int,
+    tp_group: dist.ProcessGroup,
+    *,
+    leave_exponentials: bool,
+) -> tuple[Tensor, Tensor, RowGradients]:
+    """Return row losses and row weights, ``[N]`` float32, and what their gradients follow from.
+
+    Collective: one gathering over the tensor-parallel group, of S + 2 numbers per row.
+
+    Args:
+        logits_NVp: float32 or bfloat16, this rank's columns.
+        targets_NS: token ids or ``ignore_index``.
+        weights_NS: float32 weight of each target, 0 where it is ignored.
+        objective: which loss.
+        ignore_index: marks targets that carry neither loss nor gradient.
+        tp_group: the ranks that share the vocabulary.
+        leave_exponentials: whether exp(z - maximum) takes the place of float32 logits, as
+            :func:`write_row_gradients` needs it.
+    """
+    is_valid_NS = targets_NS != ignore_index
+    columns = TargetColumns.locate(targets_NS, is_valid_NS, logits_NVp.shape[-1], tp_group.rank())
+    target_logits_NS = logits_NVp.gather(-1, columns.index).float().masked_fill_(~columns.is_here, 0.0)
+    local_max_N, sum_exp_N = _exponentiate(logits_NVp, in_place=leave_exponentials)
+    max_N, to_common_N = local_max_N, torch.ones_like(local_max_N)
+    if tp_group.size() > 1:
+        parts = torch.cat((torch.stack((local_max_N, sum_exp_N), dim=-1), target_logits_NS), dim=-1)
+        gathered = parts.new_empty(tp_group.size(), *parts.shape)
+        dist.all_gather(list(gathered), parts, group=tp_group)
+        # Each shard's exponentials are relative to its own maximum.
+        max_N = gathered[..., 0].amax(dim=0)
+        to_common_N = torch.exp(local_max_N - max_N)
+        sum_exp_N = (gathered[..., 1] * torch.exp(gathered[..., 0] - max_N)).sum(dim=0)
+        target_logits_NS = gathered[..., 2:].sum(dim=0)
+    cross_entropy_NS = sum_exp_N.log().unsqueeze(-1) - (target_logits_NS - max_N.unsqueeze(-1))
+    loss_N, row_weight_N, coefficients_NS = objective(cross_entropy_NS, targets_NS, weights_NS, is_valid_NS)
+    removed_NS = coefficients_NS * columns.is_here
+    if removed_NS.is_cuda:
+        # A GPU adds in any order, a CPU in the targets'.
+        removed_NS = name_columns_once(columns.index, removed_NS)
+    scale_N = row_weight_N * to_common_N / sum_exp_N
+    return loss_N, row_weight_N, RowGradients(columns.index, removed_NS, local_max_N, scale_N)
+
+
+def write_row_gradients(logits_NVp: Tensor, gradients: RowGradients, upstream_N: Tensor) -> None:
+    """Overwrite what :func:`compute_row_losses` left of the logits with the gradient of the losses.
+
+    A column that several targets name loses the weight of each: added in float32, before the one rounding.
+
+    Args:
+        logits_NVp: bfloat16 logits, or the exponentials of float32 ones.
+        gradients: of the same rows.
+        upstream_N: float32 gradient of each row's loss.
+    """
+    columns_NS, removed_NS, max_N, scale_N = gradients
+    upstream_N1 = upstream_N.unsqueeze(-1)
+    if logits_NVp.dtype == torch.float32:
+        scale_N1, removed_NS = scale_N.unsqueeze(-1) * upstream_N1, removed_NS * -upstream_N1
+        for rows in _chunks(logits_NVp):
+            logits_NVp[rows].mul_(scale_N1[rows]).scatter_add_(-1, columns_NS[rows], removed_NS[rows])
+        return
+    # exp(z - max + log scale) is omega times the probability: no pass for the scale alone.
+    shift_N1 = (max_N - scale_N.log()).unsqueeze(-1)
+    work = _work(logits_NVp)
+    for rows in _chunks(logits_NVp):
+        chunk = logits_NVp[rows]
+        out = work[: len(chunk)]
+        gradient = torch.sub(_operand(chunk, out), shift_N1[rows], out=out).exp_()
+        gradient.scatter_add_(-1, columns_NS[rows], -removed_NS[rows])
+        _multiply(gradient, upstream_N1[rows], chunk)
 
 
 def _exponentiate(logits_NVp: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
     """Return each row's maximum m and sum of exp(z - m), ``[N]`` float32; ``in_place`` leaves the latter in z."""
     max_N, sum_exp_N = logits_NVp.new_empty((2, len(logits_NVp)), dtype=torch.float32)
+    in_place = in_place and logits_NVp.dtype == torch.float32
+    work = logits_NVp if in_place else _work(logits_NVp)
     for rows in _chunks(logits_NVp):
-        work = logits_NVp[rows].to(torch.float32, copy=not in_place)
-        torch.amax(work, dim=-1, out=max_N[rows])
-        work.sub_(max_N[rows].unsqueeze(-1)).exp_()
-        torch.sum(work, dim=-1, out=sum_exp_N[rows])
+        chunk = logits_NVp[rows]
+        out = chunk if in_place else work[: len(chunk)]
+        operand = _operand(chunk, out)
+        max_N[rows] = operand.amax(dim=-1)
+        torch.sum(torch.sub(operand, max_N[rows].unsqueeze(-1), out=out).exp_(), dim=-1, out=sum_exp_N[rows])
     return max_N, sum_exp_N
 
 
 def _chunks(logits_NVp: Tensor) -> Iterator[slice]:
-    num_rows, num_columns = logits_NVp.shape
-    step = max(1, CHUNK_LOGITS[logits_NVp.device.type] // num_columns)
+    num_rows, step = len(logits_NVp), _chunk_rows(logits_NVp)
     return (slice(start, start + step) for start in range(0, num_rows, step))
+
+
+def _chunk_rows(logits_NVp: Tensor) -> int:
+    return max(1, CHUNK_LOGITS[logits_NVp.device.type] // logits_NVp.shape[1])
+
+
+def _work(logits_NVp: Tensor) -> Tensor:
+    """Return float32 memory for the rows of a chunk."""
+    num_rows, num_columns = logits_NVp.shape
+    return logits_NVp.new_empty(min(_chunk_rows(logits_NVp), num_rows), num_columns, dtype=torch.float32)
+
+
+def _operand(chunk: Tensor, work: Tensor) -> Tensor:
+    """Return the chunk as it is read fastest: a GPU converts bfloat16 on the way, a CPU does so better beforehand."""
+    return chunk if chunk.is_cuda or chunk.dtype == torch.float32 else work.copy_(chunk)
+
+
+def _multiply(values: Tensor, factor_N1: Tensor, out: Tensor) -> None:
+    """Round ``values * factor`` to the dtype of ``out``; on a CPU ``values`` are overwritten."""
+    if out.is_cuda:
+        torch.mul(values, factor_N1, out=out)
+    else:
+        out.copy_(values.mul_(factor_N1))

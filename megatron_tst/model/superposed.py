@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_tst.model.embedding import VocabParallelBagEmbedding
-from megatron_tst.model.loss import LossChoice, mask_vocabulary_padding, vocab_parallel_multi_hot_cross_entropy
+from megatron_tst.model.linear_loss import vocab_parallel_linear_multi_hot_cross_entropy
+from megatron_tst.model.loss import (
+    LossChoice,
+    mask_vocabulary_padding,
+    real_columns,
+    vocab_parallel_multi_hot_cross_entropy,
+)
+from megatron_tst.model.output_layer import LinearLossOutputLayer
 from megatron_tst.superposition import bag_weights
 
 
@@ -28,22 +35,53 @@ class Superposed:
     loss: LossChoice
 
     def superpose(self: Any, real_vocab_size: int, loss: LossChoice) -> None:
-        """Let the word embedding, if this pipeline stage has it, take bags, and choose the loss."""
+        """Let the word embedding, if this pipeline stage has it, take bags, and choose the loss.
+
+        Classes change and weights stay: they add no state, and what megatron-core has noted on a weight is kept.
+        """
         self.real_vocab_size, self.loss = real_vocab_size, loss
         if self.pre_process:
-            # A class that adds no state: the weight and all that megatron-core has noted on it stay where they are.
             self.embedding.word_embeddings.__class__ = VocabParallelBagEmbedding
+        if self.post_process and self.loss.implementation == "linear":
+            self.output_layer.__class__ = LinearLossOutputLayer
+
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return row losses where there are labels, else logits ``[B, L, V]``, or what the next stage takes."""
+        if self.post_process and self.loss.implementation == "linear":
+            self.output_layer.hands_on = labels is not None
+        output: Tensor = super().forward(*args, labels=labels, **kwargs)  # type: ignore[misc]
+        return output
 
     def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         """Return row losses ``[B, L]`` float32 of labels ``[B, L]`` or ``[B, L, S]`` and logits ``[L, B, Vp]``.
 
-        Collective: every rank of the tensor-parallel group calls it.
+        With the ``linear`` loss the output layer's input takes the place of logits. Collective: every rank of the
+        tensor-parallel group calls it.
         """
         targets_BLS = labels.unsqueeze(-1) if labels.dim() == 2 else labels
         weights_S = bag_weights(self.loss.bag_weights, targets_BLS.shape[-1], device=logits.device)
+        if self.loss.implementation == "linear":
+            linear_loss: Tensor = self._linear_loss(logits, targets_BLS, weights_S)
+            return linear_loss
         logits = mask_vocabulary_padding(logits, self.real_vocab_size, self.tp_group.rank())
         row_loss, _ = vocab_parallel_multi_hot_cross_entropy(
             logits, targets_BLS, weights_S, self.tp_group, self.loss.implementation, objective=self.loss.objective
+        )
+        return row_loss
+
+    def _linear_loss(self: Any, hidden: Tensor, targets_BLS: Tensor, weights_S: Tensor) -> Tensor:
+        is_tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
+        row_loss, _ = vocab_parallel_linear_multi_hot_cross_entropy(
+            hidden,
+            weight,
+            targets_BLS,
+            weights_S,
+            self.tp_group,
+            objective=self.loss.objective,
+            num_real=real_columns(len(weight), self.real_vocab_size, self.tp_group.rank()),
+            sequence_parallel=self.config.sequence_parallel,
+            fuse_gradient=self.config.gradient_accumulation_fusion,
         )
         return row_loss
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tst.superposition import target_coefficients
+
 
 @dataclass(frozen=True)
 class TargetColumns:
@@ -28,6 +30,20 @@ class TargetColumns:
         index = targets - tp_rank * num_columns
         is_here = is_valid & (index >= 0) & (index < num_columns)
         return cls(index.masked_fill(~is_here, 0), is_here)
+
+
+def name_columns_once(columns: Tensor, values: Tensor) -> Tensor:
+    """Give the sum of a column's values to the first target of the row that names it, and zero to the others.
+
+    Adding the result to the columns is then the same in any order, to the last bit.
+
+    Args:
+        columns: ``[..., S]`` integers.
+        values: ``[..., S]`` float32.
+    """
+    is_same = columns.unsqueeze(-1) == columns.unsqueeze(-2)
+    is_first = is_same.int().argmax(dim=-1) == torch.arange(columns.shape[-1], device=columns.device)
+    return target_coefficients(columns, values) * is_first
 
 
 def gather_target_logits(logits: Tensor, columns: TargetColumns, tp_group: dist.ProcessGroup) -> Tensor:

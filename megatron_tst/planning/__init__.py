@@ -1,1 +1,1 @@
-"""What a run will take before it starts: memory, time, data, and the layouts that fit."""
+"""Estimates the memory, time and data of a run before it starts, and the parallel layouts that fit."""

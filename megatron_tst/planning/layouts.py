@@ -1,4 +1,4 @@
-"""Search for the layouts of a run that fit into a card's memory, the fastest first."""
+"""Searches for the parallel layouts of a run that fit into GPU memory, the fastest first."""
 
 import dataclasses
 import itertools
@@ -10,20 +10,20 @@ from megatron_tst.planning.memory import Memory, data_parallel_size, micro_batch
 from megatron_tst.planning.step_time import StepTime, estimate_step
 from megatron_tst.shape.hardware import Gpu
 
-# What the driver, NCCL's buffers and holes between allocations leave of a card.
+# Fraction of a GPU's memory that remains after the driver, NCCL's buffers and fragmentation.
 USABLE_MEMORY = 0.9
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to spread a run over cards.
+    """A parallel layout of a run.
 
     Attributes:
-        config: the run with this layout.
-        memory: of each pipeline stage; empty where the layout is impossible.
-        step: estimated; None where the layout is impossible.
-        refusal: why it cannot be used, or None.
+        config: settings of the run with this layout.
+        memory: memory of each pipeline stage; empty if the layout is impossible.
+        step: estimated time of a step; None if the layout is impossible.
+        refusal: why the layout cannot be used, or None.
     """
 
     config: RunConfig
@@ -33,7 +33,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """What distinguishes it: ``tp 1  pp 1  ep 8  micro-batch 2``."""
+        """Short description of the layout: ``tp 1  pp 1  ep 8  micro-batch 2``."""
         parallel, training = self.config.parallel, self.config.training
         parts = [
             f"tp {parallel.tensor_model_parallel_size}",
@@ -52,19 +52,19 @@ class Layout:
 
     @property
     def fullest(self) -> Memory:
-        """The stage that needs most."""
+        """Memory of the stage that needs the most."""
         return max(self.memory, key=lambda memory: memory.total)
 
 
 def judge_layout(config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float, usable: float) -> Layout:
-    """Say what a layout needs and how fast it is, or why it cannot be used.
+    """Estimate the memory and the step time of a layout, or find out why it cannot be used.
 
     Args:
-        config: the run with the layout.
-        gpu: the card.
-        num_gpus: how many of them.
-        efficiency: share of the card's peak that multiplications run at.
-        usable: share of the card's memory that tensors may take.
+        config: settings of the run with the layout.
+        gpu: kind of GPU.
+        num_gpus: number of GPUs.
+        efficiency: fraction of the GPU's peak at which matrix multiplications run.
+        usable: fraction of the GPU's memory that tensors may take.
     """
     try:
         _check(config, num_gpus)
@@ -78,7 +78,7 @@ def judge_layout(config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float, 
 
 
 def _check(config: RunConfig, num_gpus: int) -> None:
-    """Refuse what could not be started, with the words of the start."""
+    """Refuse a layout that could not be started, with the message that a start would give."""
     check_layout(config)
     parallel = config.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
@@ -90,7 +90,7 @@ def _check(config: RunConfig, num_gpus: int) -> None:
 
 
 def recomputations(config: RunConfig) -> list[RunConfig]:
-    """Return a run with each way to recompute activations: none, of attention alone, of every layer."""
+    """Return a run with each kind of activation recomputation: none, attention only, every layer."""
     none = dataclasses.replace(
         config.training, recompute_granularity=None, recompute_method=None, recompute_num_layers=None
     )
@@ -104,18 +104,19 @@ def search_layouts(
 ) -> tuple[list[Layout], list[Layout]]:
     """Try all layouts of a run.
 
-    Tensor parallelism stays within a node, always with sequence parallelism; pipeline and expert parallelism divide
-    layers and experts; each with and without full recomputation. Context parallelism stays as it is.
+    Tensor parallelism stays within a node and is always combined with sequence parallelism; pipeline and expert
+    parallelism divide layers and experts. Each layout is tried with and without full recomputation. Context parallelism
+    does not change.
 
     Args:
-        config: the run; its global batch is kept.
-        gpu: the card.
-        num_gpus: how many of them.
-        efficiency: share of the card's peak that multiplications run at.
-        usable: share of the card's memory that tensors may take.
+        config: settings of the run, whose global batch size is kept.
+        gpu: kind of GPU.
+        num_gpus: number of GPUs.
+        efficiency: fraction of the GPU's peak at which matrix multiplications run.
+        usable: fraction of the GPU's memory that tensors may take.
 
     Returns:
-        Those that fit, the fastest first, and those that do not.
+        The layouts that fit, the fastest first, and those that do not fit.
     """
     judged = [
         judge_layout(candidate, gpu, num_gpus, efficiency, usable) for candidate in _candidates(config, gpu, num_gpus)
@@ -125,7 +126,7 @@ def search_layouts(
 
 
 def group_refusals(layouts: Sequence[Layout]) -> list[list[str]]:
-    """Return the reasons why layouts cannot be used, those of one kind together, the most common kind first."""
+    """Return the reasons why layouts cannot be used, grouped by kind, the most common kind first."""
     groups: dict[str, list[str]] = {}
     for layout in layouts:
         if layout.refusal:
@@ -134,7 +135,7 @@ def group_refusals(layouts: Sequence[Layout]) -> list[list[str]]:
 
 
 def distinct(layouts: Sequence[Layout]) -> list[Layout]:
-    """Return the first of those that differ in their micro-batch alone."""
+    """Return the first of the layouts that differ only in their micro-batch size."""
     found: dict[object, Layout] = {}
     for layout in layouts:
         found.setdefault((layout.config.parallel, layout.config.training.recompute_granularity), layout)
@@ -142,7 +143,7 @@ def distinct(layouts: Sequence[Layout]) -> list[Layout]:
 
 
 def _by_speed(layout: Layout) -> tuple[float, float]:
-    """Faster first; of equals the larger micro-batch, whose multiplications are larger."""
+    """Return a key that sorts faster layouts first and, among equal ones, larger micro-batches first."""
     assert layout.step
     return round(layout.step.total, 9), -micro_batch_size(layout.config)
 
@@ -172,7 +173,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _chunks(layers_per_stage: int, pp: int) -> list[int | None]:
-    """Return the lengths of virtual stages to try: none, and one layer or two."""
+    """Return the numbers of layers per virtual stage to try: none, one and two."""
     if pp == 1:
         return [None]
     return [None, *(size for size in (1, 2) if size < layers_per_stage and layers_per_stage % size == 0)]

@@ -1,7 +1,7 @@
-"""What a card holds during training, by part, for each rank of the pipeline.
+"""Estimates the GPU memory of a training run by part, for each pipeline stage.
 
-A number has 2 bytes in bfloat16, else 4. Activations are counted per position, from what each module keeps for its
-backward pass.
+A number has 2 bytes in bfloat16 and 4 bytes otherwise. Activations are counted per position, as the sum of the tensors
+that each module keeps for its backward pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from megatron_tst.config import RunConfig, TrainingSettings, require
 from megatron_tst.shape import ModelShape, resolve_shape, virtual_stages
+from megatron_tst.shape.loss_chunks import chunk_rows
 from megatron_tst.shape.parameters import parameter_parts
 
 FLOAT32_BYTES = 4
@@ -16,15 +17,15 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a rank holds at its fullest moment, by part.
+    """Peak memory of a rank in bytes, by part.
 
     Attributes:
-        weights: in the dtype that is computed in.
-        gradients: the buffers they are accumulated in.
+        weights: weights in the compute dtype.
+        gradients: buffers in which gradients are accumulated.
         optimizer: main weights and moments.
         activations: kept from forward to backward passes, of all micro-batches under way.
-        logits_and_loss: the logits of one micro-batch, whose memory becomes their gradient's; gone before the first
-            layer's backward pass.
+        logits_and_loss: the logits of one micro-batch, whose memory becomes their gradient's, or with the linear loss
+            a chunk of them and both its gradients; gone before the first layer's backward pass.
         backward: what the backward pass of one layer makes: gradients, and activations that are recomputed.
     """
 
@@ -37,18 +38,19 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All parts that are there together, in bytes: of the last two, the larger."""
+        """Sum of the parts that exist at the same time, in bytes; of the last two, only the larger one counts."""
         lasting = self.weights + self.gradients + self.optimizer + self.activations
         return lasting + max(self.logits_and_loss, self.backward)
 
 
 def pipeline_memory(config: RunConfig, num_gpus: int, fused: bool = True) -> list[Memory]:
-    """Return what one rank of each pipeline stage holds, first stage first.
+    """Return the memory of one rank of each pipeline stage, first stage first.
 
     Args:
-        config: shape, layout, batch and recomputation; :func:`megatron_tst.config.check_layout` holds.
-        num_gpus: ranks in all, a multiple of tp x pp x cp.
-        fused: whether layers are Transformer Engine's; else megatron-core's with torch's norms, as on a CPU.
+        config: settings that pass :func:`megatron_tst.config.check_layout`.
+        num_gpus: number of ranks, a multiple of tp x pp x cp.
+        fused: whether layers are those of Transformer Engine; otherwise they are megatron-core's with torch's norms, as
+            on a CPU.
     """
     stages = config.parallel.pipeline_model_parallel_size
     return [_stage_memory(config, num_gpus, stage, fused) for stage in range(stages)]
@@ -67,20 +69,31 @@ def _stage_memory(config: RunConfig, num_gpus: int, stage: int, fused: bool) -> 
     under_way = micro_batches_under_way(config, num_gpus, stage)
     kept, passing = stage_activations(shape, training, tp if parallel.sequence_parallel else 1, tp, fused)
     is_last = stage == pp - 1
-    logits = shape.padded_vocab_size // tp * width if is_last else 0
     head = _head_activation(shape, width, tp if parallel.sequence_parallel else 1, fused) if is_last else 0
     return Memory(
         weights=(shared + experts) * width,
         gradients=(shared + experts) * gradient_bytes(training),
         optimizer=_optimizer_bytes(config, num_gpus, shared, experts),
         activations=int(positions * (kept * under_way + head)),
-        logits_and_loss=positions * logits,
+        logits_and_loss=_loss_bytes(config, positions) if is_last else 0,
         backward=int(positions * passing),
     )
 
 
+def _loss_bytes(config: RunConfig, positions: int) -> int:
+    """Return what the last stage's loss makes of a micro-batch: logits, or a chunk of them and both gradients."""
+    shape, width = shape_of(config), _number_bytes(config.training)
+    columns = shape.padded_vocab_size // config.parallel.tensor_model_parallel_size
+    if config.training.cross_entropy_fusion_impl != "linear":
+        return positions * columns * width
+    chunk = min(chunk_rows(positions), positions) * columns * width
+    # The weight's gradient adds up in float32; once the chunks are gone it is rounded to a bfloat16 copy.
+    rounded = columns * shape.hidden_size * width if width < FLOAT32_BYTES else 0
+    return max(chunk, rounded) + columns * shape.hidden_size * FLOAT32_BYTES + positions * shape.hidden_size * width
+
+
 def stage_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
-    """Return the parameters that one rank of a pipeline stage holds: those outside experts, and its experts'."""
+    """Return the number of parameters of one rank of a pipeline stage, outside experts and in experts."""
     shape, parallel = shape_of(config), config.parallel
     parts = parameter_parts(shape)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -91,18 +104,21 @@ def stage_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
         shared += parts.table // tp + parts.positions
     if is_last:
         shared += parts.last_norm
-        # A tied output weight is a copy of the embedding where they lie on different stages.
+        # A tied output weight is a copy of the embedding if the two are on different stages.
         shared += parts.table // tp if not (shape.is_tied and is_first) else 0
     return shared, layers * parts.layer_experts // parallel.expert_model_parallel_size
 
 
 def gradient_bytes(training: TrainingSettings) -> int:
-    """Return the bytes of one gradient in the buffers that are reduced."""
+    """Return the number of bytes of one gradient in the buffers that are reduced."""
     return 2 if training.bf16 and not training.accumulate_allreduce_grads_in_fp32 else FLOAT32_BYTES
 
 
 def _optimizer_bytes(config: RunConfig, num_gpus: int, shared: int, experts: int) -> int:
-    """Return two moments, and float32 main weights beside bfloat16 ones, sharded where the optimizer is distributed."""
+    """Return the bytes of both moments and, with bfloat16, of the float32 main weights.
+
+    A distributed optimizer shards them over the data-parallel ranks.
+    """
     parallel = config.parallel
     each = FLOAT32_BYTES * (3 if config.training.bf16 else 2)
     if not config.optimizer.use_distributed_optimizer:
@@ -114,10 +130,10 @@ def _optimizer_bytes(config: RunConfig, num_gpus: int, shared: int, experts: int
 
 
 def micro_batches_under_way(config: RunConfig, num_gpus: int, stage: int) -> float:
-    """Return the micro-batches whose activations a stage holds at once, in its own layers' worth.
+    """Return the number of micro-batches in flight, whose activations a stage holds at the same time.
 
-    One forward, one backward: stage p of P holds P - p of them; interleaved with v chunks, warm-up runs
-    2 (P - p - 1) + (v - 1) P chunks ahead.
+    In the 1F1B schedule, stage p of P holds P - p of them. In the interleaved schedule with v chunks, warm-up runs
+    2 (P - p - 1) + (v - 1) P chunks ahead; the result counts v chunks as one micro-batch.
     """
     parallel = config.parallel
     pp = parallel.pipeline_model_parallel_size
@@ -129,32 +145,32 @@ def micro_batches_under_way(config: RunConfig, num_gpus: int, stage: int) -> flo
 
 
 def shape_of(config: RunConfig) -> ModelShape:
-    """Return the sizes of a run's model on its layout."""
+    """Return the resolved sizes of a run's model with its layout."""
     return resolve_shape(config.model, parallel=config.parallel)
 
 
 def micro_batch_size(config: RunConfig) -> int:
-    """Return the sequences of one forward pass.
+    """Return the number of sequences of one forward pass.
 
     Raises:
-        UserError: if they are not given.
+        UserError: if ``--micro-batch-size`` is not given.
     """
     return require("--micro-batch-size", config.training.micro_batch_size)
 
 
 def num_micro_batches(config: RunConfig, num_gpus: int) -> int:
-    """Return the micro-batches that one rank runs per step."""
+    """Return the number of micro-batches that one rank runs per step."""
     per_pass = micro_batch_size(config) * data_parallel_size(config, num_gpus)
     return max(sequences_per_step(config, num_gpus) // per_pass, 1)
 
 
 def sequences_per_step(config: RunConfig, num_gpus: int) -> int:
-    """Return the global batch: as given, or one micro-batch per replica of the model."""
+    """Return the global batch size: the configured one, or one micro-batch per replica of the model."""
     return config.training.global_batch_size or micro_batch_size(config) * data_parallel_size(config, num_gpus)
 
 
 def data_parallel_size(config: RunConfig, num_gpus: int) -> int:
-    """Return the replicas of the model's dense part."""
+    """Return the data-parallel size, which is the number of replicas of the model's dense part."""
     parallel = config.parallel
     return num_gpus // (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
@@ -164,17 +180,17 @@ def data_parallel_size(config: RunConfig, num_gpus: int) -> int:
 def stage_activations(
     shape: ModelShape, training: TrainingSettings, sp: int, tp: int, fused: bool
 ) -> tuple[float, float]:
-    """Return the bytes per position that a stage keeps per micro-batch, and that one layer's backward pass adds.
+    """Return the bytes per position that a stage keeps per micro-batch, and those that one layer's backward pass adds.
 
-    Full recomputation keeps the input of each recomputed chunk, and makes the chunk's activations again when it is
-    walked back.
+    Full recomputation keeps the input of each recomputed chunk, and computes the chunk's activations again in its
+    backward pass.
 
     Args:
-        shape: the sizes of the model on its layout.
+        shape: sizes of the model with its layout.
         training: precision and recomputation.
-        sp: ranks that share what lies between the matrices: tp with sequence parallelism, else 1.
-        tp: ranks that share the matrices.
-        fused: whether layers are Transformer Engine's.
+        sp: number of ranks that shard the activations between matrices: tp with sequence parallelism, otherwise 1.
+        tp: number of ranks that shard the matrices.
+        fused: whether layers are those of Transformer Engine.
     """
     width, layers = _number_bytes(training), shape.layers_per_stage
     layer = sum(layer_activations(shape, width, sp, tp, fused).values())
@@ -184,25 +200,26 @@ def stage_activations(
     chunk_input = width * shape.hidden_size / sp
     chunk = min(training.recompute_num_layers or 1, layers)
     if training.recompute_method == "block":
-        # Layers that are not recomputed are walked back first; what they kept is gone before others are made again.
+        # The backward pass begins with the layers that are not recomputed, and releases their activations before the
+        # other layers are recomputed.
         recomputed = layer if chunk == layers else 0
         return chunk * chunk_input + (layers - chunk) * layer, recomputed + gradients
     return -(-layers // chunk) * chunk_input, chunk * layer + gradients
 
 
 def layer_activations(shape: ModelShape, width: int, sp: int, tp: int, fused: bool) -> dict[str, float]:
-    """Return what one layer keeps for its backward pass, in bytes per position, by part.
+    """Return the activations that one layer keeps for its backward pass, in bytes per position, by part.
 
-    Nothing is kept twice: the output of attention is the input of its projection. Values keep the whole of the mixed
-    projection they were cut from. Dropout is not counted.
+    Shared tensors count once: the output of attention is also the input of its projection. The values are a view of the
+    mixed projection, so all of it is kept. Dropout is not counted.
 
     Args:
-        shape: the sizes of the model.
+        shape: sizes of the model.
         width: bytes of a number.
-        sp: ranks that share what lies between the matrices.
-        tp: ranks that share the matrices.
-        fused: whether layers are Transformer Engine's; torch's norms keep two float32 copies instead of their input,
-            and its gated unit keeps each factor.
+        sp: number of ranks that shard the activations between matrices.
+        tp: number of ranks that shard the matrices.
+        fused: whether layers are those of Transformer Engine; torch's norms keep two float32 copies instead of their
+            input, and its gated unit keeps each factor.
     """
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     queries, keys = shape.query_width, shape.key_width
@@ -225,32 +242,32 @@ def layer_activations(shape: ModelShape, width: int, sp: int, tp: int, fused: bo
 
 
 def _head_norms(queries: int, keys: int, heads: int, width: int, fused: bool) -> float:
-    """Return what norms of queries and keys keep: their inputs, or in float32 their inputs and outputs."""
+    """Return the bytes that norms of queries and keys keep: their inputs or, unfused, float32 inputs and outputs."""
     if fused:
         return width * (queries + keys) + FLOAT32_BYTES * 2 * heads
-    # Float32 keys are a view of the mixed projection, which is kept anyway.
+    # Keys in float32 are a view of the mixed projection, which is kept anyway.
     copies = queries + (keys if width < FLOAT32_BYTES else 0)
     return FLOAT32_BYTES * (copies + queries + keys)
 
 
 def _inner_copies(shape: ModelShape, fused: bool) -> int:
-    """Return the F-wide numbers that an MLP keeps: a gated unit has two inputs and one output."""
+    """Return the number of F-wide tensors that an MLP keeps: a gated unit has two inputs and one output."""
     if not shape.is_gated:
         return 2
-    # Unfused: the two inputs, both factors of the product and its result, which an expert multiplies by its weight.
+    # Unfused, it keeps two inputs, both factors and the product, which an expert multiplies by its router weight.
     return 3 if fused else (6 if shape.num_experts else 5)
 
 
 def _head_activation(shape: ModelShape, width: int, sp: int, fused: bool) -> float:
-    """Return what the last norm and the output layer keep, in bytes per position."""
+    """Return the activations that the last norm and the output layer keep, in bytes per position."""
     norm = width * shape.hidden_size if fused else 2 * FLOAT32_BYTES * shape.hidden_size
     return (norm + width * shape.hidden_size) / sp
 
 
 def _gradients_of_a_layer(shape: ModelShape, width: int, sp: int, tp: int) -> float:
-    """Return the gradients that are alive together when a layer's backward pass begins: of its output and the MLP's.
+    """Return the gradients at the start of a layer's backward pass: those of its output and of the MLP's inner tensor.
 
-    Later ones take the place of activations that are done with.
+    Later gradients reuse the memory of activations that are no longer needed.
     """
     inner = shape.inner_width
     wide = inner * shape.moe_router_topk / sp if shape.num_experts else inner / tp
@@ -262,6 +279,6 @@ def _number_bytes(training: TrainingSettings) -> int:
 
 
 def describe_parts(memories: Sequence[Memory]) -> Iterator[tuple[str, list[float]]]:
-    """Yield each part's name and its GiB on every stage, the total last."""
+    """Yield the name of each part with its GiB on every stage, and the total last."""
     for name in (*(part.name for part in fields(Memory)), "total"):
         yield name, [getattr(memory, name) / 2**30 for memory in memories]

@@ -1,4 +1,4 @@
-"""What a run will take: text, operations, hours and memory, before a card is booked."""
+"""Counts the data tokens, FLOPs and GPU-hours of a run before it starts."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ class PhasePlan:
     """One phase of a run.
 
     Attributes:
-        bag_size: s.
-        num_steps: optimizer steps.
-        positions: computed.
-        data_tokens: read.
-        flops: model FLOPs.
+        bag_size: bag size s.
+        num_steps: number of optimizer steps.
+        positions: number of positions that are computed.
+        data_tokens: number of data tokens that are read.
+        flops: number of model FLOPs.
     """
 
     bag_size: int
@@ -35,11 +35,11 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a card is.
+    """The speed of a GPU.
 
     Attributes:
-        mfu: share of its peak.
-        source: where that is from.
+        mfu: model FLOPs utilization, a fraction of the GPU's peak.
+        source: origin of this number, in words.
     """
 
     mfu: float
@@ -48,16 +48,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes.
+    """The estimate of a run.
 
     Attributes:
-        parameters: of the model.
-        active_parameters: of these, used by one position.
-        phases: the parts of the run.
-        flops_per_step: model FLOPs, the same in every phase.
-        speed: of a card.
-        gpu_hours: of all cards together.
-        hours: of the whole run.
+        parameters: number of parameters of the model.
+        active_parameters: number of parameters that one position uses.
+        phases: estimates of the phases.
+        flops_per_step: model FLOPs per step, the same in every phase.
+        speed: speed of a GPU.
+        gpu_hours: GPU-hours of the run.
+        hours: duration of the run in hours.
     """
 
     parameters: int
@@ -70,30 +70,30 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps."""
+        """Number of optimizer steps."""
         return sum(phase.num_steps for phase in self.phases)
 
     @property
     def positions(self) -> int:
-        """Computed in all."""
+        """Number of positions that are computed in all phases."""
         return sum(phase.positions for phase in self.phases)
 
     @property
     def data_tokens(self) -> int:
-        """Read in all."""
+        """Number of data tokens that are read in all phases."""
         return sum(phase.data_tokens for phase in self.phases)
 
     @property
     def flops(self) -> int:
-        """Model FLOPs in all."""
+        """Number of model FLOPs of all phases."""
         return sum(phase.flops for phase in self.phases)
 
 
 def complete(config: RunConfig, num_gpus: int) -> RunConfig:
-    """Return the settings with the global batch that they leave open.
+    """Return the settings with their global batch size filled in.
 
     Raises:
-        UserError: if they leave open what a plan counts.
+        UserError: if a setting that a plan needs is missing.
     """
     model, training = config.model, config.training
     for flag, value in {
@@ -115,16 +115,16 @@ def complete(config: RunConfig, num_gpus: int) -> RunConfig:
 
 
 def make_plan(config: RunConfig, gpu: Gpu, num_gpus: int, speed: Speed) -> Plan:
-    """Count what a run takes.
+    """Estimate a run.
 
     Args:
-        config: as :func:`complete` returns it.
-        gpu: the card.
-        num_gpus: how many of them.
-        speed: of a card.
+        config: settings from :func:`complete`.
+        gpu: kind of GPU.
+        num_gpus: number of GPUs.
+        speed: speed of a GPU.
 
     Raises:
-        UserError: if the phases make no schedule.
+        UserError: if the phases do not form a schedule.
     """
     shape = shape_of(config)
     flops_per_step = run_step_flops(config, num_gpus)
@@ -156,10 +156,10 @@ def make_plan(config: RunConfig, gpu: Gpu, num_gpus: int, speed: Speed) -> Plan:
 
 
 def find_speed(config: RunConfig, gpu: Gpu, mfu: float | None, measured: Path | None) -> Speed:
-    """Return how fast a card is: as given, as measured in a run, or as the paper's hours imply.
+    """Return the speed of a GPU: as given, as measured in a run, or as implied by the paper's GPU-hours.
 
     Raises:
-        UserError: if it is no share of the card's peak, or the run directory has no logged step.
+        UserError: if the speed is not between 0 and the GPU's peak, or the run directory has no logged step.
     """
     if mfu is not None:
         if not 0 < mfu <= 1:

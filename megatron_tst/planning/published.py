@@ -1,4 +1,4 @@
-"""The paper's runs and grids of final losses (arXiv 2605.06546, tables 1 and 4 to 7), and what follows from them."""
+"""The paper's runs and grids of final losses (arXiv 2605.06546, tables 1 and 4 to 7), and advice based on them."""
 
 import csv
 import dataclasses
@@ -13,14 +13,14 @@ from megatron_tst.shape.flops import PASSES, forward_flops_per_sequence
 from megatron_tst.shape.hardware import GPUS
 from megatron_tst.shape.parameters import count_parameters
 
-# The paper's name of a model: our preset, and positions per step (2M and 8M, counted in powers of two).
+# Our preset and the positions per step (2M and 8M as powers of two) of each of the paper's models.
 MODELS = {
     "270M dense": ("270m", 2**21),
     "600M dense": ("600m", 2**21),
     "3B dense": ("3b", 2**21),
     "10B-A1B MoE": ("10b-a1b", 2**23),
 }
-# Losses in the grids differ by about this much between neighbours without a trend.
+# Noise of the grids: losses of neighboring points differ by about this much without a trend.
 NOISE_NATS = 0.002
 
 
@@ -29,15 +29,15 @@ class PublishedRun:
     """A row of table 1.
 
     Attributes:
-        model: the paper's name.
-        method: baseline, tst, or tst_reinitialised.
-        superposition_steps: with bags.
-        total_steps: of the run.
-        bag_size: s.
-        superposition_data_tokens: read with bags, as printed.
-        total_data_tokens: read in all, as printed.
-        gpu_hours: on B200.
-        final_loss: nats per token.
+        model: name of the model in the paper.
+        method: baseline, tst or tst_reinitialised.
+        superposition_steps: number of steps with bags.
+        total_steps: number of steps of the run.
+        bag_size: bag size s.
+        superposition_data_tokens: data tokens read with bags, as printed.
+        total_data_tokens: data tokens read in total, as printed.
+        gpu_hours: GPU-hours on B200.
+        final_loss: final loss in nats per token.
     """
 
     model: str
@@ -52,12 +52,12 @@ class PublishedRun:
 
     @property
     def positions_per_step(self) -> int:
-        """Positions of a global batch."""
+        """Number of positions of a global batch."""
         return MODELS[self.model][1]
 
     @property
     def positions_per_s(self) -> float:
-        """Throughput of one card that the hours imply."""
+        """Throughput of one GPU that follows from the GPU-hours."""
         return self.total_steps * self.positions_per_step / (self.gpu_hours * 3600)
 
 
@@ -75,12 +75,12 @@ class Grid:
     """A grid over bag size and step ratio.
 
     Attributes:
-        table: its file.
-        preset: of the model.
-        num_steps: of each run.
-        bag_weights: of the loss.
+        table: name of the table's file.
+        preset: preset of the model.
+        num_steps: number of steps of each run.
+        bag_weights: bag weights of the loss.
         baseline: final loss without superposition.
-        points: all others.
+        points: points with superposition.
     """
 
     table: str
@@ -92,7 +92,7 @@ class Grid:
 
     @property
     def name(self) -> str:
-        """Model, steps and bag weights."""
+        """Model, number of steps and bag weights."""
         return f"{self.preset}, {self.num_steps} steps, {self.bag_weights} weights"
 
 
@@ -141,19 +141,19 @@ def _rows(table: str) -> list[Mapping[str, str]]:
 
 
 def flops_per_position(model: ModelSettings) -> float:
-    """Return the floating-point operations of training on one position."""
+    """Return the model FLOPs of training on one position."""
     shape = resolve_shape(model)
     return PASSES * forward_flops_per_sequence(shape) / shape.seq_length
 
 
 def implied_mfu(model: ModelSettings) -> tuple[float, str]:
-    """Return the share of a B200's peak at which the paper's most similar baseline ran, and that model's name.
+    """Return the fraction of a B200's peak at which the paper's most similar baseline ran, and that model's name.
 
-    Similar: dense or a mixture like this one, and nearest in FLOPs per position.
+    The most similar model is of the same kind (dense or MoE) and has the nearest FLOPs per position.
     """
 
     def distance(name: str) -> float:
-        """Compare two models' work per position."""
+        """Return the distance between two models in the logarithm of their FLOPs per position."""
         other = ModelSettings(**PRESETS[MODELS[name][0]])
         differs_in_kind = (other.num_experts is None) != (model.num_experts is None)
         return abs(math.log(flops_per_position(other) / flops_per_position(model))) + (1e9 if differs_in_kind else 0)
@@ -166,14 +166,14 @@ def implied_mfu(model: ModelSettings) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Advice:
-    """What the paper's runs advise for a model.
+    """A setting that the paper's runs suggest for a model.
 
     Attributes:
-        source: which of them.
-        bag_size: s.
-        step_ratio: r.
-        gain: nats below the baseline of the same steps.
-        data_ratio: data tokens over that baseline's.
+        source: runs that suggest it, in words.
+        bag_size: bag size s.
+        step_ratio: step ratio r.
+        gain: nats by which the run is below the baseline with the same number of steps.
+        data_ratio: data tokens divided by those of that baseline.
     """
 
     source: str
@@ -183,21 +183,21 @@ class Advice:
 
     @property
     def data_ratio(self) -> float:
-        """Data tokens over the baseline's: r s + 1 - r."""
+        """Data tokens divided by the baseline's: r s + 1 - r."""
         return self.step_ratio * self.bag_size + 1 - self.step_ratio
 
 
 def advise(model: ModelSettings, num_steps: int, max_data_ratio: float = math.inf) -> list[Advice]:
-    """Return what the paper's most similar model advises, within a limit of data.
+    """Return the settings that the paper suggests for a model, within a limit on data.
 
-    First the best point of the nearest grid (in parameters, then in steps); then, where it is another, the point that
-    needs least data of those within :data:`NOISE_NATS` of the best; then the setting of the paper's run nearest in
-    size, where that is nearer than the grid's model.
+    The first is the best point of the nearest grid (in parameters, then in steps). The second, if it is another, is the
+    point that needs the least data among those within :data:`NOISE_NATS` of the best. The third is the setting of the
+    paper's run that is nearest in size, if that run's model is nearer than the grid's.
 
     Args:
-        model: the shape.
-        num_steps: of the run.
-        max_data_ratio: data tokens at hand over those of a run of the same steps without bags.
+        model: settings of the model.
+        num_steps: number of steps of the run.
+        max_data_ratio: available data tokens, divided by those of a run with the same number of steps without bags.
     """
     grid = min(
         (grid for grid in grids() if grid.bag_weights == "uniform"),
@@ -210,7 +210,7 @@ def advise(model: ModelSettings, num_steps: int, max_data_ratio: float = math.in
     affordable = [advice for advice in found_advice if advice.data_ratio <= max_data_ratio]
     if not affordable:
         return []
-    rank = "best of" if affordable[0] == found_advice[0] else "best for the data at hand of"
+    rank = "best of" if affordable[0] == found_advice[0] else "best for the available data of"
     best = dataclasses.replace(affordable[0], source=f"{rank} {affordable[0].source}")
     as_good = [advice for advice in affordable if advice.gain >= best.gain - NOISE_NATS]
     frugal = min(as_good, key=lambda advice: advice.data_ratio)
@@ -223,7 +223,7 @@ def advise(model: ModelSettings, num_steps: int, max_data_ratio: float = math.in
 
 
 def _own_setting(model: ModelSettings, grid: Grid) -> Advice | None:
-    """Return the setting of the paper's run nearest in size, if that is nearer than the grid's model."""
+    """Return the setting of the paper's run that is nearest in size, if its model is nearer than the grid's."""
     runs = published_runs()
     run = min(
         (run for run in runs if run.method == "tst"),

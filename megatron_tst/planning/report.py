@@ -1,4 +1,4 @@
-"""A plan in tables and sentences, for a terminal."""
+"""Formats a plan as tables and sentences for a terminal."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,7 +15,7 @@ from megatron_tst.telemetry import short
 
 
 def _numbers(first: str, *others: str, title: str | None = None) -> Table:
-    """Return a table with names on the left and numbers, right-justified, beside them."""
+    """Return a table with names in the first column and right-justified numbers in the others."""
     table = Table(first, title=title)
     for column in others:
         table.add_column(column, justify="right")
@@ -23,7 +23,7 @@ def _numbers(first: str, *others: str, title: str | None = None) -> Table:
 
 
 def describe_run(plan: Plan, gpu: Gpu, num_gpus: int, price_per_gpu_hour: float | None) -> Iterator[RenderableType]:
-    """Tell what is computed and read, and what it costs."""
+    """Describe the positions, data tokens, FLOPs and costs of a run."""
     columns = "phase", "bag size", "steps", "positions", "data tokens", "FLOPs", "GPU-hours"
     table = _numbers(*columns, title="The run")
     for number, phase in enumerate(plan.phases, 1):
@@ -45,25 +45,25 @@ def describe_run(plan: Plan, gpu: Gpu, num_gpus: int, price_per_gpu_hour: float 
 
 
 def describe_memory(layout: Layout, gpu: Gpu, usable: float) -> Iterator[RenderableType]:
-    """Tell what each stage of the configured layout holds, or why there is none."""
+    """Describe the memory of each stage of the configured layout, or say why it cannot be used."""
     if not layout.memory:
         yield f"\nThe configured layout cannot be used: {layout.refusal}"
         return
     yield f"\nMemory of the configured layout, {layout.name}:"
-    table = _numbers("GiB per card", *(f"stage {stage}" for stage in range(len(layout.memory))))
+    table = _numbers("GiB per GPU", *(f"stage {stage}" for stage in range(len(layout.memory))))
     for name, sizes in describe_parts(layout.memory):
         cells = (f"{size:.2f}" for size in sizes)
         table.add_row(name.replace("_", " "), *cells, style="bold" if name == "total" else None)
     yield table
     verdict = "It fits" if layout.refusal is None else "It does not fit"
     yield (
-        f"{verdict}: {usable:.0%} of {gpu.memory_gib:g} GiB can be used. Of 'logits and loss' and 'backward' the "
-        "larger counts: they are not there together.\n"
+        f"{verdict}: {usable:.0%} of {gpu.memory_gib:g} GiB can be used. Of 'logits and loss' and 'backward', only the "
+        "larger one counts, because they do not exist at the same time.\n"
     )
 
 
 def describe_recomputation(layouts: Sequence[Layout]) -> Iterator[RenderableType]:
-    """Tell what the fullest stage holds with each way to recompute activations, and what that costs in time."""
+    """Describe the memory of the fullest stage and the step time with each kind of activation recomputation."""
     if not layouts[0].memory:
         return
     columns = "--recompute-granularity", "activations, GiB", "total, GiB", "step, s", "fits"
@@ -75,13 +75,13 @@ def describe_recomputation(layouts: Sequence[Layout]) -> Iterator[RenderableType
         granularity = layout.config.training.recompute_granularity or "none"
         table.add_row(granularity, *sizes, f"{layout.step.total:.3g}", "no" if layout.refusal else "yes")
     yield table
-    yield "selective: attention alone, which keeps little anyway where it is fused. full: every layer (uniform, 1).\n"
+    yield "selective: only attention, which keeps little anyway if it is fused. full: every layer (uniform, 1).\n"
 
 
 def describe_layouts(
     chosen: Layout, fastest: Sequence[Layout], others: Sequence[Layout], efficiency: float, plan: Plan
 ) -> Iterator[RenderableType]:
-    """Tell which layouts fit, the fastest first, and why the others do not."""
+    """Describe the layouts that fit, the fastest first, and why the others do not."""
     columns = "layout", "step, s", "bubble", "exposed", "GiB", "speed"
     table = _numbers(*columns, title="The fastest layouts that fit")
     configured = "  (configured)" if chosen.refusal is None else "  (configured, does not fit)"
@@ -101,38 +101,39 @@ def describe_layouts(
     reason = ""
     if chosen.step:
         hours = chosen.step.total * plan.num_steps / 3600
-        reason = ": then the configured layout takes the hours above"
+        reason = ", so that the configured layout takes the hours above"
         if hours > 1.01 * plan.hours:
-            reason = f"; the configured layout takes {hours / plan.hours:.2f} times the hours above even so"
+            reason = f"; even so, the configured layout takes {hours / plan.hours:.2f} times the hours above"
     yield (
-        "Exposed: communication that nothing hides. Multiplications are taken to run at "
-        f"{efficiency:.1%} of the peak, whatever their size{reason}."
+        "Exposed: communication that does not overlap with computation. Matrix multiplications of every size are "
+        f"assumed to run at {efficiency:.1%} of the peak{reason}."
     )
     groups = group_refusals(others)
     if groups:
-        yield "Why others cannot be used:"
+        yield "Why other layouts cannot be used:"
     for group in groups:
         yield f"  {len(group):5d}  {'such as ' if len(set(group)) > 1 else ''}{group[0]}"
 
 
 def describe_advice(found_advice: Sequence[Advice], plan: Plan, data_tokens: float | None) -> Iterator[RenderableType]:
-    """Tell which bag size and step ratio the paper's runs advise, what they cost in text, and whether that is there."""
-    table = Table("s", "r", "data tokens", "gain, nats", "from", title="\nBag size and step ratio, from the paper")
+    """Describe the bag sizes and step ratios that the paper's runs suggest, with their data tokens."""
+    table = Table("s", "r", "data tokens", "gain, nats", "source", title="\nBag size and step ratio, from the paper")
     for advice in found_advice:
         tokens = f"{short(advice.data_ratio * plan.positions)} ({advice.data_ratio:.2f} x)"
         table.add_row(str(advice.bag_size), f"{advice.step_ratio:g}", tokens, f"{advice.gain:.3f}", advice.source)
     if data_tokens is not None and plan.data_tokens > data_tokens:
-        yield f"\nThe run as configured reads {short(plan.data_tokens)} data tokens; {short(data_tokens)} are at hand."
+        available = short(data_tokens)
+        yield f"\nThe configured run reads {short(plan.data_tokens)} data tokens, but {available} are available."
     if not found_advice:
-        yield "\nFor so few data tokens the paper has no run with bags of text: see --tst-superpose output."
+        yield "\nThe paper has no run with bags of text for so few data tokens: see --tst-superpose output."
         return
     yield table
-    yield "Gain: below the same steps without bags, unless said otherwise. The best s grows with scale."
+    yield "Gain: relative to the same number of steps without bags, unless noted. The best s grows with scale."
 
 
 def describe_scaled(runs: Sequence[ScaledRun], assumptions: Assumptions) -> Iterator[RenderableType]:
-    """Tell how the run would go on more cards."""
-    title = "\nThe same run on more cards: a simulation"
+    """Describe a simulation of the run on other numbers of GPUs."""
+    title = "\nThe same run on other numbers of GPUs (simulated)"
     table = Table("", *(f"{run.num_gpus} GPUs" for run in runs), title=title)
     for name, value in _scaled_rows(runs):
         table.add_row(name, *(value(run) if run.layout else "-" for run in runs))
@@ -141,16 +142,16 @@ def describe_scaled(runs: Sequence[ScaledRun], assumptions: Assumptions) -> Iter
         if run.layout is None:
             yield f"On {run.num_gpus} GPUs no layout can be used; most often: {run.refusal}"
     yield (
-        f"Assumed: the global batch stays; a failure per {assumptions.mtbf_gpu_hours:,.0f} card-hours (Llama 3's "
-        f"rate) and {assumptions.restart_minutes:g} minutes to restart; saves that block, at "
-        f"{assumptions.storage_gb_per_s_per_node:g} GB/s per node, {assumptions.storage_gb_per_s:g} in all; "
-        "multiplications equally fast at any size; no latency."
+        f"Assumed: the same global batch size; one failure per {assumptions.mtbf_gpu_hours:,.0f} GPU-hours (Llama 3's "
+        f"rate) and {assumptions.restart_minutes:g} minutes to restart; blocking saves at "
+        f"{assumptions.storage_gb_per_s_per_node:g} GB/s per node and {assumptions.storage_gb_per_s:g} GB/s in total; "
+        "matrix multiplications equally fast at any size; no latency."
     )
 
 
 def _scaled_rows(runs: Sequence[ScaledRun]) -> Iterator[tuple[str, Callable[[ScaledRun], str]]]:
     def share(part: str) -> Callable[[ScaledRun], str]:
-        """Show a part of the step."""
+        """Return a function that formats a part of the step as a percentage."""
         return lambda run: f"{getattr(run.layout.step, part) / run.layout.step.total:.0%}"  # type: ignore[union-attr]
 
     yield "layout", lambda run: run.layout.name if run.layout else ""
@@ -161,8 +162,8 @@ def _scaled_rows(runs: Sequence[ScaledRun]) -> Iterator[tuple[str, Callable[[Sca
     for name in sorted({name for step in steps for name in step.volumes}):
         yield f"{name}, GB per step", _collective(name)
     yield "days without failures", lambda run: f"{run.days:.3g}"
-    yield "failures expected", lambda run: f"{run.failures:.2g}"
-    yield "writing a checkpoint, s", lambda run: f"{run.checkpoint_s:.2g}"
+    yield "expected failures", lambda run: f"{run.failures:.2g}"
+    yield "time to write a checkpoint, s", lambda run: f"{run.checkpoint_s:.2g}"
     yield "best --save-interval", lambda run: str(run.save_interval_steps)
     yield "time that makes progress", lambda run: f"{run.goodput:.1%}"
     yield "days", lambda run: f"{run.days / run.goodput:.3g}"
@@ -170,7 +171,7 @@ def _scaled_rows(runs: Sequence[ScaledRun]) -> Iterator[tuple[str, Callable[[Sca
 
 def _collective(name: str) -> Callable[[ScaledRun], str]:
     def value(run: ScaledRun) -> str:
-        """Show what a card sends, and for how long."""
+        """Format the bytes that a GPU sends and the time that they take."""
         assert run.layout and run.layout.step
         step = run.layout.step
         return f"{step.volumes[name] / 1e9:.3g} in {1e3 * step.times[name]:.3g} ms" if name in step.volumes else "-"

@@ -1,4 +1,4 @@
-"""The same run on many more cards: what it sends, waits for, loses and saves. Every assumption is a field."""
+"""Simulates the same run on another number of GPUs, with failures and saves; every assumption is a field."""
 
 import math
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from megatron_tst.shape.parameters import checkpoint_bytes, count_parameters
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is taken for granted.
+    """The assumptions of the simulation.
 
     Attributes:
-        mtbf_gpu_hours: card-hours between failures that end a run. Llama 3's 54 days on 16384 cards had 419.
-        storage_gb_per_s_per_node: at which a node writes its part of a checkpoint, 1e9 bytes per second.
-        storage_gb_per_s: at which the file system takes all parts.
-        restart_minutes: from a failure to the next step, the checkpoint loaded.
+        mtbf_gpu_hours: GPU-hours between failures that end a run. Llama 3 had 419 failures in 54 days on 16384 GPUs.
+        storage_gb_per_s_per_node: rate at which a node writes its part of a checkpoint, in 1e9 bytes per second.
+        storage_gb_per_s: rate of the whole file system, in 1e9 bytes per second.
+        restart_minutes: time from a failure to the next step, including loading the checkpoint.
     """
 
     mtbf_gpu_hours: float = 54 * 24 * 16384 / 419
@@ -29,17 +29,18 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class ScaledRun:
-    """A run on a number of cards.
+    """A simulated run on a number of GPUs.
 
     Attributes:
-        num_gpus: cards.
-        layout: the fastest that fits; None if none does.
-        refusal: why none does.
-        days: of the whole run, without failures.
-        failures: expected.
-        checkpoint_s: to write one.
-        save_interval_steps: that loses least, by Young's formula: the root of 2 x writing time x time between failures.
-        goodput: share of the time that makes progress.
+        num_gpus: number of GPUs.
+        layout: fastest layout that fits; None if there is none.
+        refusal: most common reason why no layout fits.
+        days: duration of the whole run in days, without failures.
+        failures: expected number of failures.
+        checkpoint_s: time to write a checkpoint, in seconds.
+        save_interval_steps: save interval with the least loss, by Young's formula: the square root of 2 x time to write
+            x time between failures.
+        goodput: fraction of the time that makes progress.
     """
 
     num_gpus: int
@@ -55,17 +56,17 @@ class ScaledRun:
 def scale_run(
     config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float, usable: float, assumptions: Assumptions
 ) -> ScaledRun:
-    """Put a run, its global batch unchanged, on a number of cards.
+    """Simulate a run on a number of GPUs, with its global batch size unchanged.
 
-    Time lost to a failure is half an interval and a restart; time lost to saving is one write per interval.
+    A failure costs half a save interval and a restart; saving costs one write per interval.
 
     Args:
-        config: the run.
-        gpu: the card.
-        num_gpus: how many of them.
-        efficiency: share of the card's peak that multiplications run at.
-        usable: share of the card's memory that tensors may take.
-        assumptions: what is taken for granted.
+        config: settings of the run.
+        gpu: kind of GPU.
+        num_gpus: number of GPUs.
+        efficiency: fraction of the GPU's peak at which matrix multiplications run.
+        usable: fraction of the GPU's memory that tensors may take.
+        assumptions: assumptions of the simulation.
     """
     fitting, others = search_layouts(config, gpu, num_gpus, efficiency, usable)
     if not fitting:

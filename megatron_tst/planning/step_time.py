@@ -1,8 +1,8 @@
-"""How long a step takes on a layout, and what it sends: arithmetic to rank layouts by, not a prediction of kernels.
+"""Estimates the time of a step and its communication on a layout, to rank layouts; it does not predict kernel times.
 
-Every matrix multiplication is taken to run at one share of the card's peak, whatever its size. A collective takes its
-bytes over the bandwidth of the slowest link it crosses, latency left out. Ranks are laid out as Megatron-LM does it:
-tensor parallelism innermost, then context, data (which holds the experts' ranks) and the pipeline.
+Every matrix multiplication is assumed to run at the same fraction of the GPU's peak, whatever its size. A collective
+takes its bytes divided by the bandwidth of the slowest link that it crosses, without latency. Ranks are ordered as in
+Megatron-LM: tensor parallelism innermost, then context, data (which contains the expert-parallel ranks) and pipeline.
 
 Letters: m micro-batches, P stages, v chunks per stage, D hidden, k experts per position, e bytes of a number.
 """
@@ -29,11 +29,11 @@ from megatron_tst.shape.flops import (
 )
 from megatron_tst.shape.hardware import Gpu
 
-# Passes of hidden states over the tensor-parallel ranks, per block (attention, MLP) and micro-batch. With sequence
-# parallelism each pass gathers and scatters, and the backward pass gathers its input again; else each pass reduces,
-# which is a scatter and a gather.
+# Transfers of the hidden states among the tensor-parallel ranks, per block (attention, MLP) and micro-batch. With
+# sequence parallelism, the forward and the backward pass each gather and scatter, and the backward pass gathers its
+# input once more. Without it, each pass has an all-reduce, which counts as a scatter and a gather.
 SEQUENCE_PARALLEL_COLLECTIVES, TENSOR_PARALLEL_COLLECTIVES = 5, 4
-# Dispatch and combine, in both passes.
+# Dispatch and combine, in the forward and the backward pass.
 EXPERT_EXCHANGES = 4
 REDUCTIONS = ("gradient reduction", "experts' gradient reduction")
 GATHERS = ("parameter all-gather", "experts' parameter all-gather")
@@ -41,14 +41,14 @@ GATHERS = ("parameter all-gather", "experts' parameter all-gather")
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step of one rank, in seconds.
+    """The times of one rank's step, in seconds.
 
     Attributes:
-        compute: multiplications, what is recomputed included.
-        bubble: waiting for other stages.
-        exposed: communication that nothing hides.
+        compute: time of matrix multiplications, including recomputation.
+        bubble: time of waiting for other pipeline stages.
+        exposed: time of communication that does not overlap with computation.
         volumes: bytes that a rank sends per step, by collective.
-        times: seconds that these take, hidden or not.
+        times: time of each collective, whether it overlaps or not.
     """
 
     compute: float
@@ -59,18 +59,18 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Time of the whole step."""
         return self.compute + self.bubble + self.exposed
 
 
 def estimate_step(config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float) -> StepTime:
-    """Estimate a step.
+    """Estimate the time of a step.
 
     Args:
-        config: shape, layout, batch and recomputation; :func:`megatron_tst.config.check_layout` holds.
-        gpu: the card.
-        num_gpus: ranks in all.
-        efficiency: share of the card's peak that multiplications run at.
+        config: settings that pass :func:`megatron_tst.config.check_layout`.
+        gpu: kind of GPU.
+        num_gpus: number of ranks.
+        efficiency: fraction of the GPU's peak at which matrix multiplications run.
     """
     flops = run_step_flops(config, num_gpus)
     compute = (1 + _recomputed(config) / PASSES) * flops / (num_gpus * gpu.peak_tflops * 1e12 * efficiency)
@@ -78,8 +78,8 @@ def estimate_step(config: RunConfig, gpu: Gpu, num_gpus: int, efficiency: float)
     volumes = communication_volumes(config, num_gpus)
     bandwidths = _bandwidths(config, gpu, num_gpus)
     times = {name: size / (1e9 * bandwidths[name]) for name, size in volumes.items()}
-    # Gradients are reduced while the last micro-batch's backward pass, two thirds of it, runs; parameters are gathered
-    # while the first one's forward pass does.
+    # The gradient reduction overlaps with the backward pass of the last micro-batch, two thirds of its time; the
+    # parameter gather overlaps with the forward pass of the first micro-batch.
     last_pass = compute / count
     hidden_reduction = last_pass * 2 / 3 if config.parallel.overlap_grad_reduce else 0.0
     hidden_gather = last_pass / 3 if config.parallel.overlap_param_gather else 0.0
@@ -100,10 +100,10 @@ def run_step_flops(config: RunConfig, num_gpus: int) -> int:
 
 
 def calibrate(config: RunConfig, gpu: Gpu, num_gpus: int, mfu: float) -> float:
-    """Return the share of the peak that multiplications must run at for a layout's whole step to have an MFU.
+    """Return the fraction of the peak at which multiplications must run so that a layout's whole step has a given MFU.
 
-    An MFU counts bubbles and communication too, so it is lower than this share. Where communication alone takes
-    longer than such a step, multiplications are taken to run at the peak.
+    An MFU also counts bubbles and communication, so it is lower than this fraction. If communication alone takes longer
+    than such a step, multiplications are assumed to run at the peak.
     """
     wanted = run_step_flops(config, num_gpus) / (num_gpus * gpu.peak_tflops * 1e12 * mfu)
     low, high = mfu, 1.0
@@ -115,7 +115,7 @@ def calibrate(config: RunConfig, gpu: Gpu, num_gpus: int, mfu: float) -> float:
 
 
 def _recomputed(config: RunConfig) -> float:
-    """Return the share of a forward pass that is run again in the backward pass."""
+    """Return the fraction of a forward pass that is recomputed in the backward pass."""
     training, shape = config.training, shape_of(config)
     forward = forward_flops_per_sequence(shape)
     if training.recompute_granularity == "selective":
@@ -125,21 +125,20 @@ def _recomputed(config: RunConfig) -> float:
     share = 1.0
     if training.recompute_method == "block":
         share = min((training.recompute_num_layers or 1) / shape.layers_per_stage, 1)
-    # The head is not of the layers.
+    # The output layer is never recomputed.
     return share * (forward - head_flops_per_sequence(shape)) / forward
 
 
 def communication_volumes(config: RunConfig, num_gpus: int) -> dict[str, float]:
     """Return the bytes that a rank of the first stage sends per step, by collective.
 
-    With n ranks in a group and A bytes of one micro-batch's hidden states, as long as a rank of the group holds them
-    between the blocks::
+    n is the number of ranks in a group, and A the number of bytes of one micro-batch's hidden states::
 
-        tensor parallel          m layers/P * (2 blocks, 1 with experts) * (5 with sequence parallelism, else 4) A
+        tensor parallel          m layers/P * (2 blocks, or 1 with experts) * (5 with sequence parallelism, else 4) A
                                  * (n - 1) / n
         expert exchange          m layers/P * 4 (k A / tp * (n - 1) / n all-to-all, A / tp * (n - 1) gathered)
         pipeline                 m v * 2 A / (tp with sequence parallelism, else 1) * (1 - 1/P)
-        gradient reduction       bytes of the gradients * (n - 1) / n, twice where the optimizer is not distributed
+        gradient reduction       bytes of the gradients * (n - 1) / n, twice without a distributed optimizer
         parameter all-gather     bytes of the weights * (n - 1) / n, with a distributed optimizer
     """
     shape, training, parallel = shape_of(config), config.training, config.parallel
@@ -172,17 +171,17 @@ def communication_volumes(config: RunConfig, num_gpus: int) -> dict[str, float]:
 
 
 def _bandwidths(config: RunConfig, gpu: Gpu, num_gpus: int) -> dict[str, float]:
-    """Return what each collective runs at, 1e9 bytes per second and rank.
+    """Return the bandwidth of each collective, in 1e9 bytes per second and rank.
 
-    A group that spans nodes goes through the network cards of all its members in a node. An all-to-all sends to every
-    member alike, so only the part for other nodes crosses the network.
+    A group that spans nodes uses the network cards of all its members in a node. An all-to-all sends equally much to
+    every member, so only the part for other nodes crosses the network.
     """
     parallel = config.parallel
     tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     stage = num_gpus // parallel.pipeline_model_parallel_size
 
     def replicas(stride: int) -> float:
-        """Return the bandwidth of a group whose members lie this many ranks apart, over a whole stage."""
+        """Return the bandwidth of a group that spans a whole stage, with members ``stride`` ranks apart."""
         if stage <= gpu.per_node:
             return gpu.nvlink_gb_per_s
         return min(gpu.network_gb_per_s * max(gpu.per_node // stride, 1), gpu.nvlink_gb_per_s)
@@ -199,5 +198,5 @@ def _bandwidths(config: RunConfig, gpu: Gpu, num_gpus: int) -> dict[str, float]:
 
 
 def _others(group: int) -> float:
-    """Return the share of a group's data that lies on its other ranks."""
+    """Return the fraction of a group's data that is on the other ranks."""
     return (group - 1) / group

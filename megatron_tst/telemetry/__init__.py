@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics, progress, its directory, sinks."""
+"""Output of a run while it runs: metrics, progress display, run directory and sinks."""
 
 from megatron_tst.telemetry.metrics import (
     ExpertMetrics,

@@ -1,4 +1,4 @@
-"""Metrics of a run, one JSON object per line in ``metrics.jsonl``."""
+"""The metrics of a run, written as one JSON object per line of ``metrics.jsonl``."""
 
 import dataclasses
 import json
@@ -12,18 +12,18 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from megatron_tst.config import UserError, write_json
 from megatron_tst.telemetry.outputs import write_whole
 
-# Names the fields of a line that hold a number that is not finite, which JSON cannot write.
+# Field that holds the NaN and infinite values of a line, which JSON cannot represent.
 NOT_FINITE = "not_finite"
 
 
 @dataclass(frozen=True)
 class About:
-    """What a metric is.
+    """The description of a metric.
 
     Attributes:
-        unit: of the number; empty for a pure number, or none.
-        meaning: what it tells.
-        formula: that it follows from, where the name does not say it.
+        unit: unit of the number; empty for a pure number.
+        meaning: meaning of the metric.
+        formula: formula of the metric, if its name does not explain it.
     """
 
     unit: str
@@ -33,72 +33,90 @@ class About:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One logged optimizer step. Times and speeds are means over the steps since the line before."""
+    """One logged optimizer step. Times and rates are means over the steps since the previous `step` line."""
 
     kind: ClassVar[str] = "step"
-    step: Annotated[int, About("steps", "1-based, after the update")]
-    phase: Annotated[int, About("", "0-based")]
+    step: Annotated[int, About("steps", "1-based number of the step, after the update")]
+    phase: Annotated[int, About("", "0-based index of the phase")]
     bag_size: Annotated[int, About("data tokens", "s of the phase: data tokens per bag")]
-    loss_kind: Annotated[Literal["mce", "mce_alt", "ce"], About("", "`mce` or `mce_alt` with bags, `ce` without")]
+    loss_kind: Annotated[
+        Literal["mce", "mce_alt", "ce"], About("", "`mce` or `mce_alt` with bags, `ce` with bag size 1")
+    ]
     loss: Annotated[
         float,
         About(
             "nats per token",
-            "of this step's global batch; `mce_alt`: per bag",
+            "loss of this step's global batch; with `mce_alt` in nats per bag",
             "sum of row losses / sum of row weights",
         ),
     ]
-    lr: Annotated[float, About("", "highest learning rate of this step")]
+    lr: Annotated[float, About("", "highest learning rate of the parameter groups in this step")]
     lr_by_group: Annotated[
         dict[str, float],
-        About("", "learning rate of each group of parameters, `decay` and `no_decay` by their weight decay"),
+        About("", "learning rate of each parameter group: `decay` with and `no_decay` without weight decay"),
     ]
     grad_norm: Annotated[float, About("", "global norm of the gradient before clipping", "sqrt(sum of squares)")]
     data_tokens: Annotated[
         int,
         About(
             "data tokens",
-            "read since the start",
-            "sum over phases: steps x batch x L x s (x 1 where tokens are read, not bags)",
+            "data tokens read since the start",
+            "sum over phases: steps x batch x L x s (x 1 in phases that read single tokens)",
         ),
     ]
-    positions: Annotated[int, About("positions", "computed since the start", "steps x batch x L")]
+    positions: Annotated[int, About("positions", "positions computed since the start", "steps x batch x L")]
     flops: Annotated[float, About("FLOP", "model FLOPs since the start", "steps x FLOPs per step")]
     gpu_hours: Annotated[
         float,
-        About("h", "of all ranks since the start, over all starts of the run", "sum of step_time_s x ranks / 3600"),
+        About("h", "training time of all ranks, over all starts of the run", "sum of step_time_s x ranks / 3600"),
     ]
-    step_time_s: Annotated[float, About("s", "of a step; evaluations and saves are left out", "seconds / steps")]
-    data_tokens_per_s: Annotated[float, About("data tokens/s", "over all ranks", "data tokens / seconds")]
-    positions_per_s: Annotated[float, About("positions/s", "over all ranks", "positions / seconds")]
+    step_time_s: Annotated[float, About("s", "time per step, without evaluations and saves", "seconds / steps")]
+    data_tokens_per_s: Annotated[float, About("data tokens/s", "rate over all ranks", "data tokens / seconds")]
+    positions_per_s: Annotated[float, About("positions/s", "rate over all ranks", "positions / seconds")]
     tflops_per_gpu: Annotated[
-        float, About("1e12 FLOP/s", "of one rank", "steps x FLOPs per step / (seconds x ranks x 1e12)")
+        float, About("1e12 FLOP/s", "rate of one rank", "steps x FLOPs per step / (seconds x ranks x 1e12)")
     ]
     mfu: Annotated[
-        float | None, About("", "null where the card's peak is not known", "tflops_per_gpu / dense bfloat16 peak")
+        float | None,
+        About(
+            "",
+            "model FLOPs utilization; null if the GPU's peak is unknown",
+            "tflops_per_gpu / dense bfloat16 peak",
+        ),
     ]
     data_time_s: Annotated[
         float | None,
-        About("s", "of a step: the main rank waits for text; null with Megatron-LM's trainer, like the three below"),
+        About(
+            "s",
+            "time per step in which the main rank waits for data; null with Megatron-LM's trainer, as the next three",
+        ),
     ]
     forward_backward_time_s: Annotated[
         float | None,
-        About("s", "of a step: passes, with the collectives inside layers, the pipeline's sends and its bubbles"),
+        About(
+            "s",
+            "time per step of the forward and backward passes, including collectives inside layers, pipeline sends "
+            "and pipeline bubbles",
+        ),
     ]
-    optimizer_time_s: Annotated[float | None, About("s", "of a step: gradient norm and update")]
+    optimizer_time_s: Annotated[float | None, About("s", "time per step of the gradient norm and the update")]
     communication_time_s: Annotated[
-        float | None, About("s", "of a step: reducing gradients and gathering parameters, as far as nothing hides it")
+        float | None,
+        About(
+            "s",
+            "time per step of gradient reductions and parameter gathers that do not overlap with computation",
+        ),
     ]
     data_epochs: Annotated[
         float,
         About(
             "",
-            "how often the most-read share of the phase's documents has been read",
-            "samples read / samples of the share",
+            "epochs of the phase's documents; with several datasets, those of the most-read one",
+            "samples read / samples in one epoch",
         ),
     ]
     memory_gib: Annotated[
-        float, About("GiB", "highest of the main rank so far: allocated on the card, or resident without one")
+        float, About("GiB", "peak memory of the main rank so far: allocated GPU memory, or resident memory without GPU")
     ]
 
 
@@ -107,28 +125,28 @@ class ValidMetrics:
     """One evaluation."""
 
     kind: ClassVar[str] = "valid"
-    step: Annotated[int, About("steps", "updates done")]
+    step: Annotated[int, About("steps", "number of completed steps")]
     valid_loss: Annotated[float, About("nats per token", "next-token cross-entropy with bag size 1, in every phase")]
     bits_per_byte: Annotated[
         float | None,
         About(
             "bits per byte",
-            "the same per byte of text, ends of documents in the loss alone; null where a token's bytes are not known",
+            "the loss per byte of text, where end-of-document tokens count zero bytes; null if token bytes are unknown",
             "valid_loss x targets / (bytes of the targets x ln 2)",
         ),
     ]
-    data_tokens: Annotated[int, About("data tokens", "read for training since the start")]
-    positions: Annotated[int, About("positions", "computed in training since the start")]
+    data_tokens: Annotated[int, About("data tokens", "data tokens read for training since the start")]
+    positions: Annotated[int, About("positions", "positions computed in training since the start")]
     flops: Annotated[float, About("FLOP", "model FLOPs of training since the start")]
-    gpu_hours: Annotated[float, About("h", "of all ranks in training since the start")]
+    gpu_hours: Annotated[float, About("h", "training time of all ranks since the start")]
 
 
 @dataclass(frozen=True)
 class ExpertMetrics:
-    """How the router spread positions over experts, since the line before."""
+    """Load of the experts since the previous `experts` line."""
 
     kind: ClassVar[str] = "experts"
-    step: Annotated[int, About("steps", "1-based, after the update")]
+    step: Annotated[int, About("steps", "1-based number of the step, after the update")]
     expert_load_max: Annotated[
         list[float], About("", "per layer; 1 is balanced", "positions of the busiest expert / mean")
     ]
@@ -140,52 +158,63 @@ class ExpertMetrics:
         About(
             "",
             "per layer; 0 without --moe-expert-capacity-factor",
-            "choices that a full expert did not take / all choices",
+            "choices that a full expert dropped / all choices",
         ),
     ]
 
 
 @dataclass(frozen=True)
 class SwitchMetrics:
-    """The first step of a phase after another: the bag size has changed."""
+    """The first step after a change of the bag size."""
 
     kind: ClassVar[str] = "switch"
-    step: Annotated[int, About("steps", "1-based, after the update")]
-    switched_after_step: Annotated[int, About("steps", "last step of the phase before")]
-    switched_from_bag_size: Annotated[int, About("data tokens", "s of the phase before")]
+    step: Annotated[int, About("steps", "1-based number of the step, after the update")]
+    switched_after_step: Annotated[int, About("steps", "last step of the previous phase")]
+    switched_from_bag_size: Annotated[int, About("data tokens", "s of the previous phase")]
     switched_to_bag_size: Annotated[int, About("data tokens", "s of this phase")]
-    loss_before_switch: Annotated[float, About("nats per token", "mean of the last ten steps of the phase before")]
-    loss_after_switch: Annotated[float, About("nats per token", "of this step")]
+    loss_before_switch: Annotated[
+        float, About("nats per token", "mean loss of the last ten steps of the previous phase")
+    ]
+    loss_after_switch: Annotated[float, About("nats per token", "loss of this step")]
 
 
 @dataclass(frozen=True)
 class RecoveryMetrics:
-    """How a switch was overcome: the loss is back at its level before, or the phase ends without that."""
+    """End of the recovery from a switch: the loss is back at its previous level, or the phase ends before that."""
 
     kind: ClassVar[str] = "recovery"
-    step: Annotated[int, About("steps", "1-based, after the update")]
-    switched_after_step: Annotated[int, About("steps", "last step of the phase before")]
+    step: Annotated[int, About("steps", "1-based number of the step, after the update")]
+    switched_after_step: Annotated[int, About("steps", "last step of the previous phase")]
     spike: Annotated[
-        float, About("nats per token", "how far the loss rose", "highest loss of a step since - loss_before_switch")
+        float,
+        About(
+            "nats per token",
+            "rise of the loss at the switch",
+            "highest loss of a step since the switch - loss_before_switch",
+        ),
     ]
     recovery_steps: Annotated[
         int | None,
-        About("steps", "from the switch until the mean loss of ten steps (at first, of fewer) is back; null if never"),
+        About(
+            "steps",
+            "steps from the switch until the mean loss of the last ten steps (of fewer directly after the switch) is "
+            "back; null if it never is",
+        ),
     ]
 
 
 @dataclass(frozen=True)
 class SkippedMetrics:
-    """One step that was not applied, because its loss or gradient was not finite."""
+    """One step that was not applied because its loss or gradient was not finite."""
 
     kind: ClassVar[str] = "skipped"
-    step: Annotated[int, About("steps", "1-based")]
-    phase: Annotated[int, About("", "0-based")]
+    step: Annotated[int, About("steps", "1-based number of the step")]
+    phase: Annotated[int, About("", "0-based index of the phase")]
     bag_size: Annotated[int, About("data tokens", "s of the phase")]
-    first_sample: Annotated[int, About("", "of the phase, that the step read")]
-    last_sample: Annotated[int, About("", "of the phase, that the step read")]
-    skipped_loss: Annotated[str, About("nats per token", "as a word: nan, inf or a number")]
-    skipped_grad_norm: Annotated[str, About("", "likewise")]
+    first_sample: Annotated[int, About("", "first sample of the phase that the step read")]
+    last_sample: Annotated[int, About("", "last sample of the phase that the step read")]
+    skipped_loss: Annotated[str, About("nats per token", "loss as a string: nan, inf or a number")]
+    skipped_grad_norm: Annotated[str, About("", "gradient norm as a string: nan, inf or a number")]
 
 
 KINDS = (StepMetrics, ValidMetrics, ExpertMetrics, SwitchMetrics, RecoveryMetrics, SkippedMetrics)
@@ -193,18 +222,18 @@ Metrics: TypeAlias = StepMetrics | ValidMetrics | ExpertMetrics | SwitchMetrics 
 
 
 class MetricsFile:
-    """Appends metrics to ``metrics.jsonl``; a line is handed to the disk whole, or not at all."""
+    """Appends metrics to ``metrics.jsonl``; a line is written whole or not at all."""
 
     def __init__(self, path: Path) -> None:
         """Open the file for appending."""
-        # Without a buffer, which would keep a line that the disk refuses and fail again when it is closed.
+        # A buffer would keep a line that could not be written, and closing the file would fail again.
         self._file = path.open("ab", buffering=0)
 
     def write(self, metrics: Metrics) -> None:
         """Append one line.
 
         Raises:
-            OSError: if the disk refuses it; the file ends with the line before.
+            OSError: if the line cannot be written; the file then ends with the previous line.
         """
         left = _write_line({"kind": metrics.kind, **dataclasses.asdict(metrics)}).encode()
         size = os.fstat(self._file.fileno()).st_size
@@ -225,15 +254,15 @@ class MetricsFile:
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
-    """Drop the lines of all steps after ``last_step``; the file is whole at any time."""
+    """Drop the lines of all steps after ``last_step``; the file is replaced atomically."""
     kept = [line for line in read_metrics(path) if line["step"] <= last_step]
     write_whole(path, "".join(map(_write_line, kept)))
 
 
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
-    """Read all lines of a ``metrics.jsonl``, numbers that are not finite too; a last line cut off is left out.
+    """Read all lines of a ``metrics.jsonl``, including NaN and infinite values; an incomplete last line is dropped.
 
-    Each line has its ``kind``: ``step``, ``valid``, ``experts``, ``switch``, ``recovery`` or ``skipped``.
+    Each line has a ``kind``: ``step``, ``valid``, ``experts``, ``switch``, ``recovery`` or ``skipped``.
 
     Raises:
         UserError: if another line is damaged.
@@ -249,7 +278,7 @@ def read_metrics(path: Path) -> list[Mapping[str, Any]]:
 
 
 def _write_line(metrics: Mapping[str, Any]) -> str:
-    """Write a line, each number that is not finite as null and, under :data:`NOT_FINITE`, as a word."""
+    """Return a line, with each NaN or infinite number as null and, under :data:`NOT_FINITE`, as a string."""
     words = {name: _words(value) for name, value in metrics.items() if not _is_finite(value)}
     return write_json({**metrics, NOT_FINITE: words} if words else metrics) + "\n"
 
@@ -262,7 +291,7 @@ def _read_line(line: str) -> dict[str, Any]:
 
 
 def _infer_kind(metrics: Mapping[str, Any]) -> str:
-    """Return the kind of a line from before version 0.2, which did not write it."""
+    """Return the kind of a line that was written before version 0.2, which did not record it."""
     for kind, field in (
         ("valid", "valid_loss"),
         ("experts", "expert_load_max"),

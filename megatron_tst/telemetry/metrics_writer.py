@@ -1,4 +1,4 @@
-"""Writing a run's metrics: every line goes to ``metrics.jsonl``, and is offered to TensorBoard and wandb."""
+"""Writes each metric line to ``metrics.jsonl`` and hands it to TensorBoard and wandb."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,27 +9,28 @@ from megatron_tst.telemetry.sinks import BackgroundSink, numbers
 
 
 class MetricsWriter:
-    """Writes lines of metrics on the main rank.
+    """Writes metric lines on the main rank.
 
-    A disk that refuses a line does not raise here: on one rank alone an error would leave the others waiting and the
-    run unsaved. Nothing is written after the first refusal, and the run asks for :attr:`failure` between steps.
+    A failure to write does not raise an error here, because an error on a single rank would leave the other ranks
+    waiting and the run unsaved. Nothing is written after the first failure, and the run checks :attr:`failure` between
+    steps.
 
     Attributes:
-        failure: why the disk refused a line; None as long as it takes them.
+        failure: why a line could not be written; None if all lines were written.
     """
 
     def __init__(self, path: Path, sinks: Sequence[BackgroundSink]) -> None:
         """Open the file for appending.
 
         Args:
-            path: of ``metrics.jsonl``.
-            sinks: what else takes the lines.
+            path: path of ``metrics.jsonl``.
+            sinks: further sinks that receive the lines.
         """
         self._file, self._sinks = MetricsFile(path), sinks
         self.failure: str | None = None
 
     def write(self, metrics: Metrics) -> None:
-        """Write a line, and offer it to the sinks."""
+        """Write a line and offer it to the sinks."""
         if self.failure is None:
             with self._noting_failure():
                 self._file.write(metrics)

@@ -1,4 +1,4 @@
-"""Writing files whole, and finding out whether results can be written before long work is done for them."""
+"""Writes files atomically, and checks before long work whether its results can be written."""
 
 import contextlib
 import importlib.util
@@ -10,10 +10,10 @@ from megatron_tst.config import UserError
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file, which holds the new text or, whatever happens, what it held before.
+    """Write a text file atomically: if anything fails, the file keeps its previous content.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     aside = path.with_name(f".partial-{path.name}")
     try:
@@ -27,37 +27,35 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_output(path: Path, flag: str) -> None:
-    """Make the folder of a file that will be written, and refuse a path at which none can be.
+    """Create the folder of an output file, and check that the file can be written.
 
     Args:
-        path: of the file.
-        flag: that named it, for messages.
+        path: path of the file.
+        flag: flag that named the file, for messages.
 
     Raises:
-        UserError: if it is a folder, cannot be written, or its folder cannot be made.
+        UserError: if the path is a folder, the file cannot be written, or its folder cannot be created.
     """
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{flag} {path}: {path.parent} is no folder and cannot be made one: {error.strerror}"
-        ) from error
+        raise UserError(f"{flag} {path}: cannot create the folder {path.parent}: {error.strerror}") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{flag} {path}: cannot be written")
 
 
 @contextlib.contextmanager
 def writing_output(path: Path, flag: str) -> Iterator[None]:
-    """Turn what the disk refuses into one line that names the flag.
+    """Turn errors of writing a file into one line that names the flag.
 
     Args:
-        path: of the file that is written inside.
-        flag: that named it, for messages.
+        path: path of the file that is written inside the context.
+        flag: flag that named the file, for messages.
 
     Raises:
-        UserError: for any OSError inside.
+        UserError: if the context raises an OSError.
     """
     try:
         yield
@@ -66,14 +64,14 @@ def writing_output(path: Path, flag: str) -> Iterator[None]:
 
 
 def check_picture(path: Path, flag: str) -> None:
-    """Like :func:`check_output` for a picture.
+    """Check, in addition to :func:`check_output`, that a plot can be drawn.
 
     Args:
-        path: of the picture.
-        flag: that named it, for messages.
+        path: path of the plot.
+        flag: flag that named the plot, for messages.
 
     Raises:
-        UserError: if it is neither PNG nor SVG, or matplotlib is missing.
+        UserError: if the file is neither PNG nor SVG, or matplotlib is missing.
     """
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"{flag} {path}: must end in .png or .svg")

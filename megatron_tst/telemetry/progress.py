@@ -1,4 +1,4 @@
-"""What a run shows on the screen: a live display on a terminal, plain lines elsewhere."""
+"""Shows the progress of a run: a live display on a terminal, plain lines elsewhere."""
 
 import logging
 from datetime import timedelta
@@ -13,16 +13,16 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingProgress:
-    """Shows steps, phase, loss and speed of a run of ``num_steps`` steps."""
+    """Shows the step, phase, loss and speed of a run."""
 
     def __init__(self, num_steps: int, num_phases: int, visible: bool = True, first_step: int = 0) -> None:
-        """Prepare the display; ``with`` starts and ends it.
+        """Prepare the display, which the ``with`` statement starts and ends.
 
         Args:
-            num_steps: optimizer steps of the run.
-            num_phases: phases of the run.
-            visible: whether this rank shows anything.
-            first_step: steps that are done already.
+            num_steps: number of optimizer steps of the run.
+            num_phases: number of phases of the run.
+            visible: whether this rank shows the display.
+            first_step: number of steps that are already done.
         """
         self._num_steps, self._num_phases, self._first_step = num_steps, num_phases, first_step
         console = Console(stderr=True)
@@ -53,7 +53,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
-        """Move the bar to ``step`` steps done."""
+        """Move the bar to ``step`` completed steps."""
         self._bar.update(self._task, completed=step)
 
     def show_step(self, metrics: StepMetrics, seconds_left: float) -> None:
@@ -63,7 +63,7 @@ class TrainingProgress:
         left = f"{timedelta(seconds=round(seconds_left))} left"
         if self._live:
             self._bar.update(self._task, phase=f"{phase} s={metrics.bag_size}", facts=facts, left=left)
-        # The live display shows it in its own way; log.txt has the line in any case.
+        # The live display shows the same facts itself; log.txt always receives the line.
         self._log(
             logging.DEBUG if self._live else logging.INFO,
             metrics.step,
@@ -77,7 +77,7 @@ class TrainingProgress:
         self._log(logging.INFO, metrics.step, f"validation loss {metrics.valid_loss:.4f} (next token{per_byte})")
 
     def show_switch(self, metrics: SwitchMetrics | RecoveryMetrics) -> None:
-        """Show a change of the bag size, or how it was overcome."""
+        """Show a change of the bag size, or the end of the recovery from it."""
         self._log(logging.INFO, metrics.step, _tell(metrics))
 
     def _log(self, level: int, step: int, line: str) -> None:
@@ -89,15 +89,15 @@ def _tell(metrics: SwitchMetrics | RecoveryMetrics) -> str:
         sizes = f"{metrics.switched_from_bag_size} to {metrics.switched_to_bag_size}"
         return f"bag size {sizes}: loss {metrics.loss_before_switch:.4f} before, {metrics.loss_after_switch:.4f} after"
     if metrics.spike <= 0:
-        return "loss did not rise at the switch"
-    rise = f"loss rose by {metrics.spike:.4f} at the switch"
+        return "the loss did not rise at the switch"
+    rise = f"the loss rose by {metrics.spike:.4f} at the switch"
     if metrics.recovery_steps is None:
-        return f"{rise} and was not back by the end of the phase"
-    return f"{rise} and was back after {metrics.recovery_steps} steps"
+        return f"{rise} and had not recovered by the end of the phase"
+    return f"{rise} and recovered after {metrics.recovery_steps} steps"
 
 
 def short(number: float) -> str:
-    """Write a count the short way: 950, 12.3k, 4.5M, 2.1B, 1.68T."""
+    """Format a count with three digits and a suffix: 950, 12.3k, 4.5M, 2.1B, 1.68T."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""The run directory: everything that a run leaves behind."""
+"""The run directory, which holds all files of a run."""
 
 import contextlib
 import importlib.metadata
@@ -20,56 +20,56 @@ _LOCK = "run.lock"
 
 
 class RunDirectory:
-    """Names the files of a run.
+    """The paths of a run's files, and the lock on its directory.
 
     Attributes:
-        path: the folder.
+        path: path of the directory.
     """
 
     def __init__(self, path: Path) -> None:
-        """Name the folder; :meth:`occupy` makes it."""
+        """Store the path; :meth:`occupy` creates the directory."""
         self.path = path
         self._locks: dict[Path, IO[str]] = {}
         self._new: set[Path] = set()
 
     @property
     def metrics(self) -> Path:
-        """One JSON object per logged step."""
+        """File of the metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
     def config(self) -> Path:
-        """The resolved settings."""
+        """File of the resolved settings."""
         return self.path / "config.yaml"
 
     @property
     def index_cache(self) -> Path:
-        """Document and sample indices."""
+        """Folder of document and sample indices."""
         return self.path / "index_cache"
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints: a folder or, where ``--save`` names another place, a link to it."""
+        """Folder of the checkpoints, or a link to the folder that ``--save`` names."""
         return self.path / "checkpoints"
 
     def occupy(self) -> None:
-        """Make the folder and keep every other run out of it, for as long as this process lives.
+        """Create the directory and lock it against other runs until this process ends or leaves it.
 
         Raises:
-            UserError: if another run is in it, or it cannot be written.
+            UserError: if another run uses the directory, or it cannot be written.
         """
         try:
             self._take(self.path)
         except BlockingIOError:
-            raise UserError(f"--tst-run-dir {self.path}: another run is in it ({_LOCK})") from None
+            raise UserError(f"--tst-run-dir {self.path}: another run is using it ({_LOCK})") from None
         except OSError as error:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
 
     def occupy_checkpoints(self, folder: Path) -> None:
-        """Make the folder that the run saves in, and keep out of it every run of another directory.
+        """Create the folder that the run saves in, and lock it against runs of other directories.
 
         Raises:
-            UserError: if another run saves there, or it cannot be written.
+            UserError: if another run saves in the folder, or it cannot be written.
         """
         try:
             self._take(folder)
@@ -83,31 +83,32 @@ class RunDirectory:
         if not place.exists():
             self._new.add(place)
         folder.mkdir(parents=True, exist_ok=True)
-        # Opened a second time, a file loses its record lock when either is closed.
+        # Do not open the file twice: closing either file object would release the record lock.
         if place not in self._locks:
             self._locks[place] = take_lock(place / _LOCK)
 
     def refuse_used(self) -> None:
-        """Refuse a folder that holds a run.
+        """Refuse a directory that already holds a run.
 
         Raises:
-            UserError: if it does.
+            UserError: if the directory holds metrics.
         """
         if self.metrics.exists():
             raise UserError(
-                f"--tst-run-dir {self.path}: already holds a run (metrics.jsonl); choose another, or go on with "
+                f"--tst-run-dir {self.path}: already holds a run (metrics.jsonl); choose another, or continue with "
                 f"--load {self.checkpoints}"
             )
 
     def create(self, config_yaml: str, first_step: int) -> None:
-        """Record settings and versions, and send the package's log lines to ``log.txt`` too.
+        """Record settings and versions, and start to write the package's log lines to ``log.txt`` too.
 
         Args:
-            config_yaml: the settings.
-            first_step: steps that are done already: metrics of later ones, which will be done again, are dropped.
+            config_yaml: the settings as YAML.
+            first_step: number of steps that are already done; metrics of later steps are dropped, because these steps
+                are repeated.
 
         Raises:
-            UserError: if the folder cannot be written.
+            UserError: if the directory cannot be written.
         """
         try:
             if self.metrics.exists():
@@ -120,10 +121,10 @@ class RunDirectory:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
 
     def link_checkpoints(self, folder: Path) -> None:
-        """Let :attr:`checkpoints` lead to the folder that they are saved in, so that they are found from here.
+        """Make :attr:`checkpoints` a link to the folder of the checkpoints if that is elsewhere.
 
         Raises:
-            UserError: if there is another folder, or the link cannot be made.
+            UserError: if another folder is in the link's place, or the link cannot be created.
         """
         link = self.checkpoints
         if link.resolve() == folder.resolve():
@@ -135,10 +136,10 @@ class RunDirectory:
                 link.rmdir()
             link.symlink_to(folder.resolve(), target_is_directory=True)
         except OSError as error:
-            raise UserError(f"--save {folder}: {link} cannot be made a link to it: {error.strerror}") from error
+            raise UserError(f"--save {folder}: cannot make {link} a link to this folder: {error.strerror}") from error
 
     def leave(self) -> None:
-        """Let other runs in; folders that were made for a start that came to nothing are removed."""
+        """Release the locks, and remove folders that were created for a start that failed."""
         for folder, lock in reversed(self._locks.items()):
             (folder / _LOCK).unlink(missing_ok=True)
             lock.close()
@@ -149,23 +150,23 @@ class RunDirectory:
 
 
 class _Screen(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error as it is now: a live display takes it over and prints lines above itself."""
+    """Writes to the current ``sys.stderr``, which a live display replaces to print lines above itself."""
 
     @property
     def stream(self) -> TextIO:
-        """Standard error."""
+        """The current standard error."""
         return sys.stderr
 
     @stream.setter
     def stream(self, _: TextIO) -> None:
-        """The base class wants to set it."""
+        """Ignore the stream that the base class sets."""
 
 
 class _LogFile(logging.FileHandler):
-    """Writes lines until the disk refuses one, which is said on the screen."""
+    """Writes lines to a file until a write fails, which is reported on the screen."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Go on without the file, whose buffer would be refused again at the end."""
+        """Remove this handler, because flushing its buffer at the end would fail again."""
         package = logging.getLogger("megatron_tst")
         package.removeHandler(self)
         with contextlib.suppress(OSError):
@@ -174,9 +175,9 @@ class _LogFile(logging.FileHandler):
 
 
 def start_log_screen() -> None:
-    """Send the package's log lines to the screen, and no longer to the files of a run before.
+    """Send the package's log lines to the screen, and close the log files of an earlier run in this process.
 
-    Lines of level DEBUG, which the live display shows in its own way, go to log.txt alone.
+    Lines of level DEBUG, whose content the live display shows itself, go only to log.txt.
     """
     package = logging.getLogger("megatron_tst")
     package.setLevel(logging.DEBUG)
@@ -193,7 +194,7 @@ def _add_handler(handler: logging.Handler, level: int = logging.DEBUG) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, of the packages that compute, of this code and of the image it is in."""
+    """Return the versions of Python, of the recorded packages, of this code and of the container image."""
     found: dict[str, str | None] = {"python": python_platform.python_version(), "command": " ".join(sys.argv)}
     for package in RECORDED_PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard and Weights & Biases, never in training's way."""
+"""Sends metrics to TensorBoard and Weights & Biases on background threads; an outage never blocks training."""
 
 import contextlib
 import dataclasses
@@ -25,25 +25,25 @@ Values = Mapping[str, float]
 
 
 class Writer(Protocol):
-    """What takes lines of numbers, each with its step."""
+    """A destination of metric lines, each of which holds its step."""
 
     def write(self, values: Values) -> None:
-        """Take a line."""
+        """Write one line."""
 
     def close(self) -> None:
-        """Hand over what is held back."""
+        """Flush buffered lines and close."""
 
 
 class BackgroundSink:
-    """A writer in a thread of its own, behind a bounded queue: a slow or dead service drops lines, not steps."""
+    """A writer on a background thread behind a bounded queue; if a service is slow or down, lines are dropped."""
 
     def __init__(self, name: str, connect: Callable[[], Writer], capacity: int = CAPACITY_LINES) -> None:
-        """Start to connect.
+        """Start the thread, which connects to the service.
 
         Args:
-            name: of the service, for messages.
-            connect: opens the writer, in the thread.
-            capacity: lines that may wait.
+            name: name of the service, for messages.
+            connect: function that opens the writer; called on the thread.
+            capacity: largest number of waiting lines.
         """
         self._name, self._connect = name, connect
         self._lines: queue.Queue[Values | None] = queue.Queue(capacity)
@@ -52,16 +52,16 @@ class BackgroundSink:
         self._thread.start()
 
     def offer(self, values: Values) -> None:
-        """Hand over a line, or drop it if too many wait; returns at once."""
+        """Queue a line, or drop it if the queue is full; never blocks."""
         try:
             self._lines.put_nowait(values)
         except queue.Full:
             if not self._dropped:
-                logger.warning("WARNING: %s is too slow: lines are dropped there; metrics.jsonl has all", self._name)
+                logger.warning("WARNING: %s is too slow and misses lines; metrics.jsonl has all of them", self._name)
             self._dropped += 1
 
     def close(self, timeout_s: float = CLOSING_S) -> None:
-        """Wait for the lines that were taken, for a while."""
+        """Wait until the queued lines are written, at most for the timeout."""
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=timeout_s)
         self._thread.join(timeout_s)
@@ -70,11 +70,11 @@ class BackgroundSink:
             logger.warning("WARNING: %s missed %d lines; metrics.jsonl has them", self._name, left)
 
     def _run(self) -> None:
-        """Write what is offered until the end is; after an error, take and forget it."""
+        """Write queued lines until the end marker; after an error, count and discard them."""
         writer: Writer | None = None
         try:
             writer = self._connect()
-        except Exception as error:  # whatever a service does, the run goes on
+        except Exception as error:  # the run continues whatever a service does
             self._give_up(error)
         while (values := self._lines.get()) is not None:
             if writer is None:
@@ -93,18 +93,18 @@ class BackgroundSink:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        logger.warning("WARNING: %s: %s; the run goes on without it", self._name, _first_line(error))
+        logger.warning("WARNING: %s: %s; the run continues without it", self._name, _first_line(error))
 
 
 class TensorBoard:
-    """All scalars by step, and the losses by data tokens and by positions in folders of their own."""
+    """Writes all scalars by step, and the losses also by data tokens and by positions in folders of their own."""
 
     def __init__(self, folder: Path, done: Values) -> None:
-        """Open event files; what an earlier start wrote beyond ``done`` is hidden.
+        """Open the event files; points of an earlier start beyond ``done`` are hidden.
 
         Args:
-            folder: of the event files.
-            done: per axis, where the run stands.
+            folder: folder of the event files.
+            done: current value of each axis.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -112,7 +112,7 @@ class TensorBoard:
         self._writers = {axis: SummaryWriter(str(folders[axis]), purge_step=int(done[axis]) + 1) for axis in AXES}
 
     def write(self, values: Values) -> None:
-        """Write a line."""
+        """Write one line."""
         for axis in AXES:
             for name, value in values.items():
                 if axis in values and name not in AXES and (axis == "step" or name in LOSSES):
@@ -125,15 +125,15 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run there that keeps its identity over all starts of the run here."""
+    """Writes to one run of Weights & Biases, which keeps its id over all starts of our run."""
 
     def __init__(self, settings: LoggingSettings, directory: RunDirectory, facts: Mapping[str, Any]) -> None:
-        """Begin or go on; without a key, offline.
+        """Create or resume the run; without an API key, it is recorded offline.
 
         Args:
             settings: project, name, entity and folder.
-            directory: of the run; keeps the identity.
-            facts: settings and versions to show.
+            directory: run directory, which stores the id.
+            facts: settings and versions to record.
         """
         import wandb
 
@@ -152,24 +152,24 @@ class WeightsAndBiases:
             mode=mode,
             settings=wandb.Settings(silent=True, console="off", init_timeout=60),
         )
-        # Any of these is an axis to draw over; a run that goes on from an earlier step may write a step again.
+        # Each of these can be the x axis; a run that continues from an earlier step may write a step twice.
         for axis in AXES:
             self._run.define_metric(axis)
         self._run.define_metric("*", step_metric="step")
         if mode == "offline":
-            logger.info("wandb: offline, in %s; `wandb sync` sends it later", self._run.dir)
+            logger.info("wandb: recording offline in %s; `wandb sync` uploads it later", self._run.dir)
 
     def write(self, values: Values) -> None:
-        """Write a line."""
+        """Write one line."""
         self._run.log(dict(values))
 
     def close(self) -> None:
-        """End this start of the run."""
+        """Finish the run of Weights & Biases."""
         self._run.finish()
 
 
 def numbers(metrics: Any) -> dict[str, float]:
-    """Return the numbers of a line of metrics; a list, one per layer, and a mapping become names of their own."""
+    """Return the numbers of a metric line; each item of a list (one per layer) or mapping gets its own name."""
     flat: dict[str, float] = {}
     for name, value in dataclasses.asdict(metrics).items():
         if isinstance(value, list):
@@ -184,13 +184,13 @@ def numbers(metrics: Any) -> dict[str, float]:
 def open_sinks(
     settings: LoggingSettings, directory: RunDirectory, facts: Mapping[str, Any], done: Values
 ) -> list[BackgroundSink]:
-    """Open the sinks that the settings ask for.
+    """Open the sinks that the settings request.
 
     Args:
-        settings: which.
-        directory: of the run.
+        settings: settings that name the sinks.
+        directory: run directory.
         facts: settings and versions, for Weights & Biases.
-        done: steps, data tokens and positions that are done already.
+        done: steps, data tokens and positions that are already done.
     """
     sinks = []
     if settings.tensorboard_dir is not None:
@@ -203,7 +203,7 @@ def open_sinks(
 
 
 def _spare_the_screen(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
-    """Return a hook that tells no traceback of TensorBoard's thread: the next line offered there meets its error."""
+    """Return a hook that prints no traceback of TensorBoard's thread; its error is reported at the next line."""
 
     def told(args: threading.ExceptHookArgs) -> None:
         if not type(args.thread).__module__.startswith("tensorboard."):
@@ -213,10 +213,10 @@ def _spare_the_screen(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callab
 
 
 def check_sinks(settings: LoggingSettings) -> None:
-    """Find out before the first step whether the packages are there.
+    """Check before the first step that the required packages are installed.
 
     Raises:
-        UserError: naming the flag and the package.
+        UserError: naming the flag and the missing package.
     """
     for flag, wanted, package in (
         ("--tensorboard-dir", settings.tensorboard_dir, "tensorboard"),

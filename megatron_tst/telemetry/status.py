@@ -1,4 +1,4 @@
-"""Where a run stands, read from its directory."""
+"""Reads the status of a run from its directory."""
 
 import re
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ RECENT_LINES = 20
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands.
+    """The status of a run.
 
     Attributes:
         step: last logged step.
-        num_steps: of the whole run.
-        phase: 0-based.
-        num_phases: of the run.
-        bag_size: of the phase.
-        loss_kind: of the loss.
-        loss: of the last logged step.
-        valid_loss: of the last evaluation, or None.
-        step_time_s: median of the last lines.
-        seconds_left: to the end, each phase at its own pace.
-        checkpoint: step of the checkpoint that a start takes, or None.
+        num_steps: number of steps of the whole run.
+        phase: 0-based index of the current phase.
+        num_phases: number of phases of the run.
+        bag_size: bag size of the current phase.
+        loss_kind: kind of the loss, as in the metrics.
+        loss: loss of the last logged step.
+        valid_loss: loss of the last evaluation, or None.
+        step_time_s: median time per step of the last lines of the phase.
+        seconds_left: seconds to the end of the run, with each phase at its own pace.
+        checkpoint: step of the checkpoint that a resumed run would load, or None.
     """
 
     step: int
@@ -50,7 +50,7 @@ class RunStatus:
 
 
 def read_status(path: Path) -> RunStatus:
-    """Read where a run stands.
+    """Read the status of a run.
 
     Raises:
         UserError: if the folder holds no run with a logged step.
@@ -84,11 +84,11 @@ def read_status(path: Path) -> RunStatus:
 
 
 def _latest_checkpoint(directory: RunDirectory) -> int | None:
-    """Return the step that a start takes: the newest that is there, not beyond the one that the tracker names."""
+    """Return the step of the newest checkpoint that is not beyond the one that the tracker names."""
     folder = directory.checkpoints
     try:
         named = int((folder / "latest_checkpointed_iteration.txt").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or no step in it
+    except (OSError, ValueError):  # no tracker, or no step in it
         named = None
     names = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in folder.glob("iter_*") if path.is_dir())
     steps = [int(name[1]) for name in names if name]

@@ -1,4 +1,4 @@
-"""What a change of the bag size does to the loss: how far it rises, and how soon it is back."""
+"""Measures how far the loss rises after a change of the bag size, and how soon it recovers."""
 
 import dataclasses
 from collections import deque
@@ -8,22 +8,22 @@ from typing import Any
 
 from megatron_tst.telemetry.metrics import RecoveryMetrics, SwitchMetrics
 
-# One step's loss is noise; ten steps' mean is a level.
+# The loss of a single step is noisy, so the level of the loss is a mean over ten steps.
 LEVEL_STEPS = 10
 
 
 class SwitchWatch:
-    """Watches the loss of every step over the switches of a run."""
+    """Follows the loss of every step across the switches of a run."""
 
     def __init__(self, ends: Sequence[int], lines: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Begin, or go on where the lines of a run that was stopped end.
+        """Start from scratch, or from the metric lines of a run that was stopped.
 
         Args:
-            ends: steps done at the end of each phase.
-            lines: of ``metrics.jsonl`` so far.
+            ends: number of completed steps at the end of each phase.
+            lines: lines of ``metrics.jsonl`` so far.
         """
         self._ends = tuple(ends)
-        self._losses: deque[tuple[int, float]] = deque(maxlen=LEVEL_STEPS)  # with their steps
+        self._losses: deque[tuple[int, float]] = deque(maxlen=LEVEL_STEPS)  # pairs of step and loss
         self._phase, self._bag_size = 0, 1
         self._switch: SwitchMetrics | None = None
         self._highest = 0.0
@@ -33,7 +33,7 @@ class SwitchWatch:
     def _remember(self, line: Mapping[str, Any]) -> None:
         kind = line["kind"]
         if kind == "switch":
-            # Only logged steps are known of what came before: the level is the one that was taken then.
+            # The lines hold only logged steps, so the level before the switch is taken from its own line.
             self._begin(SwitchMetrics(**{field.name: line[field.name] for field in dataclasses.fields(SwitchMetrics)}))
         elif kind == "recovery":
             self._switch = None
@@ -41,13 +41,13 @@ class SwitchWatch:
             self._see(line["step"], line["phase"], line["bag_size"], line["loss"])
 
     def add(self, step: int, phase: int, bag_size: int, loss: float) -> Iterator[SwitchMetrics | RecoveryMetrics]:
-        """Take the loss of a step, and yield what there is to tell.
+        """Add the loss of a step, and yield the metric lines that follow from it.
 
         Args:
-            step: 1-based; one that was not applied may be left out.
-            phase: 0-based.
-            bag_size: of the phase.
-            loss: nats per position.
+            step: 1-based number of the step; steps that were not applied may be omitted.
+            phase: 0-based index of the phase.
+            bag_size: bag size of the phase.
+            loss: loss of the step, in nats per position.
         """
         if phase != self._phase:
             last = self._ends[phase - 1]
@@ -66,7 +66,7 @@ class SwitchWatch:
                 yield self._end(step, is_back)
 
     def _level(self, step: int) -> float | None:
-        """Return the mean loss of the last ten steps up to this one, as far as they are known."""
+        """Return the mean loss of the known steps among the ten steps up to this one, or None."""
         losses = [loss for at, loss in self._losses if step - LEVEL_STEPS < at <= step]
         return fmean(losses) if losses else None
 

@@ -1,16 +1,16 @@
-"""How long a run still takes, where phases differ in speed."""
+"""Estimates the remaining time of a run whose phases differ in speed."""
 
 from collections.abc import Mapping, Sequence
 
 
 def seconds_left(ends: Sequence[int], step: int, step_s_by_phase: Mapping[int, float]) -> float:
-    """Return the seconds that the steps to come take.
+    """Return the estimated seconds of the remaining steps.
 
     Args:
-        ends: steps done at the end of each phase.
-        step: steps done.
-        step_s_by_phase: seconds per step of the phases known so far, at least one; a phase that is not known is taken
-            to be as fast as the known one nearest to it.
+        ends: number of completed steps at the end of each phase.
+        step: number of completed steps.
+        step_s_by_phase: seconds per step of at least one phase; a phase without an entry is assumed to be as fast as
+            the nearest phase with one.
     """
     total, start = 0.0, step
     for phase, end in enumerate(ends):

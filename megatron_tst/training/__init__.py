@@ -1,4 +1,4 @@
-"""The loop, one step, evaluation, optimizer and schedule."""
+"""The own trainer: loop, optimizer step, evaluation, optimizer and learning-rate schedule."""
 
 from megatron_tst.preflight import check_cluster
 from megatron_tst.training.build import build_run, start_run

@@ -1,4 +1,4 @@
-"""Building everything that a run holds, from its settings."""
+"""Builds everything that a run holds from its settings."""
 
 import logging
 from pathlib import Path
@@ -44,30 +44,30 @@ def start_run(config: RunConfig, signals: StopSignals) -> Run:
 
     Args:
         config: the settings.
-        signals: of the process, which are the run's to take.
+        signals: stop signals of this process, which the run listens to from here on.
 
     Raises:
         UserError: if a setting or a file cannot be used.
         StoppedInSetUp: if a signal asks to stop.
     """
-    # What is missing here is told before ranks wait for each other.
+    # Report missing packages before ranks wait for each other.
     check_transformer_engine(find_libraries().transformer_engine)
     check_sinks(config.logging)
     ranks = init_parallel_state(_parallel_sizes(config), config.parallel.distributed_timeout_minutes)
-    # Not earlier: a rank that waits for others to join would hear a signal only once they have.
+    # Listening earlier is useless: a rank that waits for others to join reacts to a signal only after they have joined.
     signals.listen()
     return build_run(config, ranks, signals)
 
 
 def build_run(config: RunConfig, ranks: ParallelState, signals: StopSignals | None = None) -> Run:
-    """Build everything before the first step, and load the checkpoint to go on from.
+    """Build everything before the first step, and load the checkpoint to continue from.
 
     Collective: every rank of the world calls it.
 
     Args:
         config: the settings.
-        ranks: this rank's place.
-        signals: of the process, if they are the run's to take.
+        ranks: parallel state of this rank.
+        signals: stop signals of this process; None if the run is not to listen to them.
 
     Raises:
         UserError: if a setting or a file cannot be used.
@@ -138,11 +138,11 @@ def _build_in(directory: RunDirectory, config: RunConfig, ranks: ParallelState, 
 def _open_directory(
     directory: RunDirectory, folders: CheckpointFolders, config: RunConfig, first_step: int, ranks: ParallelState
 ) -> CheckpointSaver:
-    """Record the run's settings, begin its log file, and prepare to save its checkpoints."""
+    """Record the run's settings, start its log file and prepare to save its checkpoints."""
     config_yaml = dump_config(config)
 
     def create() -> None:
-        """Write on the main rank alone."""
+        """Write the files; only the main rank calls it."""
         directory.create(config_yaml, first_step)
         directory.link_checkpoints(folders.path)
 
@@ -154,7 +154,7 @@ def _open_directory(
 def _build_stepper(
     config: RunConfig, start: Start, shape: ModelShape, batch_size: int, ranks: ParallelState, libraries: Libraries
 ) -> Stepper:
-    """Build model, optimizer and learning-rate schedule, the schedule where the first step will find it."""
+    """Build model, optimizer and learning-rate schedule, and advance the schedule to the first step."""
     training = config.training
     seed_everything(training.seed)
     chunks = build_model(config, shape, ranks, libraries)
@@ -185,7 +185,7 @@ def _parallel_sizes(config: RunConfig) -> ParallelSizes:
 
 
 def _announce(run: Run, libraries: Libraries) -> None:
-    """Say once what is about to be trained, on what, and how often the text is read."""
+    """Log once, on the main rank, the hardware, the libraries, the model and the data of each phase."""
     if not run.ranks.is_main:
         return
     implementation = loss_choice(run.config, libraries).implementation

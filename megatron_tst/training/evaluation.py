@@ -12,11 +12,11 @@ from megatron_tst.training.run import Run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         loss: next-token cross-entropy, nats per token.
-        bits_per_byte: the same per byte of text, on the main rank; None where the bytes of a token are not known.
+        bits_per_byte: the loss in bits per byte of text, on the main rank; None if the bytes of a token are unknown.
     """
 
     loss: float
@@ -24,7 +24,7 @@ class Evaluation:
 
 
 def evaluate(run: Run) -> Evaluation | None:
-    """Evaluate on the validation samples, the same ones every time; None if there are none.
+    """Evaluate on the validation samples, which are the same every time; return None if there are none.
 
     Collective: every rank of the world calls it.
     """
@@ -44,7 +44,7 @@ def evaluate(run: Run) -> Evaluation | None:
 
 
 def _count_targets(run: Run, batches: list[Batch | None]) -> torch.Tensor:
-    """Return the targets of a global batch and their bytes, ``[2]`` int64; zeros on stages that own no text.
+    """Return the number of targets of a global batch and of their bytes, ``[2]`` int64; zeros on stages without text.
 
     Collective: every rank of the world calls it.
     """

@@ -1,4 +1,4 @@
-"""How many positions each expert was given, and how many choices of the router found a full one."""
+"""Counts the positions that each expert computes and the choices that the router makes."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +14,11 @@ from megatron_tst.distributed import ParallelState
 
 @dataclass(frozen=True)
 class ExpertCounts:
-    """What the routers of all layers and ranks did.
+    """Routing decisions of all layers and ranks.
 
     Attributes:
-        taken: ``[layers, experts]`` int64, positions that each expert computed.
-        chosen: ``[layers]`` int64, choices of the router: positions x experts per position.
+        taken: ``[layers, experts]`` int64, number of positions that each expert computed.
+        chosen: ``[layers]`` int64, number of choices that the router made: positions x experts per position.
     """
 
     taken: Tensor
@@ -29,13 +29,13 @@ class ExpertCounter:
     """Counts, per layer, the positions that the router sends to each expert during training."""
 
     def __init__(self, chunks: list[torch.nn.Module], num_layers: int, num_experts: int, ranks: ParallelState) -> None:
-        """Listen to all routers of this rank's model chunks.
+        """Register a hook on every router of this rank's model chunks.
 
         Args:
             chunks: this rank's model chunks.
-            num_layers: layers of the whole model.
-            num_experts: experts per layer.
-            ranks: this rank's place.
+            num_layers: number of layers of the whole model.
+            num_experts: number of experts per layer.
+            ranks: parallel state of this rank.
         """
         self._groups = ranks.groups
         # The last column counts the choices.

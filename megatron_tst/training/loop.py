@@ -1,4 +1,4 @@
-"""The training loop: one loop over steps, whatever the phases."""
+"""The training loop: a single loop over the steps of all phases."""
 
 from megatron_tst.config import DivergedError
 from megatron_tst.distributed import any_rank
@@ -11,20 +11,20 @@ from megatron_tst.training.stop import DivergenceGuard, StopConditions
 
 
 def train(run: Run, signals: StopSignals | None = None) -> bool:
-    """Train to the end of the schedule, or until asked to stop; what was done is saved either way.
+    """Train to the end of the schedule, or until asked to stop; a checkpoint is saved in either case.
 
     Collective: every rank of the world calls it.
 
     Args:
-        run: what to train.
-        signals: of the process, if they are the run's to take.
+        run: the run to train.
+        signals: stop signals of this process; None if the run is not to react to them.
 
     Returns:
-        Whether the end was reached.
+        Whether the end of the schedule was reached.
 
     Raises:
-        UserError: if metrics or a checkpoint cannot be written, or the data names tokens beyond the vocabulary.
-        DivergedError: if loss or gradient stays not finite.
+        UserError: if metrics or a checkpoint cannot be written, or the data holds token ids beyond the vocabulary.
+        DivergedError: if the loss or the gradient is not finite for too many steps in a row.
     """
     signals = signals or StopSignals()
     signals.hold()
@@ -50,7 +50,7 @@ def train(run: Run, signals: StopSignals | None = None) -> bool:
                     return False
         return True
     except DivergedError:
-        # Raised on every rank: a checkpoint from before that is still being written is not lost.
+        # Every rank raises this, so an earlier checkpoint that is still being written can be finished.
         run.saver.finish()
         raise
     finally:
@@ -60,26 +60,26 @@ def train(run: Run, signals: StopSignals | None = None) -> bool:
 
 
 def _end_step(run: Run, metrics: MetricsLogger, conditions: StopConditions, step: int) -> bool:
-    """Save what is due after a step, and return whether to stop before the end of the schedule.
+    """Save a checkpoint if one is due after a step, and return whether to stop before the end of the schedule.
 
     Collective: every rank of the world calls it.
 
     Raises:
-        UserError: if a checkpoint cannot be written, or metrics cannot and the run is saved.
+        UserError: if a checkpoint cannot be written; or if metrics cannot be written, after a checkpoint was saved.
     """
 
     def reason() -> str | None:
-        """Say why this rank is to stop; metrics that cannot be written are a reason too."""
+        """Return why this rank should stop, or None; a failure to write metrics is a reason too."""
         return metrics.failure or conditions.reason(step)
 
-    # One vote for both questions: a signal may have reached one rank only.
+    # One collective answers both questions; a signal may have reached only one rank.
     should_stop, is_writing = any_rank(reason() is not None, run.saver.is_writing)
     _poll_async_save(run, is_writing)
     if should_stop or _is_save_due(run, step):
         with metrics.timer.paused():
             metrics.sync()
             run.save(step, metrics.gpu_hours)
-        # A reason that came up during the save: it is the one to stop at.
+        # A reason may have come up during the save; stopping now avoids a second save one step later.
         (should_stop,) = any_rank(reason() is not None)
     is_end = step == run.schedule.num_steps
     if should_stop or is_end:
@@ -89,13 +89,13 @@ def _end_step(run: Run, metrics: MetricsLogger, conditions: StopConditions, step
     if should_stop and not is_end:
         metrics.log_line(
             f"stopped after step {step} by {reason() or 'a signal to another rank'}; "
-            f"go on with --load {run.saver.folders.path}"
+            f"continue with --load {run.saver.folders.path}"
         )
     return should_stop and not is_end
 
 
 def _poll_async_save(run: Run, is_writing: bool) -> None:
-    """Publish a checkpoint that was written in the background, once no rank is writing its part any more.
+    """Publish a checkpoint that was written in the background as soon as every rank has written its part.
 
     Collective: every rank of the world calls it.
     """
@@ -104,6 +104,6 @@ def _poll_async_save(run: Run, is_writing: bool) -> None:
 
 
 def _is_save_due(run: Run, step: int) -> bool:
-    """Return whether a phase or an interval between checkpoints ends after ``step`` steps."""
+    """Return whether a phase or a save interval ends after ``step`` steps."""
     interval = run.config.checkpoint.save_interval
     return step in run.schedule.ends or (interval is not None and step % interval == 0)

@@ -1,4 +1,4 @@
-"""Which metrics are told after which step, in the metrics file, in the sinks and on the screen."""
+"""Decides which metrics are logged after which step, and sends them to the metrics file, the sinks and the screen."""
 
 import dataclasses
 import logging
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def is_due(step: int, interval: int, num_steps: int) -> bool:
-    """Return whether something that happens every ``interval`` steps, and at the end, is due after ``step`` steps."""
+    """Return whether an action that is due every ``interval`` steps and at the end is due after ``step`` steps."""
     return step % interval == 0 or step == num_steps
 
 
 class MetricsLogger:
-    """Turns what steps did into metrics; the main rank writes and shows them.
+    """Turns step reports into metrics; the main rank writes and displays them.
 
     Attributes:
-        timer: of the steps.
-        progress: on the screen.
+        timer: the step timer.
+        progress: the progress display on the screen.
     """
 
     def __init__(self, run: Run) -> None:
@@ -39,7 +39,7 @@ class MetricsLogger:
         Collective: every rank of the world calls it.
 
         Raises:
-            UserError: if it cannot be opened.
+            UserError: if the file cannot be opened.
         """
         self._run = run
         run_on_main_rank(self._touch)
@@ -68,23 +68,23 @@ class MetricsLogger:
 
     @property
     def gpu_hours(self) -> float:
-        """Hours of training over all ranks and all starts of the run, as the main rank counts them."""
+        """GPU-hours of training over all ranks and all starts of the run, as counted by the main rank."""
         return self._logged_gpu_hours + self.timer.seconds * self._run.ranks.world_size / 3600
 
     @property
     def failure(self) -> str | None:
-        """Why the disk refuses metrics, on the main rank: the run is to save and stop."""
+        """Why metrics cannot be written, on the main rank, or None; the run must then save and stop."""
         return self._writer.failure if self._writer else None
 
     def record(self, step: int, point: PhasePoint, report: StepReport) -> None:
-        """Count a step, and log it if a line is due or it was not applied.
+        """Count a step, and log it if a line is due or if the step was not applied.
 
         Collective for an MoE model: every rank of the world calls it.
 
         Args:
-            step: 1-based.
-            point: where it lies.
-            report: what it did.
+            step: 1-based number of the step.
+            point: place of the step in the schedule.
+            report: result of the step.
         """
         schedule, interval = self._run.schedule, self._run.config.logging.log_interval
         self.progress.advance(step)
@@ -93,7 +93,7 @@ class MetricsLogger:
             self._record_skipped(step, point, report)
             return
         self._record_switch(step, point, report)
-        # The last step of a phase is logged too: its line is the phase's result.
+        # The last step of a phase is always logged: its line is the phase's result.
         if step in schedule.ends or is_due(step, interval, schedule.num_steps):
             self._record_experts(step)
             self._record_step(step, point, report)
@@ -110,14 +110,14 @@ class MetricsLogger:
         self.progress.show_step(metrics, left_s + (run.schedule.num_steps - step) * self.timer.pause_s_per_step)
 
     def _record_switch(self, step: int, point: PhasePoint, report: StepReport) -> None:
-        """Tell what a change of the bag size does to the loss, when it is known."""
+        """Log how the loss reacts to a change of the bag size, once that is known."""
         if self._writer is not None:
             for metrics in self._switches.add(step, point.index, point.bag_size, float(report.loss)):
                 self._writer.write(metrics)
                 self.progress.show_switch(metrics)
 
     def _record_skipped(self, step: int, point: PhasePoint, report: StepReport) -> None:
-        """Tell which text a step that was not applied had read."""
+        """Log which samples a step that was not applied had read."""
         if self._writer is None:
             return
         metrics = skipped_metrics(step, point, report, self._run.global_batch_size)
@@ -129,14 +129,14 @@ class MetricsLogger:
         )
 
     def _record_experts(self, step: int) -> None:
-        """Log the experts' load; every rank has counted a part of it."""
+        """Log the experts' load, summed over all ranks."""
         if self._run.expert_counter is not None:
             counts = self._run.expert_counter.take()
             if self._writer is not None:
                 self._writer.write(expert_metrics(step, counts))
 
     def record_valid(self, step: int, evaluation: Evaluation | None) -> None:
-        """Log an evaluation."""
+        """Log the result of an evaluation."""
         if self._writer is not None and evaluation is not None:
             metrics = valid_metrics(self._run, step, evaluation, self.gpu_hours)
             self._writer.write(metrics)
@@ -148,12 +148,12 @@ class MetricsLogger:
             logger.info(line)
 
     def sync(self) -> None:
-        """Wait until the metrics file is on disk: a checkpoint must not know more than it does."""
+        """Wait until the metrics file is on disk, so that a checkpoint is never ahead of the metrics."""
         if self._writer is not None:
             self._writer.sync()
 
     def check(self, step: int) -> None:
-        """End the run if metrics could not be written, once it is saved.
+        """Raise an error if metrics could not be written; called after the run has saved a checkpoint.
 
         Collective: every rank of the world calls it.
 
@@ -166,8 +166,8 @@ class MetricsLogger:
             """Raise the error on the main rank."""
             if self.failure is not None:
                 raise UserError(
-                    f"--tst-run-dir: {self._run.directory.metrics} cannot be written: {self.failure}; saved after step "
-                    f"{step}, go on with --load {folder}"
+                    f"--tst-run-dir: {self._run.directory.metrics} cannot be written: {self.failure}; a checkpoint was "
+                    f"saved after step {step}, continue with --load {folder}"
                 )
 
         run_on_main_rank(tell)

@@ -1,4 +1,4 @@
-"""megatron-core's AdamW and learning-rate schedule, from settings."""
+"""Builds megatron-core's AdamW and learning-rate schedule from the settings."""
 
 import math
 from typing import Any
@@ -14,13 +14,13 @@ from megatron_tst.megatron_patches.adam import make_resumable
 def build_optimizer(
     settings: OptimizerSettings, chunks: list[torch.nn.Module], bf16: bool, overlap_param_gather: bool
 ) -> MegatronOptimizer:
-    """Build AdamW over this rank's model chunks; norms and biases are not decayed.
+    """Build AdamW over this rank's model chunks; norms and biases get no weight decay.
 
     Collective: every rank of the world calls it.
 
     Args:
-        settings: rates, betas, clipping, sharding.
-        chunks: as :func:`megatron_tst.model.build_model` returns them.
+        settings: learning rates, betas, clipping and sharding.
+        chunks: model chunks of this rank, as returned by :func:`megatron_tst.model.build_model`.
         bf16: whether weights are bfloat16 with float32 main weights.
         overlap_param_gather: whether sharded parameters are gathered during the forward pass.
     """
@@ -45,7 +45,7 @@ def build_optimizer(
 
 
 def learning_rates(optimizer: ChainedOptimizer) -> dict[str, float]:
-    """Return the learning rate of each group of parameters: with and without weight decay (norms, biases)."""
+    """Return the learning rate of each parameter group, keyed ``decay`` or ``no_decay`` (norms and biases)."""
     return {_group_name(group): float(group["lr"]) for group in optimizer.param_groups}
 
 
@@ -55,15 +55,15 @@ def _group_name(group: dict[str, Any]) -> str:
 
 
 class CautiousOptimizer(ChainedOptimizer):  # type: ignore[misc]
-    """megatron-core's optimizer, which leaves weights and moments alone where the gradient is not finite."""
+    """megatron-core's optimizer, except that a gradient that is not finite leaves weights and moments unchanged."""
 
     def get_grad_norm(self) -> float:
-        """Measure the global gradient norm and remember it."""
+        """Compute the global gradient norm and remember it."""
         self._grad_norm = float(super().get_grad_norm())
         return self._grad_norm
 
     def step_with_ready_grads(self) -> bool:
-        """Update, if the gradient is finite; return whether it was."""
+        """Update the weights if the gradient is finite; return whether it was."""
         return math.isfinite(self._grad_norm) and bool(super().step_with_ready_grads())
 
 
@@ -73,10 +73,10 @@ def build_scheduler(
     """Build the learning-rate schedule; like Megatron-LM it counts in sequences.
 
     Args:
-        settings: peak, end and shape of the learning rate.
-        optimizer: whose rate to set.
-        train_iters: optimizer steps of the run.
-        global_batch_size: sequences per step.
+        settings: peak value, final value and shape of the learning rate.
+        optimizer: the optimizer whose learning rate is set.
+        train_iters: number of optimizer steps of the run.
+        global_batch_size: number of sequences per step.
     """
     decay_iters = settings.lr_decay_iters or train_iters
     wsd_decay_iters = settings.lr_wsd_decay_iters

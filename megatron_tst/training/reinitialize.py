@@ -1,4 +1,4 @@
-"""Drawing the weights that know tokens anew: what shows that superposition trains the vocabulary as well as the layers.
+"""Re-initializes embedding and output layer: the control that shows that superposition also trains the vocabulary.
 
 Shape letters: D hidden, V vocabulary, Vp local vocabulary.
 """
@@ -17,22 +17,22 @@ from megatron_tst.megatron_patches.fresh_state import forget_history
 logger = logging.getLogger(__name__)
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-# Rows drawn at a time, always all of them: the same numbers come for a vocabulary padded to another length.
+# Rows are drawn in whole blocks of this size, so a vocabulary padded to another length gets the same numbers.
 _ROWS = 1024
 
 
 @torch.no_grad()
 def reinitialize(train_state: TrainState, seed: int, step: int) -> None:
-    """Draw word embedding and output layer anew, as at the start of a run, and forget their moments.
+    """Re-initialize word embedding and output layer, as at the start of a run, and reset their optimizer moments.
 
-    The draw depends on seed and step alone: it is the same on every layout, on every rank that holds a copy, and after
-    a resumption; no generator of the run is moved. Position embeddings, all other weights and their optimizer state
-    stay as they are.
+    The draw depends only on the seed and the step: it is the same on every parallel layout, on every rank that holds a
+    copy, and after a resumption. The RNG state of the run does not change. Position embeddings, all other weights and
+    their optimizer state do not change either.
 
     Args:
-        train_state: what training changes.
-        seed: of the run.
-        step: optimizer steps done.
+        train_state: train state of the run.
+        seed: seed of the run.
+        step: number of optimizer steps done.
     """
     for chunk in train_state.chunks:
         config = get_model_config(chunk)
@@ -40,21 +40,21 @@ def reinitialize(train_state: TrainState, seed: int, step: int) -> None:
             is_head = name.endswith(OUTPUT)
             if not (is_head or name.endswith(EMBEDDING)):
                 continue
-            # A last pipeline stage holds a copy of tied weights.
+            # With tied weights, the last pipeline stage holds a copy of the embedding.
             is_embedding = not is_head or getattr(weight_VpD, "shared_embedding", False)
             method = config.embedding_init_method if is_embedding else config.init_method
             _draw(weight_VpD, method, (seed, step, int(is_embedding)), train_state.ranks.tp_rank)
             forget_history(train_state.optimizer, weight_VpD)
     if train_state.ranks.is_main:
-        logger.info("embedding and output layer drawn anew after step %d: a negative control", step)
+        logger.info("embedding and output layer re-initialized after step %d (negative control)", step)
 
 
 def _draw(weight_VpD: Tensor, init_method: Callable[[Tensor], object], seeds: tuple[int, ...], tp_rank: int) -> None:
-    """Fill one rank's rows of a table that is drawn from its first row on, on the CPU."""
+    """Fill one rank's rows of a table; the whole table is drawn on the CPU from its first row on."""
     num_rows, width = weight_VpD.shape
     first = tp_rank * num_rows
     state = torch.get_rng_state()
-    # Not torch.manual_seed, which seeds the generators of all devices.
+    # torch.manual_seed would also seed the generators of all devices.
     torch.default_generator.manual_seed(int(numpy.random.SeedSequence(seeds).generate_state(1)[0]))
     for start in range(0, first + num_rows, _ROWS):
         block = torch.empty(_ROWS, width)

@@ -1,4 +1,4 @@
-"""What a run holds while it trains."""
+"""The objects and sizes that a run holds while it trains."""
 
 from dataclasses import asdict, dataclass
 
@@ -22,26 +22,26 @@ from megatron_tst.training.step import Stepper
 
 @dataclass(frozen=True)
 class Run:
-    """A run, ready to train.
+    """A run that is ready to train.
 
     Attributes:
-        config: its settings.
-        schedule: its phases.
-        ranks: this rank's place.
-        device: what it computes on.
-        tokenizer: vocabulary and end of document.
-        shape: the sizes of its model.
-        token_bytes: ``[vocabulary]`` int64, bytes of text that each token stands for; None where they are not known.
-        micro_batch_size: sequences per rank in one forward pass.
-        global_batch_size: sequences per step.
+        config: settings of the run.
+        schedule: phases of the run.
+        ranks: parallel state of this rank.
+        device: device of this rank.
+        tokenizer: tokenizer of the run, with its vocabulary and end-of-document token.
+        shape: resolved sizes of the model.
+        token_bytes: ``[vocabulary]`` int64, bytes of text per token; None if they are unknown.
+        micro_batch_size: number of sequences per rank in one forward pass.
+        global_batch_size: number of sequences per step.
         flops_per_step: model FLOPs of one step over all ranks.
-        data: what it reads.
-        stepper: model, optimizer and schedule.
-        expert_counter: positions per expert, of a mixture-of-experts model.
-        directory: what it leaves behind.
-        first_step: optimizer steps done already.
-        gpu_hours: that these took, over all ranks.
-        saver: of its checkpoints.
+        data: datasets of training and validation.
+        stepper: model, optimizer and learning-rate schedule.
+        expert_counter: counter of the positions per expert; None unless the model is an MoE.
+        directory: run directory.
+        first_step: number of optimizer steps that are already done.
+        gpu_hours: GPU-hours of the steps that are already done, over all ranks.
+        saver: writer of the checkpoints.
     """
 
     config: RunConfig
@@ -64,11 +64,11 @@ class Run:
 
     @property
     def positions_per_step(self) -> int:
-        """Positions of one optimizer step over all ranks."""
+        """Number of positions of one optimizer step over all ranks."""
         return self.global_batch_size * self.shape.seq_length
 
     def batch_shape(self, phase: Phase) -> BatchShape:
-        """Return what text is turned into in a phase."""
+        """Return the shape of the batches of a phase."""
         settings = self.config.superposition
         weights = bag_weights(settings.loss_weights, phase.bag_size, self.device.torch_device)
         masked_after = self.tokenizer.eod if self.config.data.eod_mask_loss else None
@@ -82,7 +82,7 @@ class Run:
         )
 
     def read(self, text: RunDataset, schedule: Schedule, num_workers: int, first_step: int = 0) -> BatchLoader:
-        """Start reading the micro-batches of a schedule, from one step on."""
+        """Start reading the micro-batches of a schedule, beginning at step ``first_step``."""
         return BatchLoader(
             text,
             schedule,
@@ -108,11 +108,11 @@ class Run:
         Collective: every rank of the world calls it.
 
         Args:
-            step: optimizer steps done.
-            gpu_hours: that they took; the main rank's count.
+            step: number of optimizer steps done.
+            gpu_hours: GPU-hours of these steps, as counted by the main rank.
 
         Raises:
-            UserError: if it cannot be written.
+            UserError: if the checkpoint cannot be written.
         """
         state = RunState(
             iteration=step,
@@ -133,16 +133,16 @@ class Run:
 
     @property
     def reinitialized_at(self) -> tuple[int, ...]:
-        """Steps done when embedding and output layer are drawn anew.
+        """The numbers of completed steps after which embedding and output layer are re-initialized.
 
-        The checkpoint of a switch is written before, so a run that goes on from it draws them too.
+        The checkpoint of a switch is written before that, so a run that continues from it re-initializes them too.
         """
         is_asked = self.config.superposition.tst_reinitialize_at_switch
         return self.schedule.recovery_starts if is_asked else ()
 
     @property
     def validation(self) -> Schedule | None:
-        """The evaluation as a schedule of its own: ordinary batches, or None where nothing is held out."""
+        """The evaluation as a schedule of its own, with bag size 1; None if there is no validation data."""
         if self.data.valid is None:
             return None
         return Schedule((Phase(1, len(self.data.valid.phases[0]) // self.global_batch_size),))

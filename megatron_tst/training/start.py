@@ -1,4 +1,4 @@
-"""Where a run starts: from scratch, or from a checkpoint that it goes on from."""
+"""Decides where a run starts: from scratch or from a checkpoint."""
 
 import logging
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Start:
     """Where a run starts.
 
     Attributes:
-        schedule: the phases to run.
-        step: optimizer steps done already.
-        gpu_hours: that these took.
-        found: the checkpoint to load, or None.
-        splits: how the documents were split among the phases, where that is to be continued.
+        schedule: phases to run.
+        step: number of optimizer steps that are already done.
+        gpu_hours: GPU-hours of the steps that are already done.
+        found: checkpoint to load, or None.
+        splits: document splits of the checkpoint; None if the documents are to be split anew.
     """
 
     schedule: Schedule
@@ -35,12 +35,12 @@ class Start:
 
 
 def find_start(config: RunConfig, ranks: ParallelState) -> Start:
-    """Find the checkpoint to start from, and check that this run may go on from it.
+    """Find the checkpoint to start from, and check that this run may continue from it.
 
     Collective: every rank of the world calls it.
 
     Raises:
-        UserError: if the checkpoint was made with other settings than this run may change.
+        UserError: if a setting that must not change differs from the checkpoint's.
     """
     found = find_checkpoint(config.checkpoint, ranks)
     if found is None:
@@ -59,24 +59,24 @@ def find_start(config: RunConfig, ranks: ParallelState) -> Start:
             schedule, state.iteration, state.gpu_hours, found, list(map(DocumentSplit.from_saved, state.sources))
         )
     if start.schedule.num_steps < state.iteration:
-        raise UserError(f"--train-iters {start.schedule.num_steps}: {found.folder} has {state.iteration} steps done")
+        raise UserError(f"--train-iters {start.schedule.num_steps}: {found.folder} is from step {state.iteration}")
     return start
 
 
 def choose_vocab_size(start: Start, config: RunConfig, tokenizer_size: int, tp_size: int) -> int:
-    """Return the tokens of the run's vocabulary, before padding.
+    """Return the number of tokens in the run's vocabulary, before padding.
 
-    It is ``--vocab-size``; where that is not given, the tokenizer's or, if that is larger, the checkpoint's: published
-    models often have more rows than their tokenizers have tokens, and the model computes with them.
+    It is ``--vocab-size`` if that is given, otherwise the larger of the tokenizer's and the checkpoint's vocabulary:
+    published models often have more rows than their tokenizers have tokens, and the model computes with these rows.
 
     Args:
-        start: as :func:`find_start` returned it.
-        config: the run's settings.
-        tokenizer_size: tokens that the tokenizer knows.
-        tp_size: tensor-parallel ranks.
+        start: result of :func:`find_start`.
+        config: settings of the run.
+        tokenizer_size: number of tokens that the tokenizer knows.
+        tp_size: number of tensor-parallel ranks.
 
     Raises:
-        UserError: if the tokenizer knows more, or the checkpoint has another vocabulary.
+        UserError: if the tokenizer has more tokens, or the checkpoint has another vocabulary.
     """
     saved = start.found.vocab_size if start.found else None
     size = config.model.vocab_size or max(tokenizer_size, saved or 0)
@@ -92,7 +92,7 @@ def choose_vocab_size(start: Start, config: RunConfig, tokenizer_size: int, tp_s
 
 
 def _find_wrong_vocabulary(found: SavedCheckpoint, size: int, padded: int) -> str | None:
-    """Say why a checkpoint's vocabulary is not that of the run, or None."""
+    """Return why a checkpoint's vocabulary does not match the run's, or None if it does."""
     if found.vocab_size is not None:
         is_same = found.vocab_size == size
         return None if is_same else f"the checkpoint's vocabulary has {found.vocab_size} tokens"
@@ -106,12 +106,12 @@ def _find_wrong_vocabulary(found: SavedCheckpoint, size: int, padded: int) -> st
 
 
 def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: int) -> None:
-    """Check that the text of a run that goes on is dealt as before.
+    """Check that a resumed run reads the same text as it would have without the interruption.
 
     Args:
-        start: as :func:`find_start` returned it.
-        tokenizer_sha256: of the tokenizer file.
-        global_batch_size: sequences per step.
+        start: result of :func:`find_start`.
+        tokenizer_sha256: SHA-256 of the tokenizer file.
+        global_batch_size: number of sequences per step.
 
     Raises:
         UserError: naming the first thing that differs.
@@ -122,23 +122,23 @@ def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: in
     if state.global_batch_size != global_batch_size:
         raise UserError(
             f"--global-batch-size {global_batch_size}: the checkpoint was made with {state.global_batch_size}; "
-            "to read other text than the run would have, add --override-run-config"
+            "to continue on other text than the run would have read, add --override-run-config"
         )
     if state.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(
             f"--tokenizer-model: is not the one that the checkpoint was made with ({state.tokenizer}); "
-            "to go on with another, add --override-run-config"
+            "to continue with another, add --override-run-config"
         )
 
 
 def _check_model(found: SavedCheckpoint, config: RunConfig, is_main: bool) -> None:
-    """Refuse a model that computes something else with the weights than the one that they were trained as."""
+    """Refuse a model that computes another function of the weights than the model that they were trained in."""
     changes = [] if found.config is None else find_changes(found.config, config)
     different = [str(change) for change in changes if change.alters_model]
     different += [f"the checkpoint was made with {argument}, which no model here has" for argument in found.foreign]
     if different and not config.checkpoint.override_run_config:
         raise UserError(
-            f"{'; '.join(different)}; to take its weights nevertheless, as another function, add --override-run-config"
+            f"{'; '.join(different)}; to load its weights into this different model, add --override-run-config"
         )
     for difference in different if is_main else ():
         logger.info("changed: %s", difference)

@@ -24,15 +24,15 @@ from megatron_tst.training.step_timer import StepTimes
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did.
+    """The result of one optimizer step.
 
     Attributes:
         loss: float32 scalar, the global loss sum over the global weight; the same on every rank.
         grad_norm: global gradient norm before clipping.
         lr: learning rate of the step.
-        lr_by_group: the same of each group of parameters.
-        is_applied: whether weights changed: not where loss or gradient norm is not finite.
-        times: what its parts took.
+        lr_by_group: learning rate of each parameter group.
+        is_applied: whether the weights were updated; False if the loss or the gradient norm is not finite.
+        times: times of the step's parts.
     """
 
     loss: Tensor
@@ -43,25 +43,25 @@ class StepReport:
     times: StepTimes
 
 
-# megatron-core's timers of what it sends between the passes and after the update.
+# Names of megatron-core's timers around gradient reductions and parameter gathers.
 _REDUCTIONS = ("all-grads-sync", "non-tensor-parallel-grads-all-reduce", "embedding-grads-all-reduce")
 _GATHERS = ("params-all-gather",)
 
 
 def _connect(chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer, timers: Timers) -> None:
-    """Tell megatron-core's schedules how these chunks reduce gradients and gather parameters, and what to time."""
+    """Tell megatron-core's schedules how these chunks reduce gradients and gather parameters, and set its timers."""
     config, ddp_config = get_model_config(chunks[0]), chunks[0].ddp_config
     for timed in (config, *(part.config for part in optimizer.chained_optimizers)):
         timed.timers, timed.barrier_with_L1_time = timers, False
 
     def one_or_all(name: str) -> Any:
-        """Return a method of the only chunk, or those of all."""
+        """Return a method of the only chunk, or a list with the methods of all chunks."""
         methods = [getattr(chunk, name) for chunk in chunks]
         return methods if len(methods) > 1 else methods[0]
 
     config.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
-        # All but the last micro-batch accumulate; pipeline stages start to reduce together.
+        # All micro-batches but the last only accumulate; all pipeline stages start to reduce at the same time.
         config.no_sync_func = one_or_all("no_sync")
         config.grad_sync_func = one_or_all("start_grad_sync")
     if ddp_config.align_param_gather:
@@ -84,13 +84,13 @@ class Stepper:
         micro_batch_size: int,
         global_batch_size: int,
     ) -> None:
-        """Tie model and optimizer together.
+        """Connect model and optimizer.
 
         Args:
             train_state: model, optimizer and learning-rate schedule.
-            seq_length: positions per sequence, the same in every phase.
-            micro_batch_size: sequences per micro-batch.
-            global_batch_size: sequences per step over all ranks.
+            seq_length: number of positions per sequence, the same in every phase.
+            micro_batch_size: number of sequences per micro-batch.
+            global_batch_size: number of sequences per step over all ranks.
         """
         self.train_state, self._ranks = train_state, train_state.ranks
         chunks, ranks = train_state.chunks, train_state.ranks
@@ -108,7 +108,7 @@ class Stepper:
         _connect(chunks, train_state.optimizer, self._timers)
 
     def train(self, batches: list[Batch | None]) -> StepReport:
-        """Take one optimizer step over this rank's micro-batches; None on stages that own no text.
+        """Take one optimizer step over this rank's micro-batches, which are None on stages without text.
 
         Collective: every rank of the world calls it.
         """
@@ -121,12 +121,12 @@ class Stepper:
         loss = self._run(batches, forward_only=False)
         lr_by_group = learning_rates(optimizer)
         is_applied, grad_norm = False, math.nan
-        is_finite = bool(torch.isfinite(loss))  # waits for the device: what came before is the passes' time
+        is_finite = bool(torch.isfinite(loss))  # waits for the device, so the time so far is that of the passes
         passed_s = time.perf_counter()
         reduced_s = self._elapsed(_REDUCTIONS)
         if is_finite:
             is_applied, grad_norm, _ = optimizer.step()
-        # The schedule counts steps, applied or not: the learning rate follows from the step alone.
+        # The schedule counts skipped steps too, so the learning rate depends only on the step.
         self.train_state.scheduler.step(increment=self._global_batch_size)
         updated_s, gathered_s = time.perf_counter() - passed_s, self._elapsed(_GATHERS)
         return StepReport(
@@ -143,11 +143,11 @@ class Stepper:
         )
 
     def _elapsed(self, names: tuple[str, ...]) -> float:
-        """Return the seconds of these timers since they were read last."""
+        """Return the seconds that these timers counted since they were last read."""
         return float(sum(self._timers(name, log_level=1).elapsed() for name in names))
 
     def evaluate(self, batches: list[Batch | None]) -> Tensor:
-        """Return the loss of one global batch, without gradients; the same on every rank.
+        """Return the loss of one global batch, computed without gradients; it is the same on every rank.
 
         Collective: every rank of the world calls it.
         """
@@ -172,7 +172,7 @@ class Stepper:
         return loss
 
     def _global_weight(self, batches: list[Batch | None]) -> Tensor:
-        """Return the weight of all valid targets of the step; meaningful where the loss is computed."""
+        """Return the weight of all valid targets of the step; the value is meaningful on the last pipeline stage."""
         weights = [batch.weight for batch in batches if batch is not None]
         weight = torch.stack(weights).sum() if weights else torch.zeros((), device=torch.cuda.current_device())
         if self._ranks.is_last_stage:
@@ -189,8 +189,8 @@ class Stepper:
     def _loss(self, row_loss_BL: Tensor, global_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss to differentiate and this micro-batch's part of the step's loss.
 
-        megatron-core averages over micro-batches and data-parallel ranks; the sum is meant, so both are undone here.
+        megatron-core averages over micro-batches and data-parallel ranks; the factor here turns the averages into sums.
         """
-        # A batch without any valid target has loss 0, not 0 / 0.
+        # The clamp makes the loss of a batch without any valid target 0 instead of 0 / 0.
         part = row_loss_BL.sum() / global_weight.clamp(min=torch.finfo(torch.float32).tiny)
         return part * (self.num_microbatches * self._ranks.dp_size), part.detach()

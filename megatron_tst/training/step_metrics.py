@@ -1,4 +1,4 @@
-"""Lines of metrics from what a step, an evaluation or the router did; nothing here has a state."""
+"""Pure functions that turn the results of a step, an evaluation or the routers into metric lines."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ from megatron_tst.training.step_timer import Interval
 
 @dataclass(frozen=True)
 class Totals:
-    """What a run has taken since its start.
+    """Totals of a run since its start.
 
     Attributes:
-        data_tokens: read.
-        positions: computed.
-        flops: model FLOPs.
+        data_tokens: number of data tokens read.
+        positions: number of positions computed.
+        flops: number of model FLOPs.
     """
 
     data_tokens: int
@@ -29,7 +29,7 @@ class Totals:
 
 
 def totals(run: Run, step: int) -> Totals:
-    """Return what the first ``step`` optimizer steps of a run take."""
+    """Return the totals of the first ``step`` optimizer steps of a run."""
     return Totals(
         data_tokens=run.schedule.data_tokens(step, run.positions_per_step),
         positions=step * run.positions_per_step,
@@ -40,15 +40,15 @@ def totals(run: Run, step: int) -> Totals:
 def step_metrics(
     run: Run, step: int, point: PhasePoint, report: StepReport, interval: Interval, gpu_hours: float
 ) -> StepMetrics:
-    """Return the line of a logged step.
+    """Return the metric line of a logged step.
 
     Args:
-        run: which takes the steps.
-        step: 1-based.
-        point: where it lies in the schedule.
-        report: what it did.
-        interval: times of the steps since the line before, this one included.
-        gpu_hours: since the start of the run, over all ranks.
+        run: the run that takes the steps.
+        step: 1-based number of the step.
+        point: place of the step in the schedule.
+        report: result of the step.
+        interval: times of the steps since the previous line, including this step.
+        gpu_hours: GPU-hours since the start of the run, over all ranks.
     """
     now, before = totals(run, step), totals(run, step - interval.steps)
     tflops = interval.steps * run.flops_per_step / interval.seconds / run.ranks.world_size / 1e12
@@ -82,7 +82,7 @@ def step_metrics(
 
 
 def skipped_metrics(step: int, point: PhasePoint, report: StepReport, global_batch_size: int) -> SkippedMetrics:
-    """Return the line of a step that was not applied, with the samples that it had read."""
+    """Return the metric line of a step that was not applied, with the samples that it had read."""
     return SkippedMetrics(
         step=step,
         phase=point.index,
@@ -95,14 +95,14 @@ def skipped_metrics(step: int, point: PhasePoint, report: StepReport, global_bat
 
 
 def expert_metrics(step: int, counts: ExpertCounts) -> ExpertMetrics:
-    """Return the line of the experts' load; 1 is the mean of a layer."""
+    """Return the metric line of the experts' load, where 1 is the mean of a layer."""
     load_LE = counts.taken / counts.taken.double().mean(dim=1, keepdim=True)
     dropped_L = 1 - counts.taken.sum(dim=1) / counts.chosen.double()
     return ExpertMetrics(step, load_LE.amax(dim=1).tolist(), load_LE.amin(dim=1).tolist(), dropped_L.tolist())
 
 
 def valid_metrics(run: Run, step: int, evaluation: Evaluation, gpu_hours: float) -> ValidMetrics:
-    """Return the line of an evaluation after ``step`` steps."""
+    """Return the metric line of an evaluation after ``step`` steps."""
     now = totals(run, step)
     return ValidMetrics(
         step=step,

@@ -8,12 +8,12 @@ from dataclasses import astuple, dataclass
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What the parts of one optimizer step took.
+    """Times of the parts of one optimizer step.
 
     Attributes:
-        forward_backward_s: forward and backward passes.
-        optimizer_s: the gradient norm and the update.
-        communication_s: reducing gradients and gathering parameters, as far as nothing hides it.
+        forward_backward_s: time of the forward and backward passes.
+        optimizer_s: time of the gradient norm and the update.
+        communication_s: time of gradient reductions and parameter gathers that do not overlap with computation.
     """
 
     forward_backward_s: float
@@ -23,15 +23,15 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Interval:
-    """What lies between two lines of metrics.
+    """Steps and times between two metric lines.
 
     Attributes:
-        steps: optimizer steps.
-        seconds: what they took, evaluations and saves left out.
-        data_s: the part of it that was spent waiting for text.
-        forward_backward_s: the part in forward and backward passes.
-        optimizer_s: the part that measured the gradient norm and updated weights.
-        communication_s: the part that reduced gradients and gathered parameters.
+        steps: number of optimizer steps.
+        seconds: time of these steps, without evaluations and saves.
+        data_s: time spent waiting for data.
+        forward_backward_s: time of the forward and backward passes.
+        optimizer_s: time of the gradient norm and the update.
+        communication_s: time of gradient reductions and parameter gathers that do not overlap with computation.
     """
 
     steps: int
@@ -43,7 +43,7 @@ class Interval:
 
 
 class StepTimer:
-    """Adds up the times of steps from one line of metrics to the next."""
+    """Adds up the times of the steps between two metric lines."""
 
     def __init__(self) -> None:
         """Start the clock."""
@@ -54,25 +54,25 @@ class StepTimer:
 
     @property
     def pause_s_per_step(self) -> float:
-        """Evaluations and saves since the start, per step."""
+        """Time of evaluations and saves since the start, per step."""
         return self._all_pauses_s / max(self._all_steps, 1)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Count what happens inside as waiting for text."""
+        """Count the time inside the context as waiting for data."""
         started_s = time.perf_counter()
         yield
         self._data_s += time.perf_counter() - started_s
 
     def add(self, times: StepTimes) -> None:
-        """Count a step."""
+        """Count a step and add its times."""
         self._steps += 1
         self._all_steps += 1
         self._parts_s = [total + part for total, part in zip(self._parts_s, astuple(times), strict=True)]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside out of the steps' time."""
+        """Exclude the time inside the context from the time of the steps."""
         self._paused_at_s = time.perf_counter()
         yield
         pause_s = time.perf_counter() - self._paused_at_s
@@ -82,11 +82,11 @@ class StepTimer:
 
     @property
     def seconds(self) -> float:
-        """What steps took since the last call of :meth:`take`."""
+        """Time of the steps since the last call of :meth:`take`."""
         return (self._paused_at_s or time.perf_counter()) - self._started_s
 
     def take(self) -> Interval:
-        """Return the times since the last call, and start anew."""
+        """Return the times since the last call, and restart."""
         interval = Interval(self._steps, self.seconds, self._data_s, *self._parts_s)
         self._restart()
         return interval

@@ -1,4 +1,4 @@
-"""When a run stops before its end."""
+"""Decides when a run stops before its end."""
 
 import time
 
@@ -8,7 +8,7 @@ from megatron_tst.training.step import StepReport
 
 
 class StopConditions:
-    """What asks this rank's run to save and stop."""
+    """The conditions under which this rank asks the run to save and stop."""
 
     def __init__(self, settings: CheckpointSettings, signals: StopSignals) -> None:
         """Start the clock."""
@@ -16,7 +16,7 @@ class StopConditions:
         self._started_s = time.monotonic()
 
     def reason(self, step: int) -> str | None:
-        """Return why the run is to stop after ``step`` steps, or None."""
+        """Return why the run should stop after ``step`` steps, or None."""
         minutes, interval = self._settings.exit_duration_in_mins, self._settings.exit_interval
         if self._signals.request:
             return self._signals.request
@@ -28,21 +28,21 @@ class StopConditions:
 
 
 class DivergenceGuard:
-    """Ends a run whose loss or gradient stays not finite."""
+    """Ends a run whose loss or gradient is not finite for too many steps in a row."""
 
     def __init__(self, max_skipped: int) -> None:
         """Allow fewer than ``max_skipped`` skipped steps in a row."""
         self._max_skipped, self._skipped = max_skipped, 0
 
     def check(self, step: int, report: StepReport) -> None:
-        """Count a step.
+        """Count a step, and raise an error after too many skipped steps in a row.
 
         Raises:
-            DivergedError: on every rank alike, once too many steps in a row were not applied.
+            DivergedError: on every rank, as soon as ``max_skipped`` steps in a row were not applied.
         """
         self._skipped = 0 if report.is_applied else self._skipped + 1
         if self._skipped >= self._max_skipped:
             raise DivergedError(
                 f"--max-nan-steps {self._max_skipped}: loss or gradient was not finite in the last {self._skipped} "
-                f"steps, up to step {step}; the checkpoints are from before"
+                f"steps, up to step {step}; the saved checkpoints are from earlier steps"
             )

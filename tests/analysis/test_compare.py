@@ -1,4 +1,4 @@
-"""Comparisons against arithmetic done by hand, and against what the paper says of its own runs."""
+"""Comparisons of runs, checked against arithmetic by hand and against the paper's statements about its runs."""
 
 import dataclasses
 import math
@@ -28,8 +28,8 @@ PAPER_3B = (
 )  # fmt: skip
 
 
-def test_the_papers_3b_runs():
-    """Equal FLOPs, equal data and equal loss, from table 1: baselines of 20, 50 and 36 thousand steps."""
+def test_the_papers_3b_runs_give_the_papers_conclusions():
+    """Table 1 of the paper compares at equal FLOPs, data and loss with baselines of 20, 50 and 36 thousand steps."""
     baseline, tst = methods(*PAPER_3B)
     assert [group.num_steps for group in baseline.groups] == [20000, 36000, 50000]
     (group,) = tst.groups
@@ -38,12 +38,12 @@ def test_the_papers_3b_runs():
     assert difference(group, equal_flops).value == pytest.approx(2.676 - 2.808)
     assert difference(group, equal_data).value == pytest.approx(2.676 - 2.640)
     (speed_up,) = speed_ups(tst, baseline)
-    # By hand: a 37th of the way from 36 to 50 thousand steps.
+    # By hand, the loss is reached 1/37 of the way from 36 to 50 thousand steps.
     assert speed_up.ratio.value == pytest.approx(1.8 * (50 / 36) ** (1 / 37))
     assert speed_up.ratio.error is None
 
 
-def test_shorter_runs_of_the_method_tell_too():
+def test_shorter_runs_of_the_method_give_a_speed_up_too():
     baseline, tst = methods(run("base", 100, 2.5), run("tst", 50, 2.6), run("tst", 80, 2.4))
     (speed_up,) = speed_ups(tst, baseline)
     assert speed_up.anchor.name == "base-100"
@@ -57,7 +57,7 @@ SEEDED = [
 ]
 
 
-def test_the_speed_up_of_the_means_has_the_jackknifes_uncertainty():
+def test_the_speed_up_has_the_jackknife_standard_error():
     baseline, tst = methods(*(run for seed in SEEDED for run in seed))
     (speed_up,) = speed_ups(tst, baseline)
 
@@ -74,8 +74,8 @@ def test_the_speed_up_of_the_means_has_the_jackknifes_uncertainty():
     assert difference(tst.groups[1], baseline.groups[0]).value == pytest.approx((-0.1 - 0.2 - 0.15) / 3)
 
 
-def test_seeds_that_are_not_shared_leave_the_uncertainty_open():
-    """Three runs of one method against a baseline of another seed: what the baseline's seed changes is not known."""
+def test_unequal_seeds_leave_the_standard_error_unknown():
+    """Three runs of one method and a baseline of another seed: the effect of the baseline's seed is unknown."""
     runs = [pair for seed in SEEDED for pair in seed[1:]]
     baseline, tst = methods(run("base", 100, 2.5, seed=7), *runs)
     assert difference(tst.groups[1], baseline.groups[0]).error is None
@@ -83,13 +83,13 @@ def test_seeds_that_are_not_shared_leave_the_uncertainty_open():
     assert (speed_up.ratio.value > 1, speed_up.ratio.error) == (True, None)
     both = methods(run("base", 100, 2.5, seed=7), run("base", 100, 2.6, seed=8), *runs)
     baseline, tst = both
-    # Two independent means: their errors add up in squares.
+    # The means are independent, so the squares of their errors add up.
     errors = [tst.groups[1].final_loss.error, 0.05]
     assert difference(tst.groups[1], baseline.groups[0]).error == pytest.approx(math.hypot(*errors))
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
-    """Where the speed-up follows a loss linearly, both must agree: here its logarithm does, over a small range."""
+    """Both agree for a speed-up that is linear in the loss; here its logarithm is, which is linear in a small range."""
     losses = (2.501, 2.499, 2.503)
     runs = [
         run(method, steps, loss, seed)
@@ -102,14 +102,14 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     assert speed_up.ratio.error == pytest.approx(slope * baseline.groups[0].final_loss.error, rel=1e-2)
 
 
-def test_ends_that_cross_more_than_once_say_nothing_of_the_first_crossing():
+def test_ends_that_cross_several_times_give_no_speed_up():
     noisy = {50: 2.7, 60: 2.6, 70: 2.7, 80: 2.4}
     baseline, tst = methods(run("base", 100, 2.65), *(run("tst", steps, loss) for steps, loss in noisy.items()))
     lower, upper = speed_ups(tst, baseline)
     assert (lower.ratio, upper.ratio) == (pytest.approx(100 / 60), pytest.approx(100 / 70))
     (said,) = (line for line in sentences([baseline, tst]) if line.startswith("Equal loss"))
     assert "is not known: tst-60 ends 0.0500 nats below base-100, so at least 1.67 x, but tst-70 ends 0.0500" in said
-    # A second seed of the opposite noise: the means fall from length to length, and cross once.
+    # With a second seed of opposite noise, the means fall with the length and cross once.
     other = {50: 2.7, 60: 2.7, 70: 2.5, 80: 2.5}
     second = [run("base", 100, 2.65, seed=2), *(run("tst", steps, loss, seed=2) for steps, loss in other.items())]
     baseline, tst = methods(*(one for method in (baseline, tst) for g in method.groups for one in g.runs), *second)
@@ -120,17 +120,17 @@ def test_ends_that_cross_more_than_once_say_nothing_of_the_first_crossing():
     assert "is 1.67 x at the 2.6500 nats of base-100 (the mean of 2 seeds, uncertainty unknown)" in said
 
 
-def test_a_baseline_with_fewer_seeds_is_compared_by_its_mean():
-    """As the table shows it: 2.5 for the baseline, the mean of three for the other."""
+def test_a_baseline_with_fewer_seeds_enters_with_its_mean():
+    """The comparison uses the table's values: 2.5 for the baseline, the mean of three seeds for the other."""
     baseline, tst = methods(SEEDED[0][0], *(pair[2] for pair in SEEDED))
     gap = difference(tst.groups[0], baseline.groups[0])
     assert (gap.value, gap.error) == (pytest.approx((2.4 + 2.3 + 2.4) / 3 - 2.5), None)
 
 
-def test_a_seed_that_does_not_get_there_leaves_the_mean_without_an_error():
+def test_a_missing_jackknife_value_leaves_the_error_unknown():
     (base, *_), (_, short, long) = SEEDED[0], SEEDED[1]
     baseline, tst = methods(base, run("base", 100, 2.9, 2), run("tst", 50, 2.75), run("tst", 80, 2.6), short, long)
-    # With seed 2 already the shorter run is below 2.9; in the mean 2.7 lies between 2.725 and 2.45.
+    # Seed 2 alone is below 2.9 already in the shorter run; the means 2.725 and 2.45 enclose 2.7.
     (speed_up,) = speed_ups(tst, baseline)
     assert speed_up.ratio.value == pytest.approx(100 / (50 * 1.6 ** (0.025 / 0.275)))
     assert speed_up.ratio.error is None
@@ -140,21 +140,21 @@ def test_a_seed_that_does_not_get_there_leaves_the_mean_without_an_error():
     ("losses", "ratio", "is_lower"),
     [({50: 2.4, 100: 2.3}, 2.0, True), ({50: 2.7, 100: 2.6}, 1.0, False), ({200: 2.4}, 0.5, True)],
 )
-def test_where_nothing_lies_between_there_are_bounds(losses, ratio, is_lower):
+def test_ends_that_do_not_enclose_a_loss_give_bounds(losses, ratio, is_lower):
     baseline, tst = methods(run("base", 100, 2.5), *(run("tst", steps, loss) for steps, loss in losses.items()))
     (bound,) = speed_ups(tst, baseline)
     assert (bound.ratio, bound.is_lower) == (ratio, is_lower)
 
 
-def test_ends_that_do_not_follow_their_length_bound_from_both_sides():
-    """The longer run ended higher: that it should have is noise, and both bounds are told."""
+def test_noisy_ends_give_bounds_on_both_sides():
+    """The longer run ends higher because of noise, so both bounds are reported."""
     baseline, tst = methods(run("base", 100, 2.5), run("tst", 50, 2.4), run("tst", 80, 2.6))
     lower, upper = speed_ups(tst, baseline)
     assert (lower.ratio, lower.is_lower, upper.ratio, upper.is_lower) == (2.0, True, 1.25, False)
 
 
-def test_a_crossing_in_the_middle_of_a_decay_is_no_speed_up(tmp_path: Path):
-    """The curve is below the baseline's end at half of its steps; its end is all that counts."""
+def test_a_crossing_in_the_middle_of_a_run_is_no_speed_up(tmp_path: Path):
+    """The curve is below the baseline's end at half of its steps, but only its end counts."""
     write_run(tmp_path / "base", [4.0, 3.0, 2.8, 2.5])
     write_run(tmp_path / "tst", [4.0, 2.4, 2.4, 2.3], bag_size=4, superposed=1)
     baseline, tst = find_methods([read_curve(tmp_path / name) for name in ("base", "tst")])
@@ -186,7 +186,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("section", OTHER)
-def test_runs_with_other_settings_are_not_taken_for_seeds(tmp_path: Path, section):
+def test_runs_with_different_settings_are_not_seeds_of_one_group(tmp_path: Path, section):
     first, second = write_run(tmp_path / "a", [3.0, 2.5]), write_run(tmp_path / "b", [3.0, 2.7], seed=2)
     config = load_config(second / "config.yaml")
     assert len(find_methods(map(read_curve, (first, second)))) == 1
@@ -195,7 +195,7 @@ def test_runs_with_other_settings_are_not_taken_for_seeds(tmp_path: Path, sectio
     assert len(find_methods(map(read_curve, (first, second)))) == 2
 
 
-def test_another_warm_up_is_another_group_of_the_same_method(tmp_path: Path):
+def test_another_warm_up_makes_another_group_of_the_same_method(tmp_path: Path):
     first, second = write_run(tmp_path / "a", [3.0, 2.5]), write_run(tmp_path / "b", [3.0, 2.7], seed=2)
     config = load_config(second / "config.yaml")
     warm = dataclasses.replace(config.optimizer, lr_warmup_iters=3)
@@ -204,30 +204,30 @@ def test_another_warm_up_is_another_group_of_the_same_method(tmp_path: Path):
     assert [len(group.runs) for group in method.groups] == [1, 1]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
+def test_runs_with_equal_names_get_their_folders_name(tmp_path: Path):
     for method, bag_size in (("base", 1), ("tst", 4)):
         for seed in (1, 2):
             superposed = int(bag_size > 1)
             write_run(tmp_path / method / f"seed{seed}", [3.0, 2.5], bag_size, superposed, seed)
     paths = sorted(tmp_path.glob("*/*"))
     assert [method.name for method in find_methods(read_curves(paths))] == ["base", "tst"]
-    # Seeds of one method keep their own name.
+    # Seeds of one method keep their names.
     assert [curve.name for curve in read_curves(paths[:2])] == ["seed1", "seed2"]
 
 
-def test_other_settings_and_other_text_are_said(tmp_path: Path):
+def test_different_settings_and_text_are_reported(tmp_path: Path):
     first, second = write_run(tmp_path / "a", [3.0, 2.5]), write_run(tmp_path / "b", [3.0, 2.7])
     config = load_config(second / "config.yaml")
     optimizer = dataclasses.replace(config.optimizer, lr=0.5)
     (second / "config.yaml").write_text(dump_config(dataclasses.replace(config, optimizer=optimizer)))
     text = "\n".join(sentences(find_methods(read_curves([first, second]))))
-    assert f"Settings: b differs from a in --lr 0.5 (there {config.optimizer.lr})." in text
-    assert "Losses per token compare" not in text
+    assert f"Settings: b differs from a in --lr 0.5 (instead of {config.optimizer.lr})." in text
+    assert "Losses per token are comparable" not in text
     data = dataclasses.replace(config.data, tokenizer_model="other.json")
     (second / "config.yaml").write_text(dump_config(dataclasses.replace(config, data=data)))
     text = "\n".join(sentences(find_methods(read_curves([first, second]))))
-    assert "--tokenizer-model other.json (there None)" in text
-    assert "Losses per token compare where text and tokenizer are the same" in text
+    assert "--tokenizer-model other.json (instead of None)" in text
+    assert "Losses per token are comparable only if text and tokenizer are the same" in text
     assert "Settings" not in "\n".join(sentences(methods(*PAPER_3B)))
 
 
@@ -247,7 +247,7 @@ def test_the_same_run_twice_is_refused():
         (("a", "b"), "a"),
     ],
 )
-def test_what_names_have_in_common_ends_with_a_word(names, common):
+def test_common_names_consist_of_whole_words(names, common):
     (method,) = methods(*(run("m", 100, 2.5, seed=seed, name=name) for seed, name in enumerate(names)))
     assert method.groups[0].name == common
 
@@ -260,18 +260,18 @@ def test_metrics_of_another_version_are_named(tmp_path: Path):
         read_curve(folder)
 
 
-def test_a_curve_is_read_back(tmp_path: Path):
+def test_a_curve_is_read_from_a_run_directory(tmp_path: Path):
     curve = read_curve(write_run(tmp_path / "tst", [5.0, 4.5, 2.9, 2.5], bag_size=4, superposed=2))
     assert (curve.switches, curve.bag_sizes, curve.num_steps, curve.final_loss) == ([20], [4, 1], 40, 2.5)
     assert curve.total("data_tokens") == 64 * (20 * 4 + 20)
     assert (curve.recovery["spike"], curve.recovery["recovery_steps"]) == (0.25, 7)
 
 
-def test_a_run_that_has_not_ended_is_refused(tmp_path: Path):
+def test_an_unfinished_run_is_refused(tmp_path: Path):
     folder = write_run(tmp_path / "run", [3.0, 2.5])
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:2]))
-    with pytest.raises(UserError, match="evaluated last after step 10 of 20"):
+    with pytest.raises(UserError, match="last evaluated after step 10 of 20"):
         read_curve(folder)
 
 
@@ -279,7 +279,7 @@ def test_a_run_that_has_not_ended_is_refused(tmp_path: Path):
     ("decay_iters", "style", "is_refused"),
     [(21, "linear", True), (20, "linear", False), (10, "cosine", False), (21, "constant", False)],
 )
-def test_a_learning_rate_that_has_not_decayed_leaves_no_final_loss(tmp_path: Path, decay_iters, style, is_refused):
+def test_a_run_without_a_decayed_learning_rate_is_refused(tmp_path: Path, decay_iters, style, is_refused):
     folder = write_run(tmp_path / "run", [3.0, 2.5])
     config = load_config(folder / "config.yaml")
     optimizer = dataclasses.replace(config.optimizer, lr_decay_iters=decay_iters, lr_decay_style=style)
@@ -291,27 +291,27 @@ def test_a_learning_rate_that_has_not_decayed_leaves_no_final_loss(tmp_path: Pat
         assert read_curve(folder).final_loss == 2.5
 
 
-def test_a_final_loss_that_is_no_number_is_refused(tmp_path: Path):
+def test_a_final_loss_of_nan_is_refused(tmp_path: Path):
     folder = write_run(tmp_path / "run", [3.0, math.nan])
     with pytest.raises(UserError, match="ended with a validation loss of nan"):
         read_curve(folder)
     assert read_curve(write_run(tmp_path / "before", [math.nan, 2.5])).final_loss == 2.5
 
 
-def test_a_report_of_one_method_has_its_name_for_a_title():
+def test_a_report_is_titled_by_its_methods():
     assert report(methods(PAPER_3B[0]), "p.png").startswith("# base-20000\n")
     assert report(methods(*PAPER_3B), "p.png").startswith("# tst-20000 against base\n")
 
 
-def test_what_is_said():
+def test_a_comparison_yields_the_expected_sentences():
     text = "\n".join(sentences(methods(*PAPER_3B)))
     assert "Equal FLOPs: tst-20000 ends 0.1320 nats below base-20000, having read 2.5 x its data tokens." in text
     assert "Equal data: tst-20000 ends 0.0360 nats above base-50000, with 0.4 x its FLOPs." in text
     assert "the speed-up of tst-20000 over base is 1.82 x at the 2.6760 nats of tst-20000 (one seed" in text
     text = "\n".join(sentences(methods(PAPER_3B[0], PAPER_3B[3])))
-    assert "tst-20000 read as much as base-20000 would in 50000 steps" in text
+    assert "tst-20000 read as many data tokens as base-20000 would in 50000 steps" in text
     ends = "tst-20000 ends 0.1320 nats below base-20000"
-    open_question = "Shorter runs of tst-20000 or longer ones of base-20000 would tell"
+    open_question = "Shorter runs of tst-20000 or longer runs of base-20000 are needed"
     assert f"is not known from runs of one length: {ends}. {open_question}" in text
     text = "\n".join(sentences(methods(PAPER_3B[3], PAPER_3B[0])))
     ends = "base-20000 ends 0.1320 nats above tst-20000"

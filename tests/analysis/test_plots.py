@@ -1,4 +1,4 @@
-"""What pictures show: no end of a run lies outside."""
+"""Contents of the plots; in particular, the end of every run is visible."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ CURVES = {
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_the_ends_of_all_runs_are_seen(tmp_path: Path, name, monkeypatch):
+def test_the_ends_of_all_runs_are_visible(tmp_path: Path, name, monkeypatch):
     drawn = []
     limit = plots._limit
     monkeypatch.setattr(plots, "_limit", lambda plot, groups: (limit(plot, groups), drawn.append(plot.get_ylim())))
@@ -39,21 +39,21 @@ def test_the_ends_of_all_runs_are_seen(tmp_path: Path, name, monkeypatch):
 
 @pytest.fixture
 def figures(monkeypatch) -> list[matplotlib.figure.Figure]:
-    """The figures that are drawn."""
+    """The list of all figures that a test draws."""
     made, make = [], matplotlib.figure.Figure
     monkeypatch.setattr(matplotlib.figure, "Figure", lambda **named: made.append(make(**named)) or made[-1])
     return made
 
 
 def assert_letters_are_large(figure) -> None:
-    """Where it is shown 800 pixels wide, as a page's text of 16 pixels."""
+    """Assert that all text has at least 16 pixels in a figure that is shown 800 pixels wide."""
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
     assert len(texts) > 10
     assert min(text.get_fontsize() / 72 * 800 / figure.get_figwidth() for text in texts) >= 16
 
 
 def write_seeds(folder: Path):
-    """Two methods, the second of two lengths and with bags, three seeds each."""
+    """Return two methods with three seeds each; the second has two lengths and bags."""
     for seed, shift in ((1, 0.0), (2, 0.1), (3, 0.2)):
         write_run(folder / f"base-{seed}", [4.0 + shift, 3.0 + shift, 2.5 + shift, 2.0 + shift], seed=seed)
         write_run(folder / f"tst-{seed}", [7.0, 6.0, 2.4 + shift, 1.8 + shift], 4, 2, seed=seed)
@@ -62,7 +62,7 @@ def write_seeds(folder: Path):
     return find_methods(read_curve(folder / name) for name in names)
 
 
-def test_curves_run_from_no_cost_to_the_end_with_their_uncertainty(tmp_path: Path, figures):
+def test_curves_span_the_whole_run_and_show_their_error(tmp_path: Path, figures):
     methods = write_seeds(tmp_path)
     plots.draw_comparison(methods, tmp_path / "c.png", ["steps", "flops"])
     steps, flops, ends, _ = figures[0].axes
@@ -78,17 +78,17 @@ def test_curves_run_from_no_cost_to_the_end_with_their_uncertainty(tmp_path: Pat
     error = 0.1 / 3**0.5
     band = steps.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((2.1 - error, 4.1 + error))
-    # The baseline's end lies across, with its error.
+    # A line with an error band marks the baseline's end.
     across = lines["end of base"]
     assert list(across.get_ydata()) == pytest.approx([2.1, 2.1]) and list(across.get_xdata()) == [0, 1]
     box = steps.patches[0].get_extents().transformed(steps.transData.inverted())
     assert (box.y0, box.y1) == pytest.approx((2.1 - error, 2.1 + error))
-    # Losses of phases with bags do not flatten the rest.
+    # High losses of phases with bags do not flatten the rest.
     assert steps.get_ylim()[1] < 5
     assert_letters_are_large(figures[0])
 
 
-def test_runs_evaluated_at_other_steps_have_no_mean(tmp_path: Path, figures):
+def test_runs_evaluated_at_different_steps_have_no_mean(tmp_path: Path, figures):
     write_run(tmp_path / "base-1", [4.0, 3.0], seed=1)
     write_run(tmp_path / "base-2", [4.0, 2.9], seed=2)
     metrics = tmp_path / "base-2" / "metrics.jsonl"
@@ -103,7 +103,7 @@ def test_runs_evaluated_at_other_steps_have_no_mean(tmp_path: Path, figures):
     assert len(plot.get_legend_handles_labels()[1]) == 2
 
 
-def test_a_panel_per_title_and_a_line_per_label(tmp_path: Path, figures):
+def test_each_title_has_a_panel_and_each_label_a_line(tmp_path: Path, figures):
     line = {2: Estimate(2.9, None), 4: Estimate(2.8, 0.1)}
     panels = {title: {"r = 0.2": line, "r = 0.4": line} for title in ("uniform", "power law")}
     plots.draw_final_losses(panels, (1, Estimate(3.0, 0.1)), "bag size", tmp_path / "u.svg")
@@ -116,7 +116,7 @@ def test_a_panel_per_title_and_a_line_per_label(tmp_path: Path, figures):
     assert_letters_are_large(figures[0])
 
 
-def test_a_row_per_setting(tmp_path: Path, figures, recwarn):
+def test_each_setting_has_a_row(tmp_path: Path, figures, recwarn):
     rows = [
         ("baseline", [3.0, 3.2], None),
         ("s = 4; r = 0.3, reinitialize at switch", [2.9, 2.95], Estimate(-0.175, 0.075)),

@@ -1,4 +1,4 @@
-"""Processes of a grid: what is told of their ends, which GPU they have, how they are stopped."""
+"""Processes of a grid: their outcomes, their GPUs and their interruption."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-def test_runs_end_well_or_with_their_last_line(tmp_path: Path, program):
+def test_a_failed_run_is_reported_with_its_last_line(tmp_path: Path, program):
     runs = planned(tmp_path, sizes=(2,), ratios=(0.25, 0.5), seeds=(1,))
     ends = {run.name: failure for run, failure in Runner(program, 2, []).run_all(runs)}
     assert ends["baseline-seed1"] is None
@@ -37,7 +37,7 @@ def test_runs_end_well_or_with_their_last_line(tmp_path: Path, program):
         assert ends[name] == f"exit code 3: the last word of {tmp_path / name} ({tmp_path / name}.out)"
 
 
-def test_a_users_mistake_is_met_once(tmp_path: Path, program):
+def test_a_users_mistake_stops_the_grid(tmp_path: Path, program):
     runs = planned(tmp_path / "mistake", sizes=(2, 4), ratios=(0.25, 0.5), seeds=(1,))
     (tmp_path / "mistake").mkdir()
     first, *others = [failure for _, failure in Runner(program, 1, []).run_all(runs)]
@@ -45,7 +45,7 @@ def test_a_users_mistake_is_met_once(tmp_path: Path, program):
     assert others == [NOT_STARTED] * 4
 
 
-def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, program):
+def test_each_run_has_its_own_gpu(tmp_path: Path, program):
     runs = planned(tmp_path, sizes=(2,), ratios=(0.25, 0.5), seeds=(1, 2))
     list(Runner(program, 2, ["4", "GPU-7"]).run_all(runs))
     seen = {path.read_text() for path in tmp_path.glob("*.env")}
@@ -54,8 +54,8 @@ def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, program):
     assert (tmp_path / "baseline-seed1.env").read_text() in ("none", "")
 
 
-def test_an_interruption_stops_what_runs_and_starts_nothing(tmp_path: Path, program):
-    """The generator is closed after the baseline has ended, while s4 waits for its signal and s8 for its turn."""
+def test_an_interruption_stops_running_runs_and_starts_none(tmp_path: Path, program):
+    """The generator is closed after the baseline has ended, while s4 is running and s8 is waiting to start."""
     runs = planned(tmp_path, sizes=(4, 8), ratios=(0.5,), seeds=(1,))
     begun = tmp_path / "s4-r0.5-seed1.begun"
     ends = Runner(program, 1, []).run_all(runs)

@@ -1,4 +1,4 @@
-"""A grid's runs: which there are, with which settings, and when they are done."""
+"""The runs of a grid: their number, their settings and their completion."""
 
 import dataclasses
 from pathlib import Path
@@ -23,10 +23,10 @@ def phases_of(run) -> list[tuple[int, int]]:
     return [(phase.bag_size, phase.num_steps) for phase in run.config.schedule.phases]
 
 
-def test_a_grid_is_the_baseline_and_every_combination(tmp_path: Path):
+def test_a_grid_contains_the_baseline_and_every_combination(tmp_path: Path):
     runs = planned(tmp_path, weights=("uniform", "power_law"))
     assert len(runs) == 2 + 2 * 2 * 2 * 2
-    # Seed by seed: what has ended when a grid is stopped has its baseline.
+    # The order is seed by seed, so the finished runs of a stopped grid have their baselines.
     assert [run.name for run in runs[:3]] == ["baseline-seed1", "s2-r0.25-seed1", "s4-r0.25-seed1"]
     assert [run.name for run in runs[9:11]] == ["baseline-seed2", "s2-r0.25-seed2"]
     assert runs[-1].name == "s4-r0.5-power_law-seed2"
@@ -36,8 +36,8 @@ def test_a_grid_is_the_baseline_and_every_combination(tmp_path: Path):
     assert phases_of(runs[0]) == [(1, 8)]
 
 
-def test_a_run_is_the_one_that_its_flags_describe(tmp_path: Path):
-    """What earlier versions started by flags is found again, and what is started now reads back the same."""
+def test_a_run_equals_the_one_that_its_flags_describe(tmp_path: Path):
+    """Runs that earlier versions started by flags are recognized, and the settings of new runs survive a round trip."""
     baseline, run = planned(tmp_path, sizes=(4,), ratios=(0.25,), seeds=(2,))
     for one, own in ((baseline, "1 0.0 uniform"), (run, "4 0.25 uniform")):
         size, ratio, weights = own.split()
@@ -50,7 +50,7 @@ def test_a_run_is_the_one_that_its_flags_describe(tmp_path: Path):
     assert [run.name for run in (baseline, run)] == ["baseline-seed2", "s4-r0.25-seed2"]
 
 
-def test_settings_of_superposition_share_a_baseline_and_all_others_have_their_own(tmp_path: Path):
+def test_only_superposition_settings_share_a_baseline(tmp_path: Path):
     settings = {
         "tst_superpose": ["both", "output"],
         "lr": ["1e-2", "2e-2"],
@@ -58,7 +58,7 @@ def test_settings_of_superposition_share_a_baseline_and_all_others_have_their_ow
     }
     runs = planned(tmp_path, sizes=(4,), ratios=(0.5,), seeds=(1,), settings=settings)
     assert sorted(run.name for run in runs) == sorted([
-        # 1e-2 is the flags' rate, and names leave out what the flags say anyway.
+        # 1e-2 is the learning rate in the flags, and names omit values that equal the flags.
         "baseline-seed1", "baseline-lr_0.02-seed1",
         "s4-r0.5-seed1", "s4-r0.5-reinitialize_at_switch-seed1",
         "s4-r0.5-lr_0.02-seed1", "s4-r0.5-lr_0.02-reinitialize_at_switch-seed1",
@@ -75,7 +75,7 @@ def test_settings_of_superposition_share_a_baseline_and_all_others_have_their_ow
     assert [run.config.superposition.tst_reinitialize_at_switch for run in flagged[:2]] == [False, True]
 
 
-def test_lists_of_phases(tmp_path: Path):
+def test_lists_of_phases_are_planned(tmp_path: Path):
     phases = [read_phases("4:0.25,2:0.25"), read_phases("4:0.5,2:0.5"), read_phases("4:0.5")]
     _, mixed, whole, pair = planned(tmp_path, seeds=(1,), phases=phases)
     assert [mixed.name, whole.name] == ["s4-r0.25-s2-r0.25-seed1", "s4-r0.5-s2-r0.5-seed1"]
@@ -86,19 +86,19 @@ def test_lists_of_phases(tmp_path: Path):
     assert parse_config(mixed.argv).schedule == mixed.config.schedule
     _, one_side, _, _ = planned(tmp_path, seeds=(1,), phases=phases, flags=[*FLAGS, "--tst-superpose", "output"])
     assert [phase.reads_bags for phase in one_side.config.phases] == [False, False, True]
-    # Ends are rounded, not lengths: 2.67 and 5.33 of 8 steps.
+    # The ends of the phases are rounded, not their lengths: 2.67 and 5.33 of 8 steps.
     _, thirds = planned(tmp_path, seeds=(1,), phases=[read_phases("4:0.3333,2:0.3333")])
     assert phases_of(thirds) == [(4, 3), (2, 2), (1, 3)]
 
 
-def test_phases_in_the_file_make_room_for_the_grids(tmp_path: Path):
+def test_the_grids_phases_replace_those_of_the_file(tmp_path: Path):
     (tmp_path / "base.yaml").write_text("phases: [{bag_size: 8, steps: 3}, {bag_size: 1, steps: 5}]\n")
     flags = [*FLAGS, "--config", str(tmp_path / "base.yaml")]
     baseline, run = planned(tmp_path, sizes=(4,), ratios=(0.5,), seeds=(1,), flags=flags)
     assert (phases_of(baseline), phases_of(run)) == ([(1, 8)], [(4, 4), (1, 4)])
 
 
-def test_lengths_keep_the_shares_of_warm_up_decay_and_intervals(tmp_path: Path):
+def test_warm_up_decay_and_intervals_scale_with_the_length(tmp_path: Path):
     phases = [read_phases("4:0.25,2:0.25")]
     runs = planned(tmp_path, seeds=(1,), phases=phases, lengths=(8, 80, 4), flags=[*FLAGS, *WSD])
     assert [run.name for run in runs] == [
@@ -116,24 +116,24 @@ def test_lengths_keep_the_shares_of_warm_up_decay_and_intervals(tmp_path: Path):
     assert runs[1].config.logging.log_interval == 1
 
 
-def test_all_settings_are_checked_before_anything_runs(tmp_path: Path):
+def test_all_settings_are_checked_before_any_run_starts(tmp_path: Path):
     for wrong, message in (
         ({"sizes": (1,)}, "--bag-sizes 1: must be above 1"),
-        ({"ratios": (1.5,)}, "--step-ratios 1.5: must lie"),
+        ({"ratios": (1.5,)}, "--step-ratios 1.5: must be above 0"),
         ({"weights": ("odd",)}, "--tst-bag-weights"),
-        ({"seeds": (1, 1)}, "--seeds 1 1: names a value twice"),
-        ({"ratios": (0.01,)}, "--step-ratios 0.01: 0.01 is less than one of 8 steps"),
-        ({"phases": [((4, 0.5), (2, 0.01))]}, "--phases 4:0.5,2:0.01: 0.01 is less than one of 8 steps"),
+        ({"seeds": (1, 1)}, "--seeds 1 1: holds a value twice"),
+        ({"ratios": (0.01,)}, "--step-ratios 0.01: the fraction 0.01 of 8 steps is less than one"),
+        ({"phases": [((4, 0.5), (2, 0.01))]}, "--phases 4:0.5,2:0.01: the fraction 0.01 of 8 steps"),
         ({"lengths": (0,)}, "--steps 0: must be above 0"),
-        ({"settings": {"seed": ["3"]}}, "--vary seed: is varied by --seeds"),
-        ({"settings": {"train_iters": ["3"]}}, "--vary train_iters: is varied by --steps"),
-        ({"settings": {"rate": ["3"]}}, "--vary rate: is no setting of pretrain_tst.py"),
+        ({"settings": {"seed": ["3"]}}, "--vary seed: use --seeds"),
+        ({"settings": {"train_iters": ["3"]}}, "--vary train_iters: use --steps"),
+        ({"settings": {"rate": ["3"]}}, "--vary rate: is not a setting of pretrain_tst.py"),
         ({"settings": {"lr": ["-1"]}}, "--min-lr 0.0: must lie between 0 and --lr|--lr"),
-        ({"settings": {"lr": ["1e-2", "0.01"]}}, "baseline: is named twice"),
+        ({"settings": {"lr": ["1e-2", "0.01"]}}, "baseline: the grid holds this setting twice"),
         ({"settings": {"bf16": ["yes"]}}, "--vary bf16 yes: must be true or false"),
         ({"settings": {"tst_objective": ["mce_alt"]}, "weights": ("power_law",)}, "mce_alt: uses no bag weights"),
         ({"flags": [*FLAGS, "--eval-iters", "0"]}, "--eval-iters 0: a grid compares"),
-        ({"flags": [*FLAGS, "--lr-decay-iters", "9"]}, "--lr-decay-iters 9: is more than the runs' 8 steps"),
+        ({"flags": [*FLAGS, "--lr-decay-iters", "9"]}, "--lr-decay-iters 9: exceeds the runs' 8 steps"),
         ({"flags": [*FLAGS, "--global-batch-size", "3"]}, "--global-batch-size 3"),
         ({"flags": FLAGS[:2]}, "--train-iters None: must be given"),
     ):
@@ -145,7 +145,7 @@ def test_all_settings_are_checked_before_anything_runs(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_has_ended_is_not_run_again_and_other_settings_are_refused(tmp_path: Path):
+def test_finished_runs_are_kept_and_other_settings_are_refused(tmp_path: Path):
     run = planned(tmp_path, sizes=(4,), ratios=(0.5,), seeds=(1,))[1]
     assert not run.is_complete
     write_run(run.directory.path, [3.0, 2.5])
@@ -154,11 +154,11 @@ def test_what_has_ended_is_not_run_again_and_other_settings_are_refused(tmp_path
     text = dump_config(run.config)
     run.directory.config.write_text(text)
     assert run.is_complete
-    # Written by a version that had fewer settings.
+    # The file was written by a version that had fewer settings.
     older = [line for line in text.splitlines(keepends=True) if "tst_reinitialize_at_switch" not in line]
     run.directory.config.write_text("".join(older))
     assert len(older) < len(text.splitlines()) and run.is_complete
-    # Killed in its last evaluation: all steps are logged.
+    # A run that was killed in its last evaluation has logged all steps.
     lines = run.directory.metrics.read_text().splitlines(keepends=True)
     steps = [line for line in lines if "valid_loss" not in line]
     assert len(steps) < len(lines)

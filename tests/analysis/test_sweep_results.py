@@ -1,4 +1,4 @@
-"""What is read of a grid's runs: settings, means over seeds, differences from the baseline of the same seed."""
+"""Results of a grid's runs: settings, means over seeds, differences from the baseline of the same seed."""
 
 import dataclasses
 from pathlib import Path
@@ -29,8 +29,8 @@ def write_pair(folder: Path, seed: int, baseline: float, bags: float, **superpos
         rewrite(folder / f"tst-{seed}", "superposition", **superposition)
 
 
-def test_differences_are_of_one_seed_each(tmp_path: Path):
-    """The seeds scatter by tenths, the differences by hundredths: that is what pairs are for."""
+def test_differences_are_taken_seed_by_seed(tmp_path: Path):
+    """Losses scatter by tenths between seeds, but paired differences only by hundredths."""
     ends = {1: (2.8, 2.5), 2: (3.1, 2.79), 3: (2.6, 2.31)}
     for seed, (baseline, bags) in ends.items():
         write_pair(tmp_path, seed, baseline, bags)
@@ -57,7 +57,7 @@ def test_seeds_without_a_baseline_have_no_difference(tmp_path: Path):
     assert (alone.less_baseline, alone.final_loss.error) == (None, None)
 
 
-def test_settings_that_differ_are_kept_apart_and_named(tmp_path: Path):
+def test_different_settings_are_separated_and_named(tmp_path: Path):
     write_pair(tmp_path / "a", 1, 2.8, 2.5)
     for name, superposition in (
         ("b", {"tst_objective": "mce_alt"}),
@@ -78,7 +78,7 @@ def test_settings_that_differ_are_kept_apart_and_named(tmp_path: Path):
     assert final_loss_curves(settings) is None
 
 
-def test_a_setting_is_held_against_the_baseline_that_shares_all_else(tmp_path: Path):
+def test_a_setting_is_compared_with_the_baseline_of_equal_settings(tmp_path: Path):
     for rate, baseline in ((0.1, 2.8), (0.2, 2.6)):
         folder = tmp_path / f"{rate}"
         write_pair(folder, 1, baseline, 2.5)
@@ -91,7 +91,7 @@ def test_a_setting_is_held_against_the_baseline_that_shares_all_else(tmp_path: P
     ]  # fmt: skip
 
 
-def test_lengths_are_settings_with_one_column(tmp_path: Path):
+def test_lengths_are_settings_in_one_column(tmp_path: Path):
     write_pair(tmp_path, 1, 2.8, 2.5)
     write_run(tmp_path / "base-long", [4.0] * 7 + [2.7])
     write_run(tmp_path / "tst-long", [4.0] * 7 + [2.3], bag_size=4, superposed=2)
@@ -117,13 +117,13 @@ def test_lists_of_phases_are_settings(tmp_path: Path):
     assert final_loss_curves(settings) is None
 
 
-def test_runs_of_other_text_or_twice_are_refused(tmp_path: Path):
+def test_runs_of_other_text_and_duplicate_runs_are_refused(tmp_path: Path):
     write_pair(tmp_path, 1, 2.8, 2.5)
     write_run(tmp_path / "twin", [5.0, 3.0, 3.0, 2.4], bag_size=4, superposed=1, seed=1)
     with pytest.raises(UserError, match="twin: has the setting and seed of tst-1"):
         read_all(tmp_path)
     rewrite(tmp_path / "twin", "data", split="9,1,0")
-    with pytest.raises(UserError, match="twin: differs from base-1 in --split; its loss is of other tokens"):
+    with pytest.raises(UserError, match="twin: differs from base-1 in --split, so its loss covers other tokens"):
         read_all(tmp_path)
 
 
@@ -137,9 +137,9 @@ def write_grid(folder: Path, sizes, ratios, weights):
     return final_loss_curves(read_all(folder))
 
 
-def test_curves_lie_over_what_is_varied(tmp_path: Path):
+def test_curves_are_drawn_over_the_varied_setting(tmp_path: Path):
     uniform, both = ["uniform"], ["uniform", "power_law"]
-    size_axis, ratio_axis = "bag size s (data tokens per position)", "step ratio r (share of the steps with bags)"
+    size_axis, ratio_axis = "bag size s (data tokens per position)", "step ratio r (fraction of the steps with bags)"
     for number, (sizes, ratios, weights, axis, panels) in enumerate((
         ((2, 4), (1, 2), uniform, size_axis, {"uniform bag weights": ["step ratio r = 0.25", "step ratio r = 0.5"]}),
         ((2, 4), (1,), both, size_axis, {"step ratio r = 0.25": ["power law bag weights", "uniform bag weights"]}),

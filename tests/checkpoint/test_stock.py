@@ -151,7 +151,7 @@ def test_checkpoint_of_megatron_lm_converts_to_hugging_face(text, tmp_path, vers
     assert float(difference[1]) < 1e-5
     assert difference[2] == difference[3] == "16"
     (line,) = done.stderr.splitlines()
-    assert line.endswith("has no checksums, for megatron-tst did not write it: it was converted unchecked")
+    assert line.endswith("was not written by megatron-tst and has no checksums, so it was converted unchecked")
     # Both models of that comparison are built from this configuration.
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings.items() >= {
@@ -165,7 +165,7 @@ def test_conversion_names_what_the_checkpoint_lacks(tmp_path):
     argv = ("--load", STOCK / VERSIONS[1], "--save", tmp_path / "hf")
     done = start("tools/convert_ckpt.py", *map(str, argv))
     assert (done.returncode, (tmp_path / "hf").exists()) == (2, False)
-    assert done.stderr.strip().endswith("names no tokenizer: name the folder of the model's with --tokenizer")
+    assert done.stderr.strip().endswith("names no tokenizer: name the folder of its tokenizer with --tokenizer")
     bare = Path(shutil.copytree(STOCK / VERSIONS[0], tmp_path / "bare"))
     (CheckpointFolders(bare).of(SAVED_STEP) / "common.pt").unlink()
     with pytest.raises(UserError, match=r"has neither config\.yaml nor Megatron-LM's args"):

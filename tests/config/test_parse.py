@@ -60,7 +60,7 @@ def test_dumped_config_reads_back_the_same(tmp_path: Path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ("--tst-bag-size 0", "--tst-bag-size 0: must be at least 1"),
+        ("--tst-bag-size 0", "--tst-bag-size 0: must be above 0"),
         ("--tst-bag-size 4", "--tst-bag-size 4: needs --tst-step-ratio"),
         ("--tst-objective mce_alt --tst-superpose input", "--tst-objective mce_alt: uses no bag weights"),
         ("--tst-objective mce_alt --tst-bag-weights power_law", "but they are power_law"),
@@ -207,9 +207,7 @@ def test_yaml_values_are_read_by_the_rules_of_yaml_1_2(tmp_path: Path):
     assert config.logging.wandb_project == "yes"
 
 
-@pytest.mark.parametrize(
-    "text", ["yes", "010", "1e3", "0x10", "null", "true", "12", "1.5", ".inf", "~", "", "é", "a: b"]
-)
+@pytest.mark.parametrize("text", ["yes", "010", "1e3", "0x10", "null", "true", "12", "1.5", ".inf", "~", "é", "a: b"])
 def test_dump_quotes_text_that_looks_like_another_type(tmp_path: Path, text):
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(parse_config([*GOOD, f"--wandb-project={text}"])), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Small checkpoints and their exports, made once."""
+"""Small checkpoints and their exports, created once per session."""
 
 import shutil
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class Saved:
 
     Attributes:
         checkpoints: the folder of checkpoints.
-        model: what was saved.
-        tokenizer: of the run.
+        model: the saved model.
+        tokenizer: tokenizer of the run.
     """
 
     checkpoints: Path
@@ -32,7 +32,7 @@ class Saved:
         return export(self.checkpoints, target, self.tokenizer, max_shard_bytes, **settings)
 
     def copy(self, target: Path) -> "Saved":
-        """A copy to be damaged."""
+        """Return a copy that a test may damage."""
         return Saved(Path(shutil.copytree(self.checkpoints, target)), self.model, self.tokenizer)
 
 
@@ -45,7 +45,7 @@ def export(checkpoints: Path, target: Path, tokenizer: Tokenizer, max_shard_byte
 
 @pytest.fixture(scope="session")
 def saved(one_rank, tokenizer, tmp_path_factory) -> Callable[..., Saved]:
-    """The checkpoint of a model by name; nobody changes it."""
+    """Return a function from a model's name to its checkpoint, which tests must not change."""
     known: dict[tuple[str, bool], Saved] = {}
 
     def get(name: str, bf16: bool = False) -> Saved:

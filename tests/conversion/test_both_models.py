@@ -1,4 +1,4 @@
-"""Our model and transformers' one compute the same from one checkpoint; the way back gives the same weights."""
+"""Our model and transformers' model compute the same from one checkpoint, and a round trip preserves the weights."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.checkpoint.saved import MODELS, VOCAB, load_here
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 TOKENS_BL = torch.randint(0, VOCAB, (4, 33), generator=torch.Generator().manual_seed(7))
-# bfloat16 rounds each position's loss by some hundredths of a nat, to either side.
+# bfloat16 rounds each position's loss up or down by some hundredths of a nat.
 MANY_TOKENS_BL = torch.randint(0, VOCAB, (256, 65), generator=torch.Generator().manual_seed(7))
 
 
@@ -25,7 +25,7 @@ def our_logits(model, tokens_BL):
 
 @torch.no_grad()
 def their_logits(folder, tokens_BL):
-    # The type in config.json, which transformers 5 takes unasked.
+    # The type in config.json, which transformers 5 uses by default.
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, torch_dtype="auto", output_loading_info=True
     )
@@ -63,7 +63,7 @@ def test_next_token_loss_agrees_in_bfloat16(saved, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_way_back_gives_the_same_weights(saved, name, tmp_path):
+def test_a_round_trip_preserves_the_weights(saved, name, tmp_path):
     run = saved(name)
     folder = run.export(tmp_path / "hf")
     Import(folder).write(tmp_path / "back", run.tokenizer.path)
@@ -80,8 +80,8 @@ def test_the_way_back_gives_the_same_weights(saved, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
-def test_a_model_that_transformers_wrote(rank, tokenizer, name, saved, tmp_path):
-    """From transformers' own files, of the version installed, to our model."""
+def test_a_model_written_by_transformers_is_imported(rank, tokenizer, name, saved, tmp_path):
+    """The files come from the installed version of transformers."""
     config = transformers.AutoConfig.from_pretrained(saved(name).export(tmp_path / "like"))
     torch.manual_seed(3)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -93,7 +93,7 @@ def test_a_model_that_transformers_wrote(rank, tokenizer, name, saved, tmp_path)
 
 
 class ShiftedExperts(Row):
-    """Gives each expert the name of the next one."""
+    """Return a wrong table, in which each expert has the name of the next."""
 
     def names(self, index):
         return super().names((index[0], (index[1] + 1) % 4))
@@ -130,7 +130,7 @@ def up_before_gate(weight, shape):
         ("qwen3-moe", "experts.linear_fc2.weight", ShiftedExperts),
     ],
 )
-def test_a_wrong_table_is_found(saved, monkeypatch, name, row, split, tmp_path):
+def test_a_wrong_table_changes_the_logits(saved, monkeypatch, name, row, split, tmp_path):
     def spoil(good: Row) -> Row:
         if not good.megatron.endswith(row):
             return good

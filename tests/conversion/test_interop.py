@@ -1,4 +1,4 @@
-"""What stock Megatron-LM (core_v0.16.1) reads of weights: keys, shapes and common fields, as in its own checkpoints."""
+"""Imported weights have the keys, shapes and common fields of stock Megatron-LM's checkpoints (core_v0.16.1)."""
 
 import json
 
@@ -29,7 +29,7 @@ QWEN3 = {
     "decoder.layers.self_attention.k_layernorm.weight": [4, 24],
 }
 EXPERTS = {
-    # Transformer Engine's layers, Megatron-LM's default, keep this norm apart from the experts.
+    # Transformer Engine's layers, Megatron-LM's default, keep this norm separate from the experts.
     "decoder.layers.pre_mlp_layernorm.weight": [4, 32],
     "decoder.layers.mlp.router.weight": [4, 4, 32],
     "decoder.layers.mlp.experts.experts.linear_fc1.weight": [4, 4, 2 * 24, 32],
@@ -52,7 +52,7 @@ STATES = {
 
 
 def tensors(folder):
-    """Key to size, of all tensors that are not the optimizer's."""
+    """Return the sizes of all tensors except the optimizer's, by key."""
     entries = read_metadata(folder).state_dict_metadata.items()
     return {k: list(entry.size) for k, entry in entries if hasattr(entry, "size") and not k.startswith("optimizer.")}
 
@@ -68,7 +68,7 @@ def test_weights_have_megatron_lms_keys_and_shapes(saved, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
-def test_modules_have_the_entries_that_a_load_asks_for(saved, name, tmp_path):
+def test_modules_have_the_extra_states_that_a_load_expects(saved, name, tmp_path):
     run = saved(name)
     Import(run.export(tmp_path / "hf")).write(tmp_path / "weights", run.tokenizer.path)
     found = {
@@ -84,7 +84,7 @@ def test_modules_have_the_entries_that_a_load_asks_for(saved, name, tmp_path):
     assert "decoder.layers.self_attention.core_attention._extra_state/shard_3_4" in found
 
 
-def test_the_common_state_has_the_fields_that_weights_need(saved, tmp_path):
+def test_the_common_state_has_the_fields_that_a_load_needs(saved, tmp_path):
     run = saved("llama")
     Import(run.export(tmp_path / "hf")).write(tmp_path / "weights", run.tokenizer.path)
     folder = tmp_path / "weights" / "iter_0000000"
@@ -98,6 +98,6 @@ def test_the_common_state_has_the_fields_that_weights_need(saved, tmp_path):
         "common_backend_version": 1,
     }
     saved_formats = json.loads((run.checkpoints / "iter_0000012" / "metadata.json").read_text())
-    # From 0.19 on megatron-core leaves out what is the default of earlier versions.
+    # megatron-core 0.19 and later omit values that were defaults in earlier versions.
     assert saved_formats.items() <= json.loads((folder / "metadata.json").read_text()).items()
     assert saved_formats["sharded_backend"] == "torch_dist"

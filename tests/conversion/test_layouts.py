@@ -1,4 +1,4 @@
-"""Whatever ranks saved a checkpoint, the exported files are the same bytes."""
+"""The exported files are the same bytes for every parallel layout that saved the checkpoint."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_exports_as_one_rank_does(saved, layout, tmp_path):
+def test_every_layout_exports_the_same_bytes_as_one_rank(saved, layout, tmp_path):
     name, world_size, parallel = LAYOUTS[layout]
     run = saved(name)
     run_distributed(

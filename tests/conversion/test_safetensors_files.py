@@ -1,4 +1,4 @@
-"""Our writer against the library's reader, and its reader through ours."""
+"""Our writer, compared with the library's reader, and our reader, compared with the library's writer."""
 
 import json
 
@@ -13,7 +13,7 @@ pytest.importorskip("safetensors.torch")
 
 TENSORS = {
     "b": torch.randn(7, 3),
-    "a": torch.randn(5).bfloat16(),  # 10 bytes: what follows is not aligned
+    "a": torch.randn(5).bfloat16(),  # 10 bytes, so the next weight is not aligned
     "c": torch.randn(4, 2).half(),
     "d": torch.randn(3, 3, 3, dtype=torch.float64).transpose(0, 2),
 }
@@ -27,7 +27,7 @@ def write(folder, max_shard_bytes, tensors=TENSORS):
 
 
 @pytest.mark.parametrize(("max_shard_bytes", "files"), [(10**6, 1), (100, 3), (94, 3), (1, 4)])
-def test_the_library_reads_what_is_written(tmp_path, max_shard_bytes, files):
+def test_the_library_reads_our_files(tmp_path, max_shard_bytes, files):
     write(tmp_path, max_shard_bytes)
     paths = sorted(tmp_path.glob("*.safetensors"))
     found = {name: tensor for path in paths for name, tensor in safetensors.torch.load_file(path).items()}
@@ -46,14 +46,14 @@ def test_the_library_reads_what_is_written(tmp_path, max_shard_bytes, files):
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= max_shard_bytes
 
 
-def test_a_weight_out_of_order_is_not_written_under_a_wrong_name(tmp_path):
+def test_a_weight_out_of_order_is_refused(tmp_path):
     swapped = dict(zip(TENSORS, reversed(TENSORS.values()), strict=True))
     with pytest.raises(AssertionError, match="b"):
         write(tmp_path, 10**6, swapped)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_the_librarys_files_are_read(tmp_path, shards):
+def test_our_reader_reads_the_librarys_files(tmp_path, shards):
     contiguous = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
     if shards == 1:
         safetensors.torch.save_file(contiguous, tmp_path / "model.safetensors")
@@ -87,7 +87,7 @@ def test_damaged_folders_are_refused_by_name(tmp_path):
         SafetensorsFolder(tmp_path)
 
 
-def test_whole_numbers_are_no_weights(tmp_path):
+def test_integer_tensors_are_refused(tmp_path):
     safetensors.torch.save_file({"steps": torch.ones(2, dtype=torch.int64)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="steps: type I64 cannot be converted"):
         SafetensorsFolder(tmp_path)
@@ -97,8 +97,8 @@ def test_whole_numbers_are_no_weights(tmp_path):
     ("change", "message"),
     [
         ({"c": 5}, r"index\.json: c: 5 is not the name of a file"),
-        ({"x": "model-00001-of-00003.safetensors"}, r"00001-of-00003\.safetensors: does not hold x, but"),
-        ({"c": "model-00001-of-00003.safetensors"}, r"00001-of-00003\.safetensors: does not hold c, but"),
+        ({"x": "model-00001-of-00003.safetensors"}, r"00001-of-00003\.safetensors: does not hold x, although"),
+        ({"c": "model-00001-of-00003.safetensors"}, r"00001-of-00003\.safetensors: does not hold c, although"),
         ({"a": None}, r"holds a, but \S+ names no file for it"),
     ],
 )
@@ -113,7 +113,7 @@ def test_an_index_that_disagrees_with_the_files_is_refused(tmp_path, change, mes
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
-def test_pickled_weights_are_called_that(tmp_path, name):
+def test_pickled_weights_are_refused_by_name(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(UserError, match=rf"holds pickled weights \({name}\)"):
         SafetensorsFolder(tmp_path)

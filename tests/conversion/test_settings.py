@@ -1,4 +1,4 @@
-"""config.json and our settings, each read by the other side's own reader."""
+"""config.json and our settings: each side's output is read by the other side's reader."""
 
 import dataclasses
 import json
@@ -42,20 +42,20 @@ LLAMA2 = json.loads(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_survive_the_way_there_and_back(preset):
+def test_presets_survive_a_round_trip(preset):
     model = ModelSettings(**PRESETS[preset])
     contents = json.loads(json.dumps(config_json(model, 128, TokenIds(eos=7), "bfloat16")))
     architecture, back, _ = read_config_json(contents, "config.json")
     assert architecture is architecture_of(model)
     same = (*PRESETS[preset].keys() - {"vocab_size", "seq_length", "kv_channels"},)
-    for setting in set(same) - {"moe_token_dispatcher_type", "moe_grouped_gemm"}:  # how, not what
+    for setting in set(same) - {"moe_token_dispatcher_type", "moe_grouped_gemm"}:  # implementation only
         assert getattr(back, setting) == getattr(model, setting), setting
     assert (back.vocab_size, back.max_position_embeddings) == (128, model.seq_length)
     assert back.kv_channels == (model.kv_channels or model.hidden_size // model.num_attention_heads)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_reads_what_was_meant(name, tmp_path):
+def test_transformers_reads_the_intended_values(name, tmp_path):
     model = ModelSettings(**{**MODELS[name], "attention_dropout": 0.25, "init_method_std": 0.03})
     contents = config_json(model, 301, TokenIds(eos=7), "bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(contents))
@@ -112,7 +112,7 @@ def test_published_files_are_read():
         ({"eos_token_id": "</s>"}, "eos_token_id '</s>': must be the id of a token"),
     ],
 )
-def test_what_megatron_core_does_not_compute_is_refused(change, message):
+def test_config_json_values_without_counterpart_are_refused(change, message):
     contents = {**QWEN3_MOE, **change}
     with pytest.raises(UserError, match=f"config.json: {message}"):
         read_config_json(contents, "config.json")
@@ -129,7 +129,7 @@ def test_what_megatron_core_does_not_compute_is_refused(change, message):
         ({"num_experts": 4}, "--num-experts 4.*without --qk-layernorm"),
     ],
 )
-def test_what_no_architecture_says_is_refused(change, message):
+def test_settings_that_no_architecture_supports_are_refused(change, message):
     architecture_of(ModelSettings(**MODELS["llama"]))
     with pytest.raises(UserError, match=message):
         architecture_of(dataclasses.replace(ModelSettings(**MODELS["llama"]), **change))
@@ -159,21 +159,21 @@ LEFT_OUT = object()
         (QWEN3_MOE, {"layer_types": ["full_attention"] * 48}, {"num_layers": 48}),
     ],
 )
-def test_what_transformers_lets_out_or_leaves_null_is_read(published, change, wanted):
+def test_keys_that_transformers_omits_or_sets_to_null_are_read(published, change, wanted):
     contents = {key: value for key, value in {**published, **change}.items() if value is not LEFT_OUT}
     _, model, _ = read_config_json(contents, "config.json")
     assert {setting: getattr(model, setting) for setting in wanted} == wanted
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.model_type)
-def test_what_is_left_out_means_what_transformers_takes(architecture):
+def test_missing_keys_take_transformers_defaults(architecture):
     theirs = transformers.AutoConfig.for_model(architecture.model_type)
     rope = getattr(theirs, "rope_parameters", None) or {"rope_theta": getattr(theirs, "rope_theta", None)}
     found = {key: getattr(theirs, key, rope.get(key)) for key in {**SHARED_ABSENT, **architecture.absent}}
     assert found == {**SHARED_ABSENT, **architecture.absent}
 
 
-# Keys of transformers' configurations that say nothing of what these models compute, or that it derives from others.
+# Keys of transformers' configurations that do not affect these models, or that it derives from other keys.
 INERT = set(
     "chunk_size_feed_forward dtype head_dim id2label is_encoder_decoder label2id layer_types max_window_layers "
     "num_local_experts output_attentions output_hidden_states output_router_logits problem_type return_dict "
@@ -182,15 +182,15 @@ INERT = set(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_is_left_to_a_default_that_versions_may_change(name):
+def test_every_key_with_an_effect_is_written(name):
     written = config_json(ModelSettings(**MODELS[name]), 301, TokenIds(eos=7), "bfloat16")
     known = transformers.AutoConfig.for_model(written["model_type"]).to_dict()
     assert set(known) - set(written) <= INERT
-    # transformers 4.51 masks with a window of 4096 where the key is missing.
+    # Without this key, transformers 4.51 masks with a window of 4096.
     assert name.startswith("llama") or written["sliding_window"] is None
 
 
-# For each setting a value that the models here do not have, and what becomes of it.
+# For each setting a value that the models here do not have, grouped by its effect on an export.
 CHANGES = {
     "exported": {
         "num_layers": 5, "hidden_size": 64, "ffn_hidden_size": 48, "num_attention_heads": 8,
@@ -203,8 +203,8 @@ CHANGES = {
         "position_embedding_type": "none", "rotary_percent": 0.5, "normalization": "LayerNorm", "swiglu": False,
         "disable_bias_linear": False, "qk_layernorm": False,
     },
-    "told": {"moe_expert_capacity_factor": 0.5},
-    # How a model is trained, or where it is computed.
+    "warned about": {"moe_expert_capacity_factor": 0.5},
+    # Settings of training or of the implementation.
     "without effect": {
         "tst_preset": "270m", "hidden_dropout": 0.5, "vocab_size": 300, "make_vocab_size_divisible_by": 64,
         "moe_z_loss_coeff": 0.5, "moe_token_drop_policy": "position", "moe_token_dispatcher_type": "allgather",
@@ -213,7 +213,7 @@ CHANGES = {
 }  # fmt: skip
 
 
-def test_each_setting_is_exported_refused_told_or_without_effect():
+def test_each_setting_is_exported_refused_warned_about_or_without_effect():
     fields = [field.name for field in dataclasses.fields(ModelSettings)]
     assert sorted(name for changes in CHANGES.values() for name in changes) == sorted(fields)
     base = ModelSettings(**MODELS["qwen3-moe"])
@@ -235,5 +235,5 @@ def test_each_setting_is_exported_refused_told_or_without_effect():
             contents, lost = export(model)
             assert (contents != export(base)[0]) == (fate == "exported"), name
             assert [line.startswith(f"--{name.replace('_', '-')} {value}: ") for line in lost] == (
-                [True] if fate == "told" else []
+                [True] if fate == "warned about" else []
             ), name

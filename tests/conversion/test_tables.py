@@ -1,4 +1,4 @@
-"""Each transformation against weights whose rows say what they are."""
+"""Each transformation, applied to weights whose rows encode their own meaning."""
 
 import dataclasses
 
@@ -19,8 +19,8 @@ SHAPE = resolve_shape(
 )  # fmt: skip
 
 
-def test_queries_keys_and_values_are_taken_group_by_group():
-    # As megatron-core lays them out: a group's query heads, then its key head, then its value head.
+def test_queries_keys_and_values_are_split_group_by_group():
+    # megatron-core's order is a group's query heads, then its key head, then its value head.
     heads = ["q0", "q1", "q2", "k0", "v0", "q3", "q4", "q5", "k1", "v1"]
     rows = [f"{head}.{row}" for head in heads for row in range(SHAPE.kv_channels)]
     weight = torch.arange(len(rows)).unsqueeze(1).expand(-1, SHAPE.hidden_size).contiguous()
@@ -35,7 +35,7 @@ def test_gate_comes_before_up():
     assert (gate[0], up[0]) == (0, 7)
 
 
-def test_padding_is_cut_off_and_put_back_as_zeros():
+def test_padding_is_removed_and_restored_as_zeros():
     weight = torch.randn(16, 5)
     (cut,) = VOCABULARY.split(weight, SHAPE)
     assert torch.equal(cut, weight[:11])
@@ -44,7 +44,7 @@ def test_padding_is_cut_off_and_put_back_as_zeros():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.model_type)
-def test_every_row_is_undone_by_its_inverse(architecture):
+def test_join_inverts_split_in_every_row(architecture):
     shape = dataclasses.replace(SHAPE, padded_vocab_size=SHAPE.vocab_size)
     for row in architecture.rows:
         weight = torch.randn(row.megatron_size(shape))
@@ -58,7 +58,7 @@ def test_every_row_is_undone_by_its_inverse(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.model_type)
-def test_every_weight_has_a_name_of_its_own_and_layers_come_in_order(architecture):
+def test_weight_names_are_unique_and_layers_are_in_order(architecture):
     named = [name for row, index in pieces(architecture.rows, SHAPE) for name in row.names(index)]
     assert len(named) == len(set(named))
     assert named[0] == "model.embed_tokens.weight" and named[-2:] == ["model.norm.weight", "lm_head.weight"]

@@ -1,4 +1,4 @@
-"""What an export holds beside weights, what it refuses, and what it keeps in memory."""
+"""An export's files besides the weights, its refusals and its memory."""
 
 import json
 import weakref
@@ -37,7 +37,7 @@ def assert_refused(run, tmp_path, message):
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_the_tokenizer_comes_along(saved, tmp_path):
+def test_the_tokenizer_is_copied(saved, tmp_path):
     run = saved("llama")
     theirs = transformers.AutoTokenizer.from_pretrained(run.export(tmp_path / "hf"))
     text = "def f(x):\n    return x  # Ünïcode, 漢字 <|endoftext|> and   spaces\n"
@@ -64,7 +64,7 @@ def test_the_tokenizers_own_settings_are_kept(saved, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bfloat16"), (torch.float16, "float16")])
-def test_weights_in_another_type(saved, tmp_path, dtype, name):
+def test_weights_are_written_in_the_requested_type(saved, tmp_path, dtype, name):
     run = saved("qwen3")
     whole, short = (SafetensorsFolder(run.export(tmp_path / str(d), dtype=d)) for d in (None, dtype))
     for key in whole.weights:
@@ -82,7 +82,7 @@ def test_padding_is_not_exported(saved, tmp_path):
         assert weights.weights[name].size == (VOCAB, 32) and not weights.read(name).isnan().any()
 
 
-def test_one_weight_of_a_layer_is_in_memory_at_a_time(saved, tmp_path, monkeypatch):
+def test_only_one_weight_is_in_memory_at_a_time(saved, tmp_path, monkeypatch):
     alive = weakref.WeakSet()
     while_reading, while_writing = [], []
     read = StackedWeights.read
@@ -100,18 +100,22 @@ def test_one_weight_of_a_layer_is_in_memory_at_a_time(saved, tmp_path, monkeypat
     export.write(
         tmp_path / "hf", run.tokenizer.path, end, 10**9, on_progress=lambda _: while_writing.append(len(alive))
     )
-    assert set(while_writing) == {1}  # so that a weight kept too long would be counted
+    assert set(while_writing) == {1}  # a weight that is kept too long would raise the count
     assert set(while_reading) == {0} and len(while_reading) == 2 + 4 * (7 + 2 * 4) + 1
 
 
 def test_checkpoints_that_do_not_fit_their_settings_are_refused(saved, tmp_path):
     for number, (section, values, message) in enumerate(
         (
-            ("model", {"hidden_size": 64}, r"embeddings.weight: is \[304, 32\], but its settings make it \[304, 64\]"),
-            ("model", {"num_layers": 5}, r"is \[4, 32\], but its settings make it \[5, 32\]"),
+            (
+                "model",
+                {"hidden_size": 64},
+                r"embeddings.weight: has shape \[304, 32\], but the settings need \[304, 64\]",
+            ),
+            ("model", {"num_layers": 5}, r"has shape \[4, 32\], but the settings need \[5, 32\]"),
             ("model", {"untie_embeddings_and_output_weights": False}, "output_layer.weight: is not in the table"),
             ("model", {"qk_layernorm": True}, "q?k_layernorm.weight: is missing, Qwen3ForCausalLM"),
-            ("model", {"swiglu": False}, "--swiglu False: has no Hugging Face architecture"),
+            ("model", {"swiglu": False}, "--swiglu False: no Hugging Face architecture"),
             ("model", {"no_such": 1}, "no_such: is not a setting"),
         )
     ):
@@ -136,7 +140,7 @@ def test_unknown_and_missing_weights_are_named(saved, tmp_path, edit, message):
     assert_refused(run, tmp_path, message)
 
 
-def test_an_optimizers_tensors_are_passed_over(saved, tmp_path):
+def test_optimizer_tensors_are_ignored(saved, tmp_path):
     run = saved("llama").copy(tmp_path / "checkpoints")
     chained = "chained_1.optimizer.state.exp_avg.decoder.final_layernorm.weight"
     change_contents(folder_of(run), lambda m: m.state_dict_metadata.update({chained: m.state_dict_metadata[NORM]}))
@@ -150,7 +154,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(saved, tmp_path):
     run = saved("llama").copy(tmp_path / "checkpoints")
     state = json.loads((folder_of(run) / "run_state.json").read_text())
     (folder_of(run) / "run_state.json").write_text(json.dumps({**state, "vocab_size": 400}))
-    assert_refused(run, tmp_path, "word_embeddings.weight: has 304 of 400 tokens")
+    assert_refused(run, tmp_path, "word_embeddings.weight: has 304 rows for 400 tokens")
 
 
 @pytest.mark.parametrize("name", ["run_state.json", "config.yaml", ".metadata"])
@@ -169,7 +173,7 @@ def test_damaged_files_are_named(saved, tmp_path, name, content):
     assert_refused(run, tmp_path, f"{name}.*(cannot be read|is not YAML|must hold sections)")
 
 
-def test_values_beyond_a_type_are_refused(rank, tokenizer, tmp_path):
+def test_values_that_overflow_the_type_are_refused(rank, tokenizer, tmp_path):
     (chunk,) = build(MODELS["llama"])
     run = RunConfig(model=ModelSettings(**MODELS["llama"]))
     weight = chunk.decoder.layers[2].mlp.linear_fc2.weight
@@ -177,7 +181,9 @@ def test_values_beyond_a_type_are_refused(rank, tokenizer, tmp_path):
         with torch.no_grad():
             weight[0, 0] = value
         save([chunk], tmp_path / name, run, str(tokenizer.path), rank)
-    with pytest.raises(UserError, match=r"layers\.2\.mlp\.down_proj\.weight: holds 7e\+04, but torch\.float16"):
+    with pytest.raises(
+        UserError, match=r"layers\.2\.mlp\.down_proj\.weight: holds 7e\+04, but the largest torch\.float16"
+    ):
         export(tmp_path / "large", tmp_path / "hf", tokenizer, dtype=torch.float16)
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".*"))
     export(tmp_path / "large", tmp_path / "wide", tokenizer, dtype=torch.bfloat16)

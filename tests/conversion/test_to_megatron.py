@@ -1,4 +1,4 @@
-"""What an import accepts of the files people publish, what it refuses, and what it leaves behind."""
+"""An import's support of published files, its refusals and the files that it writes."""
 
 import json
 
@@ -19,7 +19,7 @@ pytest.importorskip("safetensors.torch")
 
 @pytest.fixture
 def hugging_face(saved, tmp_path):
-    """An exported model to be changed: makes its folder and a function that rewrites its weights."""
+    """Return a function that exports a model and returns the folder and a function that rewrites its weights."""
 
     def make(name: str):
         folder = saved(name).export(tmp_path / "hf")
@@ -41,7 +41,7 @@ def assert_refused(folder, message):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_settings_come_back(saved, hugging_face, name, tmp_path):
+def test_a_round_trip_preserves_the_settings(saved, hugging_face, name, tmp_path):
     folder, _ = hugging_face(name)
     Import(folder).write(tmp_path / "weights", folder / "tokenizer.json")
     run = find_saved_checkpoint(tmp_path / "weights", None)
@@ -55,7 +55,7 @@ def test_the_settings_come_back(saved, hugging_face, name, tmp_path):
     assert (run.tokenizer / "tokenizer.json").read_bytes() == saved(name).tokenizer.path.read_bytes()
 
 
-def test_another_type_is_told_to_the_run(saved, hugging_face, tmp_path):
+def test_the_type_of_the_weights_is_recorded_in_the_settings(saved, hugging_face, tmp_path):
     folder, _ = hugging_face("llama")
     Import(folder, torch.bfloat16).write(tmp_path / "weights", folder / "tokenizer.json")
     assert find_saved_checkpoint(tmp_path / "weights", None).config.training.bf16
@@ -64,7 +64,7 @@ def test_another_type_is_told_to_the_run(saved, hugging_face, tmp_path):
     assert all(torch.equal(again.read(key), back.read(key)) for key in back.weights)
 
 
-def test_a_tied_head_may_be_stored_if_it_is_the_embedding(hugging_face, tmp_path):
+def test_a_tied_head_may_be_stored_if_it_equals_the_embedding(hugging_face, tmp_path):
     folder, change = hugging_face("llama-tied")
     embedding = SafetensorsFolder(folder).read("model.embed_tokens.weight")
     change(**{"lm_head.weight": embedding.clone()})
@@ -74,13 +74,13 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(hugging_face, tmp_path
     assert_refused(folder, r"lm_head\.weight: differs from model\.embed_tokens\.weight")
 
 
-def test_what_follows_from_config_json_is_not_needed(hugging_face, tmp_path):
+def test_buffers_that_follow_from_config_json_are_optional(hugging_face, tmp_path):
     folder, change = hugging_face("llama")
     change(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     Import(folder).write(tmp_path / "weights", folder / "tokenizer.json")
 
 
-def test_a_tied_model_may_keep_its_table_as_the_head(saved, hugging_face, tmp_path):
+def test_a_tied_model_may_store_its_table_as_the_head(saved, hugging_face, tmp_path):
     folder, change = hugging_face("llama-tied")
     embedding = SafetensorsFolder(folder).read("model.embed_tokens.weight")
     change(**{"lm_head.weight": embedding, "model.embed_tokens.weight": None})
@@ -108,7 +108,7 @@ def test_a_tied_model_may_keep_its_table_as_the_head(saved, hugging_face, tmp_pa
         (
             "qwen3",
             {"model.layers.1.self_attn.k_proj.weight": torch.ones(32, 48)},
-            r"k_proj\.weight: is \[32, 48\], but config\.json makes it \[48, 32\]",
+            r"k_proj\.weight: has shape \[32, 48\], but config\.json needs \[48, 32\]",
         ),
     ],
 )
@@ -125,7 +125,7 @@ def test_settings_that_do_not_fit_are_named(hugging_face):
     for change, message in (
         ({"num_hidden_layers": 3}, r"model\.layers\.3\.\S+: is not in the table"),
         ({"num_hidden_layers": 5}, r"model\.layers\.4\.\S+: is missing"),
-        ({"vocab_size": 300}, r"embed_tokens\.weight: is \[301, 32\], but config\.json makes it \[300, 32\]"),
+        ({"vocab_size": 300}, r"embed_tokens\.weight: has shape \[301, 32\], but config\.json needs \[300, 32\]"),
         ({"model_type": "gpt2"}, "model_type 'gpt2': unknown architecture"),
     ):
         path.write_text(json.dumps({**contents, **change}))
@@ -137,14 +137,14 @@ def test_settings_that_do_not_fit_are_named(hugging_face):
     assert_refused(folder, r"is not a Hugging Face folder: config\.json")
 
 
-def test_special_tokens_survive_the_way_there_and_back(saved, hugging_face, tmp_path):
+def test_special_tokens_survive_a_round_trip(saved, hugging_face, tmp_path):
     folder, _ = hugging_face("llama")
     ids = {"eos_token_id": [0, 2], "bos_token_id": 5, "pad_token_id": 6}
     contents = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**contents, **ids}))
     generation = '{"eos_token_id": [0, 2, 9], "top_k": 5}'
     (folder / "generation_config.json").write_text(generation)
-    Import(folder).write(tmp_path / "weights", saved("llama").tokenizer.path)  # from elsewhere
+    Import(folder).write(tmp_path / "weights", saved("llama").tokenizer.path)  # another tokenizer
     tokenizer = load_tokenizer(str(find_saved_checkpoint(tmp_path / "weights", None).tokenizer))
     again = export(tmp_path / "weights", tmp_path / "again", tokenizer)
     found = json.loads((again / "config.json").read_text())
@@ -155,14 +155,14 @@ def test_special_tokens_survive_the_way_there_and_back(saved, hugging_face, tmp_
         (export(tmp_path / "weights", tmp_path / "third", tokenizer) / "generation_config.json").read_text()
     )
     assert made == ids
-    # A model that is trained on ends its texts with the tokenizer's token, whatever else ended them before.
+    # After further training the model ends its texts with the tokenizer's end-of-document token.
     path = tmp_path / "weights" / "tokenizer" / "token_ids.json"
     path.write_text(json.dumps({**ids, "eos_token_id": 2}))
     found = json.loads((export(tmp_path / "weights", tmp_path / "last", tokenizer) / "config.json").read_text())
     assert found["eos_token_id"] == [2, tokenizer.eod] == [2, 0]
 
 
-def test_values_beyond_a_type_are_refused_and_nan_is_remembered(hugging_face, tmp_path):
+def test_overflowing_values_are_refused_and_nan_is_recorded(hugging_face, tmp_path):
     folder, change = hugging_face("llama")
     norm = torch.ones(32)
     norm[3] = -65504.0
@@ -170,7 +170,8 @@ def test_values_beyond_a_type_are_refused_and_nan_is_remembered(hugging_face, tm
     Import(folder, torch.float16).write(tmp_path / "fits", folder / "tokenizer.json")
     norm[3] = -70000.0
     change(**{"model.norm.weight": norm})
-    with pytest.raises(UserError, match=r"model\.norm\.weight: holds 7e\+04, but torch\.float16 ends at 6\.55e\+04"):
+    told = r"model\.norm\.weight: holds 7e\+04, but the largest torch\.float16 is 6\.55e\+04"
+    with pytest.raises(UserError, match=told):
         Import(folder, torch.float16).write(tmp_path / "out", folder / "tokenizer.json")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
     for value in (torch.nan, torch.inf):

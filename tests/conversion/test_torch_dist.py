@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors weight by weight, and writing them."""
+"""Reading and writing a checkpoint's tensors weight by weight."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def write(folder, weight=WEIGHT, dtype=torch.float32):
     return folder
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_round_trip_preserves_the_weights(tmp_path):
     weights = StackedWeights(write(tmp_path))
     assert {key: tuple(entry.size) for key, entry in weights.entries.items()} == {
         "experts": (LAYERS, EXPERTS, 4, 5),
@@ -43,7 +43,7 @@ def test_what_is_written_is_read(tmp_path):
     assert torch.equal(weights.read("norm", ()), torch.arange(4.0))
 
 
-def test_torchs_own_loader_reads_what_is_written(tmp_path):
+def test_torchs_own_loader_reads_our_files(tmp_path):
     write(tmp_path)
     state = {"experts": torch.zeros_like(WEIGHT), "norm": torch.zeros(4)}
     torch.distributed.checkpoint.load(state, storage_reader=FileSystemReader(tmp_path), no_dist=True)
@@ -66,7 +66,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
             return (tmp_path.joinpath("executed").touch, ())
 
     pickle.loads(pickle.dumps(Trap()))
-    (tmp_path / "executed").unlink()  # the trap works
+    (tmp_path / "executed").unlink()  # proves that the trap works
     folder = write(tmp_path / "checkpoint")
     change_contents(folder, lambda metadata: metadata.state_dict_metadata.update(trap=Trap()))
     with pytest.raises(UserError, match="which no checkpoint needs"):
@@ -95,7 +95,7 @@ def test_damage_is_named(tmp_path):
     shard = folder / "__0_0.distcp"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=r"__0_0\.distcp: is cut short"):
+    with pytest.raises(UserError, match=r"__0_0\.distcp: is truncated"):
         StackedWeights(folder)
     shard.unlink()
     with pytest.raises(UserError, match=r"__0_0\.distcp: is missing"):
@@ -105,7 +105,7 @@ def test_damage_is_named(tmp_path):
         StackedWeights(folder).read("experts", (0, 0))
 
 
-def test_a_table_of_contents_cannot_point_elsewhere(tmp_path):
+def test_metadata_cannot_name_files_outside_the_folder(tmp_path):
     folder = write(tmp_path / "checkpoint")
     (folder / "__0_0.distcp").rename(tmp_path / "elsewhere")
 
@@ -114,11 +114,11 @@ def test_a_table_of_contents_cannot_point_elsewhere(tmp_path):
             place.relative_path = "../elsewhere"
 
     change_contents(folder, point_up)
-    with pytest.raises(UserError, match=r"names \.\./elsewhere, which lies elsewhere"):
+    with pytest.raises(UserError, match=r"names \.\./elsewhere, which is outside the folder"):
         StackedWeights(folder)
 
 
-def test_a_hole_is_named(tmp_path):
+def test_a_missing_chunk_is_named(tmp_path):
     folder = write(tmp_path)
 
     def forget_one(metadata):
@@ -133,7 +133,7 @@ def test_a_hole_is_named(tmp_path):
 
 
 def test_a_chunk_may_span_several_layers(tmp_path):
-    """Other writers of the format need not cut at every layer."""
+    """Other writers of the format may store several layers in one chunk."""
     state = {"experts": WEIGHT}
     torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
     weights = StackedWeights(tmp_path)
@@ -142,8 +142,8 @@ def test_a_chunk_may_span_several_layers(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
-def test_what_stops_a_writer_is_not_hidden(tmp_path, monkeypatch, stop):
-    """torch's archive writer answers whatever happens inside it with an error of its own."""
+def test_the_cause_of_a_failed_write_is_raised(tmp_path, monkeypatch, stop):
+    """torch's archive writer replaces every error inside it by its own error."""
 
     class Stopping(io.BufferedWriter):
         def write(self, data):

@@ -1,4 +1,4 @@
-"""A verdict on two sides' logits that can fail."""
+"""The comparison of both sides' logits, including cases in which it must fail."""
 
 import math
 
@@ -25,7 +25,7 @@ from megatron_tst.conversion.verify import (
         (torch.float32, torch.bfloat16, 0.1),
     ],
 )
-def test_only_rounded_weights_excuse_a_difference(stored, dtype, largest_allowed):
+def test_only_rounded_weights_allow_a_larger_difference(stored, dtype, largest_allowed):
     casting = Casting(dtype)
     casting("weight", torch.ones(2, dtype=stored), default=stored)
     for share, passes in ((0.9, True), (1.1, False)):
@@ -38,14 +38,14 @@ def test_only_rounded_weights_excuse_a_difference(stored, dtype, largest_allowed
 
 
 @pytest.mark.parametrize(("largest", "largest_logit"), [(math.nan, 1.0), (math.nan, math.nan), (math.inf, math.inf)])
-def test_what_is_no_number_never_passes(largest, largest_logit):
+def test_nan_and_infinity_never_pass(largest, largest_logit):
     with pytest.raises(DifferentLogitsError):
         Difference(positions=5, largest=largest, largest_logit=largest_logit, same_choice=5).check(9.0)
     assert DifferentLogitsError.exit_code == 1
 
 
 @pytest.mark.parametrize("spoil", [None, 1.0, math.nan])
-def test_models_that_differ_are_told_from_models_that_agree(saved, tmp_path, spoil):
+def test_different_models_are_distinguished_from_equal_ones(saved, tmp_path, spoil):
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     safetensors = pytest.importorskip("safetensors.torch", reason="the extra hf is not installed")
     run = saved("llama")

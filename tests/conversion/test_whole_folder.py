@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all."""
+"""Folders appear whole or not at all."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.locks import held_by_another
 
 
 def files(folder):
-    """What a folder holds beside marks."""
+    """Return the contents of a folder except markers."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
     return {str(path.relative_to(folder)): path.read_text() for path in paths}
 
@@ -24,7 +24,7 @@ def fill(target, text, force=False, fail=None, needed_bytes=0, source=None):
             raise fail
 
 
-def test_it_appears_with_its_parents_and_nothing_else(tmp_path):
+def test_a_folder_appears_with_its_parents_and_nothing_else(tmp_path):
     fill(tmp_path / "a" / "b", "new")
     assert files(tmp_path) == {"a/b/config.json": "new"}
     (tmp_path / "empty").mkdir()
@@ -33,7 +33,7 @@ def test_it_appears_with_its_parents_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), UserError("damaged"), RuntimeError()])
-def test_an_interruption_leaves_what_was_there(tmp_path, failure):
+def test_an_interruption_keeps_the_previous_folder(tmp_path, failure):
     with pytest.raises(type(failure)):
         fill(tmp_path / "b", "new", fail=failure)
     assert not any(tmp_path.iterdir())
@@ -43,7 +43,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path, failure):
     assert files(tmp_path) == {"b/config.json": "old"}
 
 
-def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+def test_leftovers_of_a_killed_conversion_are_removed(tmp_path):
     (tmp_path / ".b.partial" / "deep").mkdir(parents=True)
     (tmp_path / ".b.partial" / "model.safetensors").write_text("half")
     fill(tmp_path / "b", "new")
@@ -51,7 +51,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path):
 
 
 def test_two_conversions_to_one_folder_are_refused(tmp_path):
-    """The second does not take the files of the first for those of one that was killed."""
+    """The second conversion does not remove the first one's files as leftovers of a killed conversion."""
     half = tmp_path / ".b.partial" / "model.safetensors"
     half.parent.mkdir()
     half.write_text("half")
@@ -65,7 +65,7 @@ def test_two_conversions_to_one_folder_are_refused(tmp_path):
     assert files(tmp_path) == {"b/config.json": "new"}
 
 
-def test_only_an_earlier_conversion_is_replaced_and_only_by_force(tmp_path):
+def test_force_replaces_only_an_earlier_conversion(tmp_path):
     fill(tmp_path / "b", "old")
     with pytest.raises(UserError, match="is not empty; --force replaces it"):
         fill(tmp_path / "b", "new")
@@ -75,14 +75,14 @@ def test_only_an_earlier_conversion_is_replaced_and_only_by_force(tmp_path):
     (tmp_path / "home" / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match=f"holds no {MARK}, so --force does not replace it.*delete this one yourself"):
         fill(tmp_path / "home", "new", force=True)
-    with pytest.raises(UserError, match="--save /: is no folder that can be replaced"):
+    with pytest.raises(UserError, match="--save /: this folder cannot be replaced"):
         fill(Path("/"), "new", force=True)
     with pytest.raises(UserError, match="exists and is not a folder"):
         fill(tmp_path / "home" / "thesis.tex", "new", force=True)
     assert files(tmp_path / "home") == {"thesis.tex": "years"}
 
 
-def test_no_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**9))
     fill(tmp_path / "b", "new", needed_bytes=10**9)
@@ -94,7 +94,7 @@ def test_no_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_a_disk_that_fills_up_is_one_line(tmp_path):
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
     full = OSError(28, "No space left on device")
     with pytest.raises(UserError, match=r"--save: .*c cannot be written: No space left on device"):
         fill(tmp_path / "c", "new", fail=full)
@@ -102,7 +102,7 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "iter_0000100/__0_0.distcp"])
-def test_force_keeps_what_was_added_to_a_conversion(tmp_path, name):
+def test_force_refuses_a_folder_with_added_files(tmp_path, name):
     fill(tmp_path / "b", "old")
     added = tmp_path / "b" / name
     added.parent.mkdir(exist_ok=True)
@@ -116,7 +116,7 @@ def test_force_keeps_what_was_added_to_a_conversion(tmp_path, name):
 
 
 @pytest.mark.parametrize("mark", ["", "[]", "{}", '{"files": 5}'])
-def test_force_trusts_no_damaged_mark(tmp_path, mark):
+def test_force_refuses_a_damaged_marker(tmp_path, mark):
     fill(tmp_path / "b", "old")
     (tmp_path / "b" / MARK).write_text(mark)
     with pytest.raises(UserError, match=f"{MARK} cannot be read"):
@@ -125,8 +125,8 @@ def test_force_trusts_no_damaged_mark(tmp_path, mark):
 
 
 @pytest.mark.parametrize("below", ["", "iter_0000000"])
-def test_force_does_not_replace_what_is_read(tmp_path, below):
+def test_force_does_not_replace_the_folder_that_is_read(tmp_path, below):
     fill(tmp_path / "b", "old")
-    with pytest.raises(UserError, match="holds what --load reads"):
+    with pytest.raises(UserError, match="contains the folder that --load reads"):
         fill(tmp_path / "b", "new", force=True, source=tmp_path / "b" / below)
     assert files(tmp_path) == {"b/config.json": "old"}

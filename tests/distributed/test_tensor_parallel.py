@@ -14,7 +14,7 @@ from tests.reference import edge_targets, loss_and_gradient
 pytestmark = pytest.mark.distributed
 
 WORLD = 2
-COLLECTIVES = ("allreduce_", "_reduce_scatter_base_", "_allgather_base_", "broadcast_", "alltoall_base_")
+COLLECTIVES = ("allreduce_", "_reduce_scatter_base_", "allgather_", "_allgather_base_", "broadcast_", "alltoall_base_")
 
 
 def collectives(log: OperationLog) -> dict[str, int]:
@@ -43,8 +43,8 @@ def test_loss_over_two_shards_equals_the_loop_over_targets(bag_size, dtype, tole
     for loss, weight, _, forward, backward in ranks:
         torch.testing.assert_close(loss.double(), wanted_loss, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(weight.double(), wanted_weight, rtol=1e-6, atol=1e-7)
-        # One reduction for the maximum and one for all sums; none in the backward pass, whatever the bag size.
-        assert (forward, backward) == ({"allreduce_": 2}, {})
+        # One gathering of maxima, sums and target logits; none in the backward pass, whatever the bag size.
+        assert (forward, backward) == ({"allgather_": 1}, {})
     gradient = torch.cat([rank[2] for rank in ranks], dim=-1).transpose(0, 1)
     torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=tolerance, atol=1e-6)
 

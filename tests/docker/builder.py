@@ -1,7 +1,7 @@
-"""buildah as the builder of the project's Dockerfile: no daemon, no registry, no privileges beyond root's.
+"""Builds the project's Dockerfile with buildah, which needs root, but no daemon and no registry.
 
-The base images are made here, from the Debian mirror that this machine installs its own packages from, and tagged as
-the Dockerfile names them, so that it is built unchanged.
+The base images are created here from this machine's Debian mirror. They have the tags that the Dockerfile names, so it
+is built unchanged.
 """
 
 import os
@@ -17,7 +17,7 @@ CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def install() -> str | None:
-    """Install the builder where it is missing; return why it cannot be had."""
+    """Install buildah if it is missing; return why it cannot be installed, or None."""
     if os.geteuid() != 0:
         return "building an image without a daemon needs root"
     if all(shutil.which(program) for program in PACKAGES):
@@ -30,7 +30,7 @@ def install() -> str | None:
 
 
 def find_python(name: str) -> Path | None:
-    """Return the folder that holds an interpreter and nothing else of this machine; None if there is none."""
+    """Return the folder of an interpreter that holds nothing else of this machine, or None if there is none."""
     candidates = [name]
     if shutil.which("pyenv"):
         root = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True).stdout.strip()
@@ -44,11 +44,11 @@ def find_python(name: str) -> Path | None:
 
 
 class Builder:
-    """Images in a folder of their own."""
+    """Builds images in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # The host's way to its package index comes as read-only mounts, never as lines of a Dockerfile.
+        # The host's package index is configured by read-only mounts, never by lines of a Dockerfile.
         self.mounts = [f"--volume={source}:{target}:ro" for source, target in self._index_files().items()]
 
     def _index_files(self) -> dict[str, str]:
@@ -61,7 +61,7 @@ class Builder:
         files = {str(config): "/etc/pip.conf"}
         for value in found.values():
             for url in value.split():
-                # The files of a local index lie beside its pages.
+                # The files of a local index are beside its pages.
                 place = url.removeprefix("file://").removesuffix("/simple")
                 if place.startswith("/") and Path(place).exists():
                     files[place] = place
@@ -70,7 +70,7 @@ class Builder:
         return files
 
     def buildah(self, *arguments: str) -> str:
-        """Run buildah; return what it prints."""
+        """Run buildah; return its output."""
         store = ("--root", str(self.folder / "store"), "--runroot", str(self.folder / "run"))
         done = subprocess.run(
             ["buildah", *store, *arguments],
@@ -82,7 +82,7 @@ class Builder:
         return done.stdout
 
     def debian(self, tag: str) -> None:
-        """Make a Debian image with Python and pip."""
+        """Create a Debian image with Python and pip."""
         where = ("--format", "$(REPO_URI)", "Created-By: Packages", "Origin: Debian")
         mirrors = subprocess.run(["apt-get", "indextargets", *where], capture_output=True, text=True).stdout.split()
         root = self.folder / "debian.tar"
@@ -95,11 +95,11 @@ class Builder:
         root.unlink()
 
     def add_python(self, container: str, python: Path) -> None:
-        """Put an interpreter of this machine, without the packages installed for it, in front of the container's own.
+        """Install an interpreter of this machine, without its packages, before the container's own in ``PATH``.
 
         Args:
-            container: its name; of the same Debian as this machine, or a newer one.
-            python: the folder that the interpreter is installed in.
+            container: name of the container, whose Debian is this machine's version or a newer one.
+            python: folder in which the interpreter is installed.
         """
         archive = self.folder / "python.tar"
         without = ("--exclude=*/site-packages/*", "--exclude=./lib/python3.*/test", "--exclude=__pycache__")
@@ -109,21 +109,21 @@ class Builder:
         self.run(container, ["sh", "-ec", "ldconfig; python3 -m ensurepip"], *self.mounts)
 
     def commit(self, container: str, tag: str) -> None:
-        """Make an image of a container, and remove the container."""
+        """Create an image from a container, and remove the container."""
         self.buildah("commit", "--quiet", "--format", "docker", "--rm", container, tag)
 
     def build(self, context: Path, tag: str, *arguments: str) -> str:
-        """Build the Dockerfile of a folder; return what that prints."""
+        """Build the Dockerfile in a folder; return the output."""
         common = ("--format", "docker", "--pull-never", "--tag", tag)
         return self.buildah("bud", *common, *self.mounts, *arguments, str(context))
 
     def start(self, tag: str) -> str:
-        """Make a container of an image; return its name."""
+        """Create a container from an image; return its name."""
         return self.buildah("from", "--pull-never", tag).strip()
 
     def run(self, container: str, command: Sequence[str], *arguments: str) -> str:
-        """Run a command in a container; return what it prints."""
-        # The container's name for itself must resolve: gloo warns where it does not.
+        """Run a command in a container; return its output."""
+        # The container's host name must resolve; otherwise gloo warns.
         return self.buildah("run", "--hostname", "localhost", *arguments, container, "--", *command)
 
     def remove(self) -> None:

@@ -1,4 +1,4 @@
-"""The Dockerfile and what is around it, read without building anything."""
+"""The Dockerfile and the files around it, checked without building anything."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ def test_hadolint_finds_nothing(tmp_path: Path):
     assert "DL3007" in lint(tmp_path / "Dockerfile").stdout
 
 
-def test_the_base_is_one_version_and_an_argument():
+def test_the_base_image_is_an_argument_with_a_fixed_version():
     assert re.findall(r"^FROM (.*)", DOCKERFILE, re.MULTILINE) == ["${BASE_IMAGE}"]
     assert re.search(r"^ARG BASE_IMAGE=nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3$", DOCKERFILE, re.MULTILINE)
     assert re.search(r"^ARG MEGATRON_CORE=\d+\.\d+\.\d+$", DOCKERFILE, re.MULTILINE)
@@ -34,20 +34,20 @@ def test_the_last_user_is_not_root():
     assert users and int(users[-1]) > 0
 
 
-def test_dependencies_are_installed_before_the_source_is_there():
+def test_dependencies_are_installed_before_the_source_is_copied():
     assert DOCKERFILE.index("setup_image.sh plot") < DOCKERFILE.index("COPY --chown=tst . .")
 
 
-def test_nothing_of_ours_asks_for_pypis_apex():
+def test_no_file_requires_pypis_apex():
     wanted = "\n".join((ROOT / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
     asks = re.compile(r"""["']apex|^apex|pip install.* apex""", re.MULTILINE)
     assert not asks.search(wanted) and not asks.search(DOCKERFILE + (ROOT / "tools/setup_image.sh").read_text())
     assert all(asks.search(line) for line in ('gpu = ["apex"]', "apex==0.9", "pip install --quiet apex"))
 
 
-def test_what_git_ignores_stays_out_of_the_context():
+def test_files_that_git_ignores_are_not_in_the_build_context():
     ignored = [line for line in (ROOT / ".gitignore").read_text().splitlines() if line]
-    # "/runs/" is the folder at the root, which Docker writes "runs"; "x/" is any folder of that name.
+    # "/runs/" is a folder at the root, which Docker writes as "runs"; "x/" is any folder of that name.
     wanted = [line.strip("/") if line.startswith("/") else f"**/{line.rstrip('/')}" for line in ignored]
     excluded = (ROOT / ".dockerignore").read_text().splitlines()
     assert [line for line in wanted if line not in excluded] == []

@@ -1,4 +1,4 @@
-"""The Dockerfile built for the CPU and for stand-ins of NVIDIA's images, and what then lies and runs in the images."""
+"""Builds the Dockerfile for the CPU and for stand-ins of NVIDIA's images, and checks the contents of the images."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def builder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory) -> Path:
-    """This checkout, with files in it that must stay out of an image and one that need not."""
+    """A copy of this checkout with files that must not be in an image and one that may be."""
     folder = tmp_path_factory.mktemp("context")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -49,13 +49,13 @@ def context(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cpu(builder: Builder, context: Path) -> str:
-    """A container of the CPU image."""
+    """The name of a container of the CPU image."""
     builder.build(context, "tst:cpu", "--layers", *ON_CPU, "--build-arg", "IMAGE_VERSION=v1-test")
     return builder.start("tst:cpu")
 
 
 def versions(text: str, python: str = "3.11") -> dict[str, str]:
-    """Packages of a pip list or of constraints, those for other versions of Python left out."""
+    """Return the packages of a pip list or of constraints, without those for other versions of Python."""
     found = [Requirement(line) for line in text.splitlines() if "==" in line and not line.startswith(("#", "-e"))]
     here = [line for line in found if line.marker is None or line.marker.evaluate({"python_version": python})]
     return {line.name: str(line.specifier).removeprefix("==") for line in here}
@@ -69,31 +69,31 @@ def test_two_builds_have_the_same_packages(builder: Builder, context: Path, cpu:
     first, second = (builder.run(box, ["cat", "versions.txt"]) for box in (cpu, builder.start("tst:again")))
     assert first == second
     installed = {name: version.partition("+")[0] for name, version in versions(first).items()}
-    # Debian brings three packages; every other one is pinned.
+    # Three packages are Debian's; all others are pinned.
     unpinned = {"megatron-tst", "pip", "setuptools", "wheel"}
     assert installed.keys() >= {"torch", "megatron-core", *unpinned}
     assert {name: version for name, version in installed.items() if PINS.get(name) != version}.keys() == unpinned
 
 
-def test_new_source_leaves_the_dependencies_cached(builder: Builder, context: Path, cpu: str):
+def test_a_source_change_keeps_the_dependencies_cached(builder: Builder, context: Path, cpu: str):
     (context / "README.md").write_text("another")
     output = builder.build(context, "tst:changed", "--layers", *ON_CPU)
     cached = re.findall(r"^STEP \d+/\d+: (.*)\n--> Using cache", output, re.MULTILINE)
     assert any("setup_image.sh" in step for step in cached) and "COPY --chown=tst . ." not in cached
 
 
-def test_the_image_holds_the_checkout_and_no_more(builder: Builder, cpu: str):
+def test_the_image_holds_only_the_checkout(builder: Builder, cpu: str):
     assert builder.run(cpu, ["id", "-u"]).strip() == "10001"
     planted = builder.run(cpu, ["grep", "-rlx", "planted", "."]).split()
     assert planted == ["./docs/planted.md"]
 
 
-def test_tests_and_quickstart_run_as_they_are_and_install_nothing(builder: Builder, cpu: str):
+def test_tests_and_quickstart_run_and_install_nothing(builder: Builder, cpu: str):
     tests = "tests/docs/test_documents.py tests/megatron_patches/test_cpu.py tests/superposition"
     script = f"PIP_NO_INDEX=1 bash tests/run.sh {tests}"
     assert re.search(r"\d+ passed", builder.run(cpu, ["sh", "-c", script]))
     assert "tst ends" in builder.run(
-        cpu, ["sh", "-c", "PIP_NO_INDEX=1 STEPS=50 PACKAGES=rich bash examples/quickstart/run.sh"]
+        cpu, ["sh", "-c", "PIP_NO_INDEX=1 STEPS=50 PACKAGES=networkx bash examples/quickstart/run.sh"]
     )
     recorded = json.loads(builder.run(cpu, ["cat", "runs/quickstart-seed1/tst/versions.json"]))
     assert recorded["image"] == "v1-test"
@@ -101,7 +101,7 @@ def test_tests_and_quickstart_run_as_they_are_and_install_nothing(builder: Build
 
 @dataclass(frozen=True)
 class Base:
-    """An image of NVIDIA's: its tag, what of it matters here, and the megatron-core that belongs to it."""
+    """A stand-in for one of NVIDIA's images: its tag, its relevant packages, and the matching megatron-core."""
 
     tag: str
     core: str
@@ -109,7 +109,7 @@ class Base:
     torch: str
     numpy: str
     transformer_engine: str
-    # How the import of Transformer Engine goes where there is no driver.
+    # Result of importing Transformer Engine without a driver.
     te_source: str
     te_imported: str
 
@@ -160,7 +160,7 @@ echo packaging==24.1 >/etc/pip/constraint.txt
 
 @pytest.fixture(scope="module")
 def cuda(builder: Builder) -> str:
-    """An image with Python 3.12, as NVIDIA's have, and torch, whose build for CUDA runs on the CPU too."""
+    """An image with Python 3.12, as in NVIDIA's images, and torch's CUDA build, which also runs on the CPU."""
     python = find_python("python3.12")
     if python is None:
         pytest.skip("needs Python 3.12, as python3.12 or from pyenv, in a folder of its own")
@@ -174,8 +174,8 @@ def cuda(builder: Builder) -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", BASES)
-def test_what_the_base_image_compiled_stays(builder: Builder, context: Path, cuda: str, name: str):
-    """The base stands in for NVIDIA's: a torch of no index, an older numpy, TE and apex, all packages constrained."""
+def test_compiled_packages_of_the_base_image_are_kept(builder: Builder, context: Path, cuda: str, name: str):
+    """The stand-in has a torch that no index offers, an older numpy, TE and apex, and constrains all packages."""
     base = BASES[name]
     box = builder.start(cuda)
     settings = {
@@ -202,7 +202,7 @@ def test_what_the_base_image_compiled_stays(builder: Builder, context: Path, cud
     assert "megatron" in own and not {"torch", "numpy", "triton", "apex", "transformer_engine"} & set(own)
     tests = ["python", "-m", "pytest", "-q", "tests/data/test_samples.py", "tests/training/test_step.py"]
     assert re.search(r"\d+ passed", builder.run(box, tests))
-    # The base's torchrun, with the image's interpreter.
+    # The base's torchrun must use the image's interpreter.
     command = ["torchrun", "--nproc-per-node", "1", "tools/check_environment.py"]
     recorded = json.loads(builder.run(box, command))
     assert recorded["transformer-engine"] == base.transformer_engine and recorded["megatron-core"] == base.core

@@ -1,4 +1,4 @@
-"""The house: which room may import which, and that every module imports with the base dependencies alone."""
+"""Imports between the packages point in one direction, and every module imports with only the base dependencies."""
 
 import ast
 import subprocess
@@ -60,11 +60,11 @@ def trespasses(room: str, source: str) -> list[str]:
 @pytest.mark.parametrize(
     "module", [m for m in MODULES if m.parent != PACKAGE], ids=lambda m: str(m.relative_to(PACKAGE))
 )
-def test_imports_point_one_way(module: Path):
+def test_imports_point_in_one_direction(module: Path):
     assert trespasses(module.relative_to(PACKAGE).parts[0], module.read_text()) == []
 
 
-def test_a_trespass_is_found():
+def test_a_forbidden_import_is_found():
     assert trespasses("data", "from megatron_tst.training import train\nimport tyro") == [
         "megatron_tst.training",
         "tyro",
@@ -73,7 +73,7 @@ def test_a_trespass_is_found():
     assert trespasses("training", "from megatron.training import training") == ["megatron.training"]
 
 
-def test_every_module_imports_with_the_base_dependencies_alone():
+def test_every_module_imports_with_only_the_base_dependencies():
     # Those of the room beside __init__.py ask for a card when they are imported.
     modules = [m for m in MODULES if m.name != "plots.py" and (m.parent.name, m.name == "__init__.py") != _TRAINER]
     names = [".".join(m.relative_to(ROOT).with_suffix("").parts) for m in modules]

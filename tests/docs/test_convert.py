@@ -1,4 +1,4 @@
-"""The commands at the top of docs/convert.md, run as they are written on a small run of the quickstart's settings."""
+"""The commands at the top of docs/convert.md, run literally on a small run with the quickstart's settings."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pytest
 from megatron_tst.telemetry import read_metrics
 
 ROOT = Path(__file__).parents[2]
-# Next to nothing is learnt: the loss at the end is that of the weights at the start.
+# The learning rate is so small that the final loss is that of the initial weights.
 SHORT = (
     "--train-iters 1 --lr 1e-9 --lr-warmup-iters 0 --lr-wsd-decay-iters 1 --micro-batch-size 2 --split 80,20,0 "
     "--eval-iters 4"
@@ -23,7 +23,7 @@ TRAINED = SHORT.replace("--train-iters 1 --lr 1e-9", "--train-iters 40 --lr 1e-2
 
 @pytest.fixture
 def place(corpus, tokenizer, tmp_path: Path) -> Path:
-    """A folder in which the commands find what they name: the programs, and the quickstart's text."""
+    """A folder with the files that the commands name: the programs and the quickstart's text."""
     for name in ("pretrain_tst.py", "tools", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     data = tmp_path / "data" / "quickstart"
@@ -47,7 +47,7 @@ def final_loss(place: Path, folder: str) -> float:
     return read_metrics(place / folder / "metrics.jsonl")[-1]["valid_loss"]
 
 
-def test_the_commands_of_the_document_run_one_after_the_other(place):
+def test_the_commands_of_the_document_run_in_order(place):
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     block = re.search(r"```\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL)
     export, back, finetune = block[1].strip().splitlines()
@@ -58,12 +58,12 @@ def test_the_commands_of_the_document_run_one_after_the_other(place):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     source = final_loss(place, "runs/quickstart-seed1/tst")
     assert final_loss(place, "runs/quickstart/tst") == pytest.approx(source, abs=1e-4)
-    # Control: weights that were not loaded would predict nearly evenly among 300 tokens, at 5.7 nats.
+    # Negative control: weights that were not loaded would predict nearly uniformly among 300 tokens, at 5.7 nats.
     assert source < 5.0
     done = run(f"{finetune} {SHORT} --tst-run-dir runs/other --rotary-base 20", place)
     assert done.returncode == 2 and "--rotary-base 20: the checkpoint was made with 10000" in done.stderr
     assert not (place / "runs/other").exists()
-    # The settings that an import wrote are those of its model.
+    # The import writes the settings of its model.
     imported = "--config weights/quickstart/iter_0000000/config.yaml --load weights/quickstart --finetune"
     text = "--data-path data/quickstart/packages_text_document --seq-length 128 --seed 1 --tst-run-dir runs/imported"
     done = run(f"python pretrain_tst.py {imported} {text} {SHORT} --lr-decay-style WSD", place)

@@ -1,4 +1,4 @@
-"""README, docs and examples: the paths they name exist, their flags are taken, shipped configs build."""
+"""README, docs and examples: the paths that they name exist, their flags are valid, and shipped configs are valid."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from megatron_tst.config import RunConfig, UserError, config_from_mapping, parse
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
 FOLDERS = (ROOT / "examples", ROOT / "launch")
-# examples/evaluate holds a task of the evaluation harness.
+# examples/evaluate holds a task of the evaluation harness, which is not a config.
 CONFIGS = sorted(c for folder in FOLDERS for c in folder.rglob("*.yaml") if c.parent.name != "evaluate")
 NAMED = re.compile(r"[`(\s]((?:megatron_tst|examples|launch|tools|benchmarks|tests|docs)/[\w./-]*\w)")
 
@@ -42,25 +42,25 @@ def test_paths_named_in_documents_exist(document: Path):
     assert missing == []
 
 
-def test_a_missing_path_would_be_found():
+def test_a_missing_path_is_found():
     assert NAMED.findall("see `tools/nowhere.py`, or (docs/none.md)") == ["tools/nowhere.py", "docs/none.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
-def test_commands_in_documents_are_taken(document: Path):
+def test_commands_in_documents_have_valid_flags(document: Path):
     for line in code_blocks(document).splitlines():
         if line.startswith("python pretrain_tst.py"):
             parse_config(shlex.split(line)[2:])
         elif program := re.match(r"python ((tools|examples|benchmarks)/\S+\.py)", line):
             source = (ROOT / program[1]).read_text()
             unknown = [w for w in shlex.split(line) if w.startswith("--") and f'"{w}"' not in source]
-            # Some programs hand the rest to pretrain_tst.py's parser.
+            # Some programs pass unknown flags on to pretrain_tst.py's parser.
             assert [w for w in unknown if "parse_known_args" not in source or w not in SETTINGS] == []
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.relative_to(ROOT)))
 def test_shipped_configs_build(config: Path):
-    # What a job script adds to its configuration.
+    # A job script adds these flags to its config.
     site = "--data-path corpus --tokenizer-model tokenizer --tst-run-dir run".split()
     parsed = parse_config(["--config", str(config), *(site if "launch" in config.parts else ())])
     assert parsed.schedule.num_steps == parsed.training.train_iters

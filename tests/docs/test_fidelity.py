@@ -1,4 +1,4 @@
-"""examples/fidelity: each grid trains what its claims name, and a shortened finding runs from start to verdict."""
+"""examples/fidelity: each grid trains the settings that its claims name, and a short finding runs to its verdict."""
 
 import dataclasses
 import importlib.util
@@ -15,7 +15,7 @@ FOLDER = ROOT / "examples/fidelity"
 
 
 def load(path: Path):
-    """Import a program by its file."""
+    """Import a program from its file."""
     spec = importlib.util.spec_from_file_location(f"program_{path.parent.name}_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -33,7 +33,7 @@ def planned(monkeypatch, tmp_path: Path, grid: str, *flags: str):
     return plan_sweep(sweep.read_grid(arguments), tmp_path, rest)
 
 
-def test_claims_name_what_is_trained_and_the_readme_counts_it(monkeypatch, tmp_path: Path):
+def test_claims_name_trained_settings_and_the_readme_counts_the_runs(monkeypatch, tmp_path: Path):
     config = "--config", str(ROOT / "examples/quickstart/config.yaml")
     rows = re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
     assert [name for name, _ in rows] == list(STUDIES)
@@ -53,7 +53,7 @@ def fidelity(corpus, tokenizer, tmp_path: Path, *flags: str):
     return start("examples/fidelity/run.py", *own, *flags, *settings, STEPS="4")
 
 
-def test_a_finding_is_trained_judged_and_gone_on_with(tmp_path: Path, corpus, tokenizer):
+def test_a_finding_is_trained_judged_and_continued(tmp_path: Path, corpus, tokenizer):
     done = fidelity(corpus, tokenizer, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "3 runs, 3 of them to train, 2 at a time" in done.stdout
@@ -65,20 +65,20 @@ def test_a_finding_is_trained_judged_and_gone_on_with(tmp_path: Path, corpus, to
     )
     for lower, higher in ((names[0], names[1]), (names[2], names[1])):
         assert re.search(
-            rf"\*\*within noise\*\* \({lower} less {higher}: [+-]0\.\d{{4}} \(1 of at least 3 seeds", report
+            rf"\*\*within noise\*\* \({lower} minus {higher}: [+-]0\.\d{{4}} \(1 of at least 3 seeds", report
         )
     assert "![final losses](settings.png)" in report and (results / "settings.png").exists()
     assert report.splitlines()[2] in done.stdout
     again = fidelity(corpus, tokenizer, tmp_path, "--plan")
     assert again.stdout.splitlines() == [
-        *(f"{name}-4steps-seed1: ended" for name in (names[2], names[0], names[1])), "3 runs, 0 of them to train"
+        *(f"{name}-4steps-seed1: finished" for name in (names[2], names[0], names[1])), "3 runs, 0 of them to train"
     ]  # fmt: skip
 
 
-def test_missing_text_is_one_line(tmp_path: Path, tokenizer):
+def test_missing_text_is_reported_in_one_line(tmp_path: Path, tokenizer):
     done = fidelity(tmp_path / "nowhere", tokenizer, tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(f"run.py: error: --data-path {tmp_path / 'nowhere'}: is not there")
+    assert done.stderr.startswith(f"run.py: error: --data-path {tmp_path / 'nowhere'}: does not exist")
     assert not (tmp_path / "out").exists()
 
 

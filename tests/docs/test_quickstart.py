@@ -1,4 +1,4 @@
-"""The README's first command, shortened: the script itself, from the packages' source to the picture."""
+"""The README's first command, shortened: the whole script, from the packages' source to the plot."""
 
 import csv
 import os
@@ -35,7 +35,7 @@ def test_the_quickstart_runs(tmp_path: Path):
     gain = final[1] - final[0]
     side = "below" if gain < 0 else "above"
     assert f"TST ended {abs(gain):.4f} nats per token {side} the baseline" in done.stdout
-    assert "How far to trust one seed" in done.stdout and "Runs of 50 steps are not those." in done.stdout
+    assert "Reliability of one seed" in done.stdout and "does not apply to runs of 50 steps." in done.stdout
     assert (tmp_path / "runs/quickstart-seed3/tst-hf/model.safetensors").exists()
     assert "same most likely token at" in done.stdout
     assert done.stdout.rstrip().rpartition("/tst-hf\n")[2].startswith("def test_")
@@ -48,15 +48,15 @@ def test_unknown_arguments_show_the_usage():
     assert "--equal-loss" in done.stderr
 
 
-def test_runs_that_are_not_two_methods_are_refused(tmp_path: Path):
+def test_the_verdict_needs_runs_of_exactly_two_methods(tmp_path: Path):
     command = [sys.executable, "examples/quickstart/verdict.py", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"verdict.py: error: {tmp_path}: holds no metrics.jsonl\n"
 
 
-def test_the_table_of_seeds_is_the_measured_one():
-    """The README's rows, mean and standard error are those of seeds.csv."""
+def test_the_table_of_seeds_matches_the_measured_seeds():
+    """The README's rows, mean and standard error match seeds.csv."""
     losses: dict[str, dict[int, float]] = {"baseline": {}, "tst": {}}
     with (QUICKSTART / "seeds.csv").open() as file:
         for row in csv.DictReader(file):

@@ -1,4 +1,4 @@
-"""The parts of tests/gpu/run.sh run on the card, or, as far as they can, on the CPU: there with every other test."""
+"""The parts of tests/gpu/run.sh, which run on a GPU, or as far as possible on the CPU together with all other tests."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""Runs the parts of tests/gpu one after another, each under its time limit, and reports them as Markdown.
+"""Runs the parts of tests/gpu one after the other, each with a time limit, and reports them as Markdown.
 
-python -m tests.gpu.report [REPORT]; tests/gpu/run.sh calls it. It needs the standard library alone: what a part lacks,
-the part says.
+tests/gpu/run.sh calls python -m tests.gpu.report [REPORT]. It needs only the standard library; each part reports the
+packages that it is missing.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-SHOWN_LINES = 60  # of a failed part's output
+SHOWN_LINES = 60  # lines of a failed part's output
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Part:
     """One file of tests.
 
     Attributes:
-        title: what it looks at.
-        path: the file.
-        limit_s: after this many seconds it is ended and has failed.
+        title: title in the report.
+        path: path of the file.
+        limit_s: time limit in seconds, after which the part is killed and counts as failed.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Part:
     limit_s: float
 
 
-# Together below ten minutes, with time left to install wheels.
+# The limits add up to less than ten minutes and leave time to install wheels.
 PARTS = (
     Part("The device, its generators, collectives at one rank", Path("tests/gpu/test_device.py"), 90),
     Part("Embedding, attention and native loss", Path("tests/gpu/test_kernels.py"), 90),
@@ -47,14 +47,14 @@ PARTS = (
 
 @dataclass
 class Outcome:
-    """What became of a part.
+    """The outcome of a part.
 
     Attributes:
-        part: which.
-        seconds: how long it took.
-        tests: the lines that tests/gpu/results.py wrote.
-        trouble: why the part failed as a whole, or nothing.
-        output: what it printed.
+        part: the part.
+        seconds: duration in seconds.
+        tests: lines that tests/gpu/results.py wrote.
+        trouble: why the part failed as a whole; empty if it did not.
+        output: output of the part.
     """
 
     part: Part
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def run_part(part: Part) -> Outcome:
-    """Run a part; one that reaches its limit is ended, with everything it started."""
+    """Run a part; if it reaches its limit, kill it and all processes that it started."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         results, output = Path(folder, "results"), Path(folder, "output")
@@ -119,7 +119,7 @@ def write_report(outcomes: list[Outcome]) -> str:
     ]
     head = (
         f"**{'Failed' if is_failed else 'Passed'}** in {seconds:.0f} s. "
-        f"Device: {', '.join(devices) or 'not found out'}. "
+        f"Device: {', '.join(devices) or 'unknown'}. "
         f"Python {platform.python_version()}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC."
     )
     rows = [
@@ -139,7 +139,7 @@ def write_report(outcomes: list[Outcome]) -> str:
 
 
 def main(parts: tuple[Part, ...], path: Path | None) -> int:
-    """Run all parts, whatever becomes of each, and report them; 1 if one failed."""
+    """Run all parts even if some fail, and report them; return 1 if a part failed."""
     outcomes = []
     for part in parts:
         outcomes.append(run_part(part))

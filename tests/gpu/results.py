@@ -1,6 +1,6 @@
-"""A pytest plugin: each test's outcome as a line of JSON, written at once, so that a time limit loses none.
+"""A pytest plugin that writes each test's outcome immediately as a line of JSON, so that a time limit loses none.
 
-python -m pytest -p tests.gpu.results writes to the file that TST_GPU_RESULTS names.
+python -m pytest -p tests.gpu.results writes to the file in the variable TST_GPU_RESULTS.
 """
 
 import json
@@ -11,7 +11,7 @@ import pytest
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Append the outcome of a test, once: of its call, or of what kept it from being called."""
+    """Append the outcome of a test once: that of its call, or that of the set-up that prevented the call."""
     if report.when != "call" and report.passed:
         return
     reason = ""

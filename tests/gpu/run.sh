@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A GPU's first minutes: all that needs a card, in less than ten minutes, reported as Markdown (docs/gpu.md).
-#   bash tests/gpu/run.sh [REPORT]             to the standard output, and to REPORT or $OUT/gpu_report.md
-#   PYTHON=python3.12 bash tests/gpu/run.sh    another interpreter; by default .venv's, else python3
-#   TST_WHEELS=FOLDER bash tests/gpu/run.sh    takes what the interpreter lacks from wheels, without a network
+# Runs all tests that need a GPU in less than ten minutes, and writes a report in Markdown (docs/gpu.md).
+#   bash tests/gpu/run.sh [REPORT]             writes to standard output, and to REPORT or $OUT/gpu_report.md
+#   PYTHON=python3.12 bash tests/gpu/run.sh    another interpreter (default: .venv's, otherwise python3)
+#   TST_WHEELS=FOLDER bash tests/gpu/run.sh    takes missing packages from wheels, without a network
 set -euo pipefail
 report=${1:-${OUT:+$OUT/gpu_report.md}}
 report=${report:+$(realpath -m "$report")}
@@ -15,7 +15,7 @@ if [ -n "$wheels" ]; then
   for wheel in "$wheels"/*.whl; do
     name=$(basename "$wheel")
     case $name in
-      # Only unpacked: three of its files are tested, and without its compiled library it cannot be imported.
+      # Transformer Engine is only unpacked: three of its files are tested, and it cannot be imported without its library.
       transformer_engine-*)
         version=${name#transformer_engine-} && version=${version%%-*}
         "$python" -m zipfile -e "$wheel" "$packages/transformer_engine_wheels/$version"

@@ -1,4 +1,4 @@
-"""The device: what it is, its generators, and every collective of a run in a world of one rank."""
+"""The device, its random generators, and every collective of a run with a single rank."""
 
 import importlib.metadata
 import importlib.util
@@ -13,7 +13,7 @@ from megatron_tst.distributed.rng_state import get_rng_states, set_rng_states
 from megatron_tst.megatron_patches import find_libraries
 
 
-def test_the_device_is_entered(device, record_property):
+def test_the_device_can_be_used(device, record_property):
     entered = enter_device()
     record_property("device", entered.name)
     for name in ("torch", "megatron-core", "triton", "numpy"):
@@ -31,7 +31,7 @@ def test_the_device_is_entered(device, record_property):
     assert peak_memory_bytes() >= max(before, 1 << 28 if device.type == "cuda" else 0)
 
 
-def test_generators_go_back_to_where_they_were(rank, device):
+def test_rng_state_can_be_restored(rank, device):
     torch.rand(3, device=device)
     states = get_rng_states()
     first = torch.rand(3, device=device)
@@ -40,8 +40,10 @@ def test_generators_go_back_to_where_they_were(rank, device):
     assert not torch.equal(torch.rand(3, device=device), first)
 
 
-@pytest.mark.filterwarnings("ignore:.* is deprecated:FutureWarning")  # torch has renamed what megatron-core calls
-def test_collectives_at_one_rank(rank, device):
+@pytest.mark.filterwarnings(
+    "ignore:.* is deprecated:FutureWarning"
+)  # megatron-core calls functions that torch has renamed
+def test_collectives_work_with_one_rank(rank, device):
     group = rank.groups.dp_cp
     assert dist.get_backend(group) == enter_device().backend
     values = torch.arange(8.0, device=device)

@@ -1,4 +1,4 @@
-"""The report of tests/gpu: parts that pass, fail, lack something, die or hang, and what run.sh hands them."""
+"""The report of tests/gpu for parts that pass, fail, skip, crash or hang, and the arguments that run.sh passes."""
 
 import contextlib
 import os
@@ -48,7 +48,7 @@ def test_wait():
 
 @pytest.fixture
 def parts(tmp_path: Path):
-    """Makes parts of the fake files named; the hanging one has a short limit."""
+    """Return a function that creates parts from the named fake files; the hanging one has a short limit."""
 
     def make(*names: str) -> tuple[Part, ...]:
         for name in names:
@@ -60,12 +60,12 @@ def parts(tmp_path: Path):
 
 
 def row(report: str, start: str) -> list[str]:
-    """The cells of the first row that starts with this one."""
+    """Return the cells of the first row whose first cell is ``start``."""
     line = next(line for line in report.splitlines() if line.startswith(f"| {start} |"))
     return [cell.strip() for cell in line.strip("|").split(" | ")]
 
 
-def test_parts_that_pass_or_lack_something_are_no_failure(parts, tmp_path, capsys):
+def test_parts_that_pass_or_skip_do_not_fail(parts, tmp_path, capsys):
     assert main(parts("fine", "lacking"), tmp_path / "folder/report.md") == 0
     report = (tmp_path / "folder/report.md").read_text()
     assert capsys.readouterr().out == report
@@ -76,25 +76,25 @@ def test_parts_that_pass_or_lack_something_are_no_failure(parts, tmp_path, capsy
     assert row(report, "test_absent")[1::2] == ["skipped", "needs a CUDA device"]
 
 
-def test_a_failing_part_stops_no_other(parts, tmp_path, capsys):
+def test_the_other_parts_run_after_a_failure(parts, tmp_path, capsys):
     assert main(parts("broken", "dying", "empty", "hanging", "lacking"), None) == 1
     report = capsys.readouterr().out
-    assert "**Failed**" in report and "Device: not found out." in report
+    assert "**Failed**" in report and "Device: unknown." in report
     assert row(report, "broken")[2:] == ["**failed**", "1 passed, 1 failed"]
     assert row(report, "test_bad")[3] == r"AssertionError: one \| two"
     assert "AssertionError: one | two" in report.partition("The end of its output")[2]
-    # What a test found before the end of its process is kept.
+    # Outcomes of tests before a crash are kept.
     assert row(report, "dying")[2:] == ["**failed**", "1 passed, pytest ended with code 9"]
     assert row(report, "empty")[2:] == ["**failed**", "pytest ended with code 5"]
     assert row(report, "hanging")[2:] == ["**failed**", "ended after its limit of 20 s"]
     assert row(report, "lacking")[2:] == ["", "1 skipped"]
-    # What the hanging part started ends with it.
+    # Child processes of the hanging part are killed too.
     with contextlib.suppress(ProcessLookupError):
         child = os.pidfd_open(int((tmp_path / "child").read_text()))
         assert select.select([child], [], [], 60)[0]
 
 
-def test_all_parts_end_within_ten_minutes():
+def test_all_time_limits_add_up_to_less_than_ten_minutes():
     assert sum(part.limit_s for part in PARTS) <= 540
     files = {path.relative_to(ROOT) for path in (ROOT / "tests/gpu").glob("test_*.py")}
     assert {part.path for part in PARTS} == files - {Path("tests/gpu/test_report.py")}
@@ -106,7 +106,7 @@ def test_wheels_are_unpacked_for_the_parts(tmp_path):
     for name, member in (("tiny-1.0", "tiny.py"), ("transformer_engine-2.20.2", "transformer_engine/part.py")):
         with zipfile.ZipFile(wheels / f"{name}-py3-none-any.whl", "w") as wheel:
             wheel.writestr(member, "")
-    # Stands in for the interpreter that would run the parts, and says what they would find.
+    # This script stands in for the interpreter that would run the parts, and prints its arguments.
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/bash\n[ "$2" = zipfile ] && exec {sys.executable} "$@"\necho "$@"\n'
@@ -119,5 +119,5 @@ def test_wheels_are_unpacked_for_the_parts(tmp_path):
     said = done.stdout.splitlines()
     assert said[0] == f"-m tests.gpu.report {tmp_path}/report.md", done.stderr
     assert said[1].endswith("/transformer_engine_wheels/2.20.2/transformer_engine/part.py")
-    # The engine itself is not importable: without its compiled library it would be taken for installed.
+    # Transformer Engine must not be importable, because without its compiled library it would count as installed.
     assert said[2:] == ["tiny.py", "transformer_engine_wheels"]

@@ -1,4 +1,4 @@
-"""Runs as a user starts them, across the switch in bfloat16: saved, resumed, and once more in deterministic mode."""
+"""Runs from the command line across the switch in bfloat16: saved, resumed and repeated in deterministic mode."""
 
 import math
 from pathlib import Path
@@ -15,13 +15,13 @@ MODEL = (
     "--untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 "
     "--bf16 --accumulate-allreduce-grads-in-fp32 --use-distributed-optimizer --tst-bag-size 4 --tst-steps 4"
 ).split()
-GENTLE = ("--lr", "3e-3")  # so that roundings stay small over eight steps
+GENTLE = ("--lr", "3e-3")  # keeps the effect of rounding small over eight steps
 DETERMINISTIC = ("--deterministic-mode", "--save-interval", "3")
 
 
 @pytest.fixture(scope="module")
 def train(corpus, tokenizer, tmp_path_factory):
-    """Trains a run, and returns its steps' lines; each run once."""
+    """Return a function that trains a run once and returns its step lines."""
     folder: Path = tmp_path_factory.mktemp("runs")
     known = {}
 
@@ -49,17 +49,17 @@ def numbers(lines: list[dict]) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in lines]
 
 
-def test_a_run_across_the_switch(cuda, train, record_property):
+def test_a_run_trains_across_the_switch(cuda, train, record_property):
     lines = train("ordinary")
     assert [line["bag_size"] for line in lines] == [4] * 4 + [1] * 4
     assert all(math.isfinite(value) for pair in numbers(lines) for value in pair)
-    assert lines[0]["loss"] == pytest.approx(math.log(300), abs=0.3)  # nothing known yet
+    assert lines[0]["loss"] == pytest.approx(math.log(300), abs=0.3)  # a uniform guess
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
     record_property("last loss", lines[-1]["loss"])
     record_property("last step_time_s", lines[-1]["step_time_s"])
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(train, record_property):
+def test_a_resumed_run_gives_the_same_bits(train, record_property):
     alone, resumed = train("first", *DETERMINISTIC), train("resumed", *DETERMINISTIC)
     assert len(alone) == 8
     assert numbers(resumed) == numbers(alone)[3:]
@@ -71,7 +71,7 @@ def test_deterministic_mode_gives_the_same_bits_twice(cuda, train):
     assert numbers(train("second", *DETERMINISTIC)) == numbers(train("first", *DETERMINISTIC))
 
 
-def test_deterministic_mode_trains_as_the_ordinary_one(cuda, train):
+def test_deterministic_mode_gives_the_same_losses_as_ordinary_mode(cuda, train):
     ordinary, deterministic = (
         [line["loss"] for line in lines] for lines in (train("ordinary"), train("first", *DETERMINISTIC))
     )

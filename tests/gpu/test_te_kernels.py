@@ -1,4 +1,4 @@
-"""Transformer Engine's own Triton kernels, compiled for the card: the loss in bfloat16 and float32 against the loop.
+"""The loss with Transformer Engine's own Triton kernels, compiled for the GPU, compared with a loop over targets.
 
 tests/model/test_te_kernels.py runs the same files under Triton's interpreter.
 """
@@ -20,7 +20,7 @@ from tests.reference import edge_targets, loss_and_gradient
 L, B, VOCAB = 6, 2, 4000
 ONE_ROUNDING = 2**-8
 WHEELS = Path(os.environ.get("TST_TE_WHEELS", "nowhere"))
-# One stands for the absent, so that the report says so.
+# One entry represents missing wheels, so that the report mentions them.
 VERSIONS = sorted(path for path in WHEELS.glob("*/")) or [WHEELS]
 
 
@@ -36,7 +36,7 @@ def wheel(request, cuda) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bag_size", [1, 16])
 @pytest.mark.parametrize("wheel", VERSIONS, ids=lambda folder: folder.name, indirect=True)
-def test_the_loss_through_the_kernel(rank, device, monkeypatch, record_property, wheel, bag_size, dtype):
+def test_the_loss_of_the_kernel_matches_the_loop(rank, device, monkeypatch, record_property, wheel, bag_size, dtype):
     kernel = adapt_kernel(load_wheel(wheel))
     monkeypatch.setattr(loss_module, "load_kernel", lambda: kernel)
     logits = (4 * torch.randn(L, B, VOCAB)).to(dtype)
@@ -47,7 +47,7 @@ def test_the_loss_through_the_kernel(rank, device, monkeypatch, record_property,
 
     def compute():
         leaf = logits.to(device, copy=True).requires_grad_()
-        # The output of a layer, as in the model: the kernel may overwrite it.
+        # As in the model, the logits are the output of a layer, which the kernel may overwrite.
         arguments = leaf * 1.0, targets.to(device), weights.to(device), rank.groups.tp
         loss, _ = vocab_parallel_multi_hot_cross_entropy(*arguments, "te")
         (loss * upstream.to(device)).sum().backward()
@@ -59,7 +59,7 @@ def test_the_loss_through_the_kernel(rank, device, monkeypatch, record_property,
     record_property("same bits twice", is_same)
     record_property("largest error of the loss", float((loss.double() - wanted_loss).abs().max()))
     torch.testing.assert_close(loss.double(), wanted_loss, rtol=1e-5, atol=1e-5)
-    rtol = 1e-4 if dtype == torch.float32 else 2 * ONE_ROUNDING  # versions to 2.17 round twice
+    rtol = 1e-4 if dtype == torch.float32 else 2 * ONE_ROUNDING  # versions up to 2.17 round twice
     torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=rtol, atol=1e-6)
     assert is_same
     assert (loss.roll(1, dims=1) - wanted_loss).abs().max() > 0.1

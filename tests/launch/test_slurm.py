@@ -151,7 +151,7 @@ def test_job_that_receives_signals_ends_like_an_undisturbed_one(jobs, moments):
     first, second = ((jobs.runs / "harried" / "logs" / f"n{node}.log").read_text() for node in (1, 2))
     assert "preflight: 2 nodes, 2 ranks" in first and "loaded" in first
     assert first.count("before the first step; start the same command again") == moments.count("an index")
-    assert first.count("; go on with --load") == len(moments) - moments.count("an index")
+    assert first.count("; continue with --load") == len(moments) - moments.count("an index")
     assert "[rank" not in first + second
     # The shipped configuration enables overlap for MoE models.
     settings = yaml.safe_load((jobs.runs / "harried" / "config.yaml").read_text())

@@ -99,7 +99,7 @@ def test_mistakes_are_one_line_that_names_the_flag(corpus, tokenizer, tmp_path):
     for flags, rule in {
         "--nonsense 3": "unrecognized arguments: --nonsense 3",
         "--tst-bag-size two": "argument --tst-bag-size/--tst_bag_size: invalid int value: 'two'",
-        "--tst-bag-size 0": "--tst-bag-size 0: must be at least 1",
+        "--tst-bag-size 0": "--tst-bag-size 0: must be above 0",
         "--overlap-param-gather": "Megatron-LM refuses the settings: --overlap-param-gather only supported",
         "--vocab-size 10": "--vocab-size 10: must be at least the tokenizer's 300",
         "--tokenizer-model nowhere": "--tokenizer-type HuggingFaceTokenizer: cannot be built",

@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "uniform": {},
+    "linear": {"training": {"cross_entropy_fusion_impl": "linear"}},
     "mce-alt-masked": {"superposition": {"tst_objective": "mce_alt"}, "data": {"eod_mask_loss": True}},
     "exponential": {"superposition": {"tst_bag_weights": "exponential"}},
     "mutual-information": {"superposition": {"tst_bag_weights": "mutual_information"}},

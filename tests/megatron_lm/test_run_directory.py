@@ -63,7 +63,10 @@ def test_runs_are_compared(runs):
     done = start("tools/compare_runs.py", str(runs / "baseline"), str(runs / "tst"), COLUMNS="160")
     assert done.returncode == 0, done.stderr
     assert "4 then 1" in done.stdout
-    assert "differs from baseline in --weight-decay 0.1 (there 0.01), --log-throughput True (there None)" in done.stdout
+    assert (
+        "differs from baseline in --weight-decay 0.1 (instead of 0.01), --log-throughput True (instead of None)"
+        in done.stdout
+    )
 
 
 def test_it_converts_to_hugging_face(runs, tokenizer, tmp_path):

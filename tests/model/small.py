@@ -44,10 +44,15 @@ GPT2 = {
 }
 
 
-def small_model(shape: dict[str, Any], model_class: type = TSTGPTModel, bag_weights: str = "uniform", **training: Any):
+def small_model(
+    shape: dict[str, Any],
+    model_class: type = TSTGPTModel,
+    bag_weights: str = "uniform",
+    implementation: str = "native",
+    **training: Any,
+):
     model = ModelSettings(**shape)
     sizes = resolve_shape(model, VOCAB)
     config = transformer_config(model, sizes, TrainingSettings(**training), ParallelSettings(), find_libraries())
-    return build_gpt(
-        config, model, sizes, LossChoice(bag_weights), use_transformer_engine=False, model_class=model_class
-    )
+    loss = LossChoice(bag_weights, implementation=implementation)
+    return build_gpt(config, model, sizes, loss, use_transformer_engine=False, model_class=model_class)

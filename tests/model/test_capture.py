@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from megatron_tst.model import loss as loss_module
-from megatron_tst.model import vocab_parallel_multi_hot_cross_entropy
+from megatron_tst.model import vocab_parallel_linear_multi_hot_cross_entropy, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model.te_loss import adapt_kernel
 from tests.model.kernels import STAND_INS
 
@@ -29,6 +29,20 @@ def test_tensors_without_content_are_enough(rank, monkeypatch, implementation, o
         loss.sum().backward()
     assert loss.shape == weight.shape == (B, L)
     assert leaf.grad.shape == leaf.shape
+
+
+@pytest.mark.parametrize("bag_size", [1, 6])
+@pytest.mark.parametrize("objective", ["mce", "mce_alt"])
+def test_the_linear_loss_needs_no_content_either(rank, objective, bag_size):
+    with FakeTensorMode():
+        hidden = torch.empty(L, B, 16, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(VOCAB, 16, dtype=torch.bfloat16, requires_grad=True)
+        targets, weights = torch.empty(B, L, bag_size, dtype=torch.int64), torch.empty(bag_size)
+        loss, _ = vocab_parallel_linear_multi_hot_cross_entropy(
+            hidden, weight, targets, weights, rank.groups.tp, objective=objective
+        )
+        loss.sum().backward()
+    assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
 
 
 def test_asking_for_content_is_told_apart():

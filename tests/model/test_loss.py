@@ -6,6 +6,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_tst.model import native_loss, vocab_parallel_multi_hot_cross_entropy
 from megatron_tst.model.loss import mask_vocabulary_padding
+from megatron_tst.model.target_columns import name_columns_once
 from megatron_tst.superposition import bag_weights, multi_hot_cross_entropy
 from tests.ops import OperationLog
 from tests.reference import edge_targets, loss_and_gradient
@@ -69,6 +70,19 @@ def test_looping_over_targets_would_be_caught(rank):
     assert (torch.stack(looped).mean(0).transpose(0, 1) - loss).abs().max() > 0.1
 
 
+def test_columns_named_once_are_added_to_alike_in_any_order():
+    columns, values = torch.randint(0, 5, (64, 16)), torch.rand(64, 16)
+    order = torch.randperm(16)
+
+    def add(values, order):
+        return torch.zeros(64, 5).scatter_add_(-1, columns[:, order], values[:, order])
+
+    once = name_columns_once(columns, values)
+    assert torch.equal(add(once, order), add(once, torch.arange(16)))
+    torch.testing.assert_close(add(once, order), add(values, order))
+    assert not torch.equal(add(values, order), add(values, torch.arange(16)))
+
+
 @pytest.mark.parametrize(("dtype", "exponentials"), [(torch.float32, 1), (torch.bfloat16, 2)])
 def test_one_softmax_whatever_the_bag_size(rank, dtype, exponentials):
     def operations(bag_size):
@@ -103,10 +117,11 @@ def test_logits_without_a_gradient_are_left_unchanged(rank):
     assert torch.equal(logits, before)
 
 
-def test_a_soft_cap_keeps_the_result_that_its_gradient_needs(rank):
+@pytest.mark.parametrize("cap", [torch.tanh, torch.sigmoid, torch.exp, lambda z: torch.log_softmax(z, dim=-1)])
+def test_a_soft_cap_keeps_the_result_that_its_gradient_needs(rank, cap):
     source, targets, weights = torch.randn(L, B, VOCAB), edge_targets((B, L), VOCAB, 4), bag_weights("uniform", 4)
 
-    def gradient(loss, cap=torch.tanh):
+    def gradient(loss, cap=cap):
         leaf = source.clone().requires_grad_()
         loss(cap(leaf), targets, weights).sum().backward()
         return leaf.grad
@@ -120,7 +135,7 @@ def test_a_soft_cap_keeps_the_result_that_its_gradient_needs(rank):
     torch.testing.assert_close(gradient(ours), gradient(reference), rtol=1e-5, atol=1e-6)
     # Behind a view the result is not seen, and torch notices that it was overwritten.
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        gradient(ours, cap=lambda logits: logits.tanh().view_as(logits))
+        gradient(ours, cap=lambda logits: cap(logits).view_as(logits))
 
 
 def test_targets_without_weight_meet_infinite_logits(rank):

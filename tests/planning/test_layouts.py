@@ -1,4 +1,4 @@
-"""The search: what is offered fits and can be started; what is refused says why."""
+"""The search for layouts: those that fit can be started, and the others are refused with a reason."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def found(moe):
     return search_layouts(moe, find_gpu("h100"), 64, 0.2)
 
 
-def test_what_is_offered_fits_and_can_be_started(found):
+def test_found_layouts_fit_and_can_be_started(found):
     fitting, _ = found
     assert len(fitting) > 20
     for layout in fitting:
@@ -35,7 +35,7 @@ def test_the_fastest_comes_first(found):
     assert times == sorted(times)
 
 
-def test_of_layouts_that_differ_in_their_micro_batch_the_fastest_is_shown(found):
+def test_only_the_fastest_micro_batch_size_is_shown(found):
     fitting, _ = found
     shown = distinct(fitting)
     assert shown[0] is fitting[0]
@@ -51,19 +51,19 @@ def test_each_refusal_has_a_reason(found):
     assert all(layout.refusal for layout in others)
 
 
-def test_what_needs_too_much_is_refused(moe):
+def test_a_layout_that_needs_too_much_memory_is_refused(moe):
     gpu = find_gpu("b200")
     large = dataclasses.replace(moe, training=dataclasses.replace(moe.training, micro_batch_size=16))
     assert judge_layout(moe, gpu, 64, 0.2, 0.9).refusal is None
     assert "GiB of memory, 161 can be used" in judge_layout(large, gpu, 64, 0.2, 0.9).refusal
 
 
-def test_the_optimizers_share_shrinks_with_the_cards(moe):
+def test_optimizer_memory_per_gpu_shrinks_with_more_gpus(moe):
     few, many = (pipeline_memory(moe, number)[0].optimizer for number in (8, 64))
     assert few == pytest.approx(8 * many, rel=1e-6)
 
 
-def test_ranks_that_do_not_divide_the_cards_are_refused(moe):
+def test_ranks_that_do_not_divide_the_gpus_are_refused(moe):
     parallel = dataclasses.replace(moe.parallel, pipeline_model_parallel_size=32)
     refusal = judge_layout(dataclasses.replace(moe, parallel=parallel), find_gpu("b200"), 48, 0.2, 0.9).refusal
     assert refusal == "tp x pp x cp = 32: must divide 48 GPUs"

@@ -1,4 +1,4 @@
-"""The memory model against the tensors of real training steps, by part and rank."""
+"""The memory model, compared with the tensors of real training steps by part and rank."""
 
 import dataclasses
 import gc
@@ -37,6 +37,8 @@ ALONE = {
     "recomputed-block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "small-vocabulary": "--vocab-size 301",
     "large-vocabulary": "--vocab-size 4000",
+    "linear-loss": "--vocab-size 4000 --cross-entropy-fusion-impl linear",
+    "linear-loss-bf16": "--vocab-size 4000 --cross-entropy-fusion-impl linear --bf16",
     "superposed": "--tst-bag-size 4 --tst-step-ratio 0.5",
 }
 TOGETHER = {
@@ -52,7 +54,7 @@ TOGETHER = {
 
 
 def measure(argv):
-    """Take a step, then another one under watch; returns this rank's bytes by part and its place in the pipeline."""
+    """Take a step, then a measured one; return this rank's bytes by part and its place in the pipeline."""
     run = start_run(parse_config(argv), StopSignals())
     reader = run.read(run.data.train, run.schedule, 0, 0)
     phase = run.schedule.phases[0]
@@ -97,7 +99,7 @@ def measured_alone(corpus, tokenizer, tmp_path_factory):
 
 
 def differences(argv, results, num_gpus):
-    """By stage and part: the model over what was measured, less 1."""
+    """Return the relative error of the model by stage and part."""
     stages = pipeline_memory(parse_config(argv), num_gpus, fused=False)
     found = {}
     for parts, stage in results:
@@ -116,24 +118,24 @@ def check(argv, results, num_gpus):
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_one_rank(measured_alone, name):
+def test_the_model_matches_one_rank(measured_alone, name):
     check(*measured_alone[name], num_gpus=1)
 
 
 @pytest.mark.parametrize("name", TOGETHER)
-def test_two_ranks(corpus, tokenizer, tmp_path, name):
+def test_the_model_matches_two_ranks(corpus, tokenizer, tmp_path, name):
     argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", SHAPE + TOGETHER[name])
     check(argv, run_distributed(measure, 2, argv), num_gpus=2)
 
 
 @pytest.mark.parametrize(("run", "taken_for"), [("moe", "dense"), ("recomputed", "dense"), ("dense", "bf16")])
-def test_another_runs_memory_is_told_apart(measured_alone, run, taken_for):
+def test_the_model_of_another_run_does_not_match(measured_alone, run, taken_for):
     (_, results), (argv, _) = measured_alone[run], measured_alone[taken_for]
     assert max(map(abs, differences(argv, results, 1).values())) > 0.2
 
 
-def test_stages_hold_fewer_micro_batches_towards_the_end(corpus, tokenizer, tmp_path):
-    """Megatron-core's warm-up: P - p - 1 forward passes ahead; with v chunks 2 (P - p - 1) + (v - 1) P of a chunk."""
+def test_later_stages_hold_fewer_micro_batches(corpus, tokenizer, tmp_path):
+    """megatron-core's warm-up runs P - p - 1 forward passes, or 2 (P - p - 1) + (v - 1) P chunks with v chunks."""
     pipeline = "--num-layers 8 --pipeline-model-parallel-size 4 --micro-batch-size 1 --global-batch-size 8"
     plain = parse_config(arguments(corpus, str(tokenizer.path), tmp_path, pipeline))
     interleaved = parse_config(
@@ -144,6 +146,6 @@ def test_stages_hold_fewer_micro_batches_towards_the_end(corpus, tokenizer, tmp_
     assert [micro_batches_under_way(plain, 16, stage) for stage in range(4)] == [2, 2, 2, 1]
 
 
-def test_the_larger_of_loss_and_backward_counts():
+def test_only_the_larger_of_loss_and_backward_counts():
     assert Memory(1, 2, 3, 4, 20, 10).total == 30
     assert Memory(1, 2, 3, 4, 10, 20).total == 30

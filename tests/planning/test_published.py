@@ -1,4 +1,4 @@
-"""The paper's tables against this project's own arithmetic."""
+"""The paper's tables, compared with this project's own arithmetic."""
 
 import math
 
@@ -22,14 +22,14 @@ IDS = [f"{run.model} {run.method} {run.total_steps}" for run in RUNS]
 
 
 def printed(number: float, like: float) -> set[float]:
-    """A number as the paper would print it, to the digits of its own: rounded, or cut."""
+    """Return a number as the paper would print it with the same digits: rounded or truncated."""
     digits = len(f"{like:.15g}".rstrip("0").replace(".", "").rstrip("0")) or 1
     unit = 10 ** (math.floor(math.log10(like)) - digits + 1)
     return {round(number / unit) * unit, math.floor(number / unit) * unit}
 
 
 @pytest.mark.parametrize("run", RUNS, ids=IDS)
-def test_token_counts_of_table_1(run):
+def test_token_counts_match_table_1(run):
     schedule = Schedule.superposed(run.bag_size, run.superposition_steps / run.total_steps, run.total_steps)
     total = schedule.data_tokens(run.total_steps, run.positions_per_step)
     superposed = schedule.data_tokens(run.superposition_steps, run.positions_per_step)
@@ -39,11 +39,11 @@ def test_token_counts_of_table_1(run):
         assert any(math.isclose(run.superposition_data_tokens, tokens) for tokens in text)
 
 
-def test_a_batch_of_two_million_in_powers_of_ten_is_told_apart():
+def test_a_batch_of_two_million_in_powers_of_ten_does_not_match():
     assert not any(math.isclose(42e9, text) for text in printed(20000 * 2e6, 42e9))
 
 
-def test_the_mixtures_hours_follow_from_its_steps():
+def test_the_moe_models_hours_are_proportional_to_its_steps():
     baseline, tst = (run for run in RUNS if run.model == "10B-A1B MoE")
     assert baseline.total_steps / tst.total_steps == pytest.approx(baseline.gpu_hours / tst.gpu_hours, rel=0.05)
     hours = tst.total_steps * tst.positions_per_step / baseline.positions_per_s / 3600
@@ -52,7 +52,7 @@ def test_the_mixtures_hours_follow_from_its_steps():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_work_per_position_is_six_flops_per_parameter_that_multiplies_and_attention(name):
+def test_flops_per_position_are_six_per_matrix_parameter_plus_attention(name):
     model = ModelSettings(**PRESETS[MODELS[name][0]])
     multiplied = count_parameters(resolve_shape(model), active=True) - model.vocab_size * model.hidden_size
     width = (model.kv_channels or model.hidden_size // model.num_attention_heads) * model.num_attention_heads
@@ -60,7 +60,7 @@ def test_work_per_position_is_six_flops_per_parameter_that_multiplies_and_attent
     assert flops_per_position(model) == pytest.approx(6 * multiplied + attention, rel=0.001)
 
 
-def test_a_published_model_runs_at_its_own_speed():
+def test_a_published_model_has_its_own_mfu():
     for name, (preset, _) in MODELS.items():
         share, found = implied_mfu(ModelSettings(**PRESETS[preset]))
         assert found == name
@@ -74,7 +74,7 @@ def test_the_most_similar_model_is_of_the_same_kind():
     assert implied_mfu(ModelSettings(**dense))[1] == "3B dense"
 
 
-def test_grids_hold_the_papers_points():
+def test_grids_contain_the_papers_points():
     first = grids()[0]
     assert first.baseline == 3.2124
     assert len(first.points) == 135
@@ -85,19 +85,19 @@ def test_grids_hold_the_papers_points():
     ("preset", "steps", "first"),
     [("270m", 20000, (7, 0.3)), ("270m", 100000, (5, 0.3)), ("600m", 20000, (8, 0.2))],
 )
-def test_the_best_point_of_the_models_own_grid_is_advised(preset, steps, first):
+def test_the_best_point_of_the_models_own_grid_is_suggested(preset, steps, first):
     best, *_ = advise(ModelSettings(**PRESETS[preset]), steps)
     assert (best.bag_size, best.step_ratio) == first
 
 
-def test_less_data_within_the_noise_is_offered():
+def test_a_setting_with_less_data_within_noise_is_suggested():
     best, frugal = advise(ModelSettings(**PRESETS["270m"]), 20000)
     assert frugal.data_ratio < best.data_ratio
     assert best.gain - 0.002 <= frugal.gain <= best.gain
     assert best.data_ratio == pytest.approx(0.3 * 7 + 0.7)
 
 
-def test_a_larger_model_is_told_what_the_paper_ran():
+def test_a_larger_model_gets_the_setting_of_the_papers_run():
     *_, own = advise(ModelSettings(**PRESETS["10b-a1b"]), 49983)
     assert (own.bag_size, own.step_ratio) == (16, 0.25)
     assert own.gain == pytest.approx(2.252 - 2.236)
@@ -105,11 +105,11 @@ def test_a_larger_model_is_told_what_the_paper_ran():
     assert (own.bag_size, own.step_ratio, own.gain) == (6, 0.3, pytest.approx(2.808 - 2.676))
 
 
-def test_the_best_that_the_data_allow_is_not_called_the_best():
+def test_the_best_for_limited_data_is_labeled_as_such():
     model = ModelSettings(**PRESETS["270m"])
     free, scarce = advise(model, 20000)[0], advise(model, 20000, max_data_ratio=1.5)[0]
     assert free.source.startswith("best of the grid 270m")
-    assert scarce.source.startswith("best for the data at hand of the grid 270m")
+    assert scarce.source.startswith("best for the available data of the grid 270m")
     assert scarce.gain < free.gain
 
 

@@ -1,4 +1,4 @@
-"""A simulated run against Young's formula worked by hand, and limits that must hold."""
+"""A simulated run, compared with Young's formula computed by hand and with limits that must hold."""
 
 import dataclasses
 import math
@@ -22,9 +22,9 @@ def scaled(num_gpus=1024, assumptions=ASSUMPTIONS, config=CONFIG):
     return scale_run(config, find_gpu("b200"), num_gpus, 0.4, 0.9, assumptions)
 
 
-def test_youngs_interval_and_what_is_lost():
+def test_the_interval_and_the_goodput_follow_youngs_formula():
     run = scaled()
-    # A failure per hour; a checkpoint of 14 bytes per parameter over 128 nodes at 1 GB/s each.
+    # One failure per hour; a checkpoint of 14 bytes per parameter, written by 128 nodes at 1 GB/s each.
     parameters = 3_336_114_176
     checkpoint_s = 14 * parameters / 128e9
     interval_s = math.sqrt(2 * checkpoint_s * 3600)
@@ -46,20 +46,20 @@ def test_no_other_interval_loses_less():
     assert all(lost(run.save_interval_steps) <= lost(run.save_interval_steps * factor) for factor in (0.5, 0.9, 1.1, 2))
 
 
-def test_reliable_cards_lose_nothing():
+def test_reliable_gpus_lose_no_time():
     reliable = scaled(assumptions=dataclasses.replace(ASSUMPTIONS, mtbf_gpu_hours=1e12))
     assert reliable.goodput == pytest.approx(1, abs=1e-4)
     assert scaled().goodput < 0.9
 
 
-def test_more_cards_need_fewer_days_but_not_in_proportion():
+def test_more_gpus_need_fewer_days_but_not_in_proportion():
     few, many = scaled(64), scaled(16384)
     assert many.days < few.days
     assert many.days * 16384 > few.days * 64
     assert many.layout.step.bubble > 0
 
 
-def test_a_batch_that_no_layout_spreads_is_refused_with_the_reason():
+def test_a_batch_that_fits_no_layout_is_refused_with_a_reason():
     small = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, global_batch_size=1))
     run = scaled(16384, config=small)
     assert run.layout is None

@@ -1,4 +1,4 @@
-"""What a step is said to send against what ranks really send, and the arithmetic of its time."""
+"""The communication volumes of a step, compared with those of real ranks, and the arithmetic of its time."""
 
 import dataclasses
 from collections import Counter
@@ -31,7 +31,7 @@ SCATTERED = ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_")
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up what a rank of two sends in each collective: half of what is gathered, scattered or exchanged."""
+    """Adds up the bytes that one of two ranks sends in each collective: half of the gathered or scattered bytes."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in (*GATHERED, *SCATTERED, *REDUCED, "alltoall_base_"):
-            # A reduction to all is a scatter and a gather.
+            # An all-reduce is a scatter and a gather.
             size = max(tensor.nbytes for tensor in tree_leaves(args[:2]) if isinstance(tensor, Tensor))
             self.sent[name] += size if name in REDUCED else size // 2
         return func(*args, **(kwargs or {}))
@@ -61,19 +61,19 @@ def counted(corpus, tokenizer, folder, extras):
 
 
 def more(configs, name):
-    """What two more layers add to a collective, by the model."""
+    """Return the bytes that two more layers add to a collective, according to the model."""
     few, many = (communication_volumes(config, 2)[name] for config in configs)
     return many - few
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("split", ["--sequence-parallel", ""], ids=["gathers and scatters", "reduces"])
-def test_what_a_layer_sends_to_tensor_parallel_ranks(corpus, tokenizer, tmp_path, split):
+def test_tensor_parallel_volumes_match_real_ranks(corpus, tokenizer, tmp_path, split):
     layout = f"--tensor-model-parallel-size 2 {split} --num-layers "
     configs, ranks = counted(corpus, tokenizer, tmp_path, [layout + "2", layout + "4"])
     for few, many in ranks:
         sent = many - few
-        # Norms' gradients, which sequence parallelism reduces once per step, are not of hidden states.
+        # Sequence parallelism also reduces the gradients of norms once per step, which the model does not count.
         reduced = 0 if split else sent["allreduce_"]
         assert sum(sent[name] for name in (*GATHERED, *SCATTERED)) + reduced == more(configs, "tensor parallel")
 
@@ -82,11 +82,11 @@ def test_what_a_layer_sends_to_tensor_parallel_ranks(corpus, tokenizer, tmp_path
 @pytest.mark.parametrize(
     ("dispatcher", "names", "rel"), [("alltoall", ("alltoall_base_",), 0.1), ("allgather", GATHERED + SCATTERED, 0.15)]
 )
-def test_a_layer_of_experts_exchanges_four_times(corpus, tokenizer, tmp_path, dispatcher, names, rel):
-    """Beside hidden states the routers' probabilities travel, which are small."""
+def test_an_moe_layer_exchanges_hidden_states_four_times(corpus, tokenizer, tmp_path, dispatcher, names, rel):
+    """The router's probabilities are exchanged too, but they are small."""
     layout = f"{MOE} --moe-token-dispatcher-type {dispatcher} --expert-model-parallel-size 2 --num-layers "
     configs, ranks = counted(corpus, tokenizer, tmp_path, [layout + "2", layout + "4"])
-    # What is received may be more or less than what is sent, by how the router spreads: the ranks' mean is meant.
+    # A rank may receive more or less than it sends, depending on the router, so the mean over the ranks is compared.
     sent = sum((many - few)[name] for few, many in ranks for name in names) / 2
     assert sent == pytest.approx(more(configs, "expert exchange"), rel=rel)
 
@@ -101,7 +101,7 @@ def test_gradients_are_scattered_and_parameters_gathered_once(corpus, tokenizer,
 
 
 @pytest.mark.distributed
-def test_without_a_distributed_optimizer_gradients_are_reduced_to_all(corpus, tokenizer, tmp_path):
+def test_gradients_are_all_reduced_without_a_distributed_optimizer(corpus, tokenizer, tmp_path):
     (config,), ranks = counted(corpus, tokenizer, tmp_path, ["--bf16"])
     volumes = communication_volumes(config, 2)
     assert set(volumes) == {"gradient reduction"}
@@ -115,7 +115,7 @@ def layout(extra=""):
     return config
 
 
-def test_a_step_without_communication_is_its_operations():
+def test_a_step_without_communication_takes_its_compute_time():
     config, gpu = layout(), find_gpu("b200")
     step = estimate_step(config, gpu, 1, efficiency=0.5)
     flops = 3 * 512 * forward_flops_per_sequence(resolve_shape(config.model))
@@ -124,12 +124,12 @@ def test_a_step_without_communication_is_its_operations():
     assert estimate_step(config, gpu, 1, efficiency=0.25).total == pytest.approx(2 * step.total)
 
 
-def test_full_recomputation_is_a_fourth_pass():
+def test_full_recomputation_adds_a_fourth_pass():
     plain, again = (
         estimate_step(layout(extra), find_gpu("b200"), 1, 0.5)
         for extra in ("", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
     )
-    # All but the head, which is not of the layers.
+    # The output layer is not recomputed.
     model = layout().model
     head = 2 * model.seq_length * model.hidden_size * 128256
     share = 1 - head / forward_flops_per_sequence(resolve_shape(model))
@@ -142,24 +142,24 @@ def test_full_recomputation_is_a_fourth_pass():
 
 
 @pytest.mark.parametrize(("virtual", "share"), [("", 3 / 64), ("--num-layers-per-virtual-pipeline-stage 3", 1 / 64)])
-def test_the_bubble_is_the_stages_but_one_over_the_micro_batches(virtual, share):
+def test_the_bubble_follows_from_stages_and_micro_batches(virtual, share):
     config = layout(f"--pipeline-model-parallel-size 4 --global-batch-size 512 {virtual}")
     step = estimate_step(config, find_gpu("b200"), 16, 0.5)
     assert step.bubble == pytest.approx(step.compute * share)
 
 
-def test_overlap_hides_the_reduction_behind_the_last_pass():
+def test_overlap_hides_the_reduction_behind_the_last_backward_pass():
     gpu = find_gpu("b200")
     shown = estimate_step(layout(), gpu, 64, 0.5)
     hidden = estimate_step(layout("--overlap-grad-reduce --overlap-param-gather"), gpu, 64, 0.5)
     assert shown.exposed == pytest.approx(sum(shown.times.values()))
     assert hidden.exposed < shown.exposed
-    # All eight network cards of a node carry the reduction of its eight ranks.
+    # The reduction among nodes uses all eight network cards of a node.
     gradients = communication_volumes(layout(), 64)["gradient reduction"]
     assert shown.times["gradient reduction"] == pytest.approx(gradients / (8 * gpu.network_gb_per_s * 1e9))
 
 
-def test_an_exchange_beyond_the_node_goes_through_the_network():
+def test_an_exchange_between_nodes_uses_the_network():
     moe = "--tst-preset 10b-a1b --micro-batch-size 1 --global-batch-size 1024 --train-iters 10 --bf16 "
     moe += "--use-distributed-optimizer --moe-token-dispatcher-type alltoall"
     inside, outside = (
@@ -171,8 +171,8 @@ def test_an_exchange_beyond_the_node_goes_through_the_network():
     assert inside.times[name] == pytest.approx(inside.volumes[name] / 900e9)
 
 
-def test_an_experts_replicas_meet_over_fewer_cards_of_a_node():
-    """64 cards in nodes of 8, ep 8: of the 8 replicas of an expert, each lies on another node."""
+def test_expert_replicas_use_fewer_network_cards_of_a_node():
+    """With 64 GPUs in nodes of 8 and ep 8, each of the 8 replicas of an expert is on another node."""
     moe = read_config(
         "--tst-preset 10b-a1b --micro-batch-size 1 --global-batch-size 1024 --train-iters 10 --bf16 "
         "--use-distributed-optimizer --expert-model-parallel-size 8".split()
@@ -184,7 +184,7 @@ def test_an_experts_replicas_meet_over_fewer_cards_of_a_node():
         assert step.times[part] == pytest.approx(step.volumes[part] / bytes_per_s)
 
 
-def test_sequences_that_are_shared_do_not_narrow_the_reduction():
+def test_context_parallelism_does_not_reduce_the_bandwidth():
     gpu = find_gpu("b200")
     one, eight = (
         estimate_step(layout(f"--context-parallel-size {cp} --global-batch-size 512"), gpu, 64, 0.5) for cp in (1, 8)
@@ -192,7 +192,7 @@ def test_sequences_that_are_shared_do_not_narrow_the_reduction():
     assert eight.times["gradient reduction"] == pytest.approx(one.times["gradient reduction"])
 
 
-def test_an_mfu_counts_the_whole_step():
+def test_an_mfu_refers_to_the_whole_step():
     config, gpu = layout("--pipeline-model-parallel-size 4"), find_gpu("b200")
     efficiency = calibrate(config, gpu, 64, 0.3)
     step = estimate_step(config, gpu, 64, efficiency)
@@ -200,11 +200,11 @@ def test_an_mfu_counts_the_whole_step():
     assert run_step_flops(config, 64) / (64 * gpu.peak_tflops * 1e12 * step.total) == pytest.approx(0.3)
     assert efficiency > 0.31
     assert calibrate(layout(), gpu, 1, 0.3) == pytest.approx(0.3)
-    # A step that communication alone makes longer.
+    # Here communication alone takes longer than the step.
     assert calibrate(config, gpu, 64, 0.99) == pytest.approx(1.0)
 
 
-def test_half_the_layers_send_half():
+def test_half_the_layers_send_half_the_bytes():
     config = layout("--tensor-model-parallel-size 2 --sequence-parallel")
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=18))
     name = "tensor parallel"

@@ -1,4 +1,4 @@
-"""Run directories of finished runs, with losses that are made for a test."""
+"""Creates run directories of finished runs with losses that a test chooses."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ POSITIONS = 64  # per step
 
 
 def write_run(folder: Path, valid: list[float], bag_size: int = 1, superposed: int = 0, seed: int = 1) -> Path:
-    """A run of 10 steps per loss, evaluated every 10 steps; the first ``superposed`` of these tens have bags."""
+    """Write a run of 10 steps per loss, evaluated every 10 steps; the first ``superposed`` tens of steps have bags."""
     folder.mkdir(parents=True)
     steps = 10 * len(valid)
     superposition = SuperpositionSettings(tst_bag_size=bag_size, tst_step_ratio=10 * superposed / steps)

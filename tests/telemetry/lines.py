@@ -1,4 +1,4 @@
-"""Lines of metrics to write and read."""
+"""Metric lines for tests that write and read them."""
 
 from megatron_tst.telemetry import StepMetrics
 

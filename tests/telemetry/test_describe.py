@@ -7,7 +7,7 @@ from megatron_tst.telemetry.metrics import KINDS
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
-def test_the_document_is_the_code():
+def test_the_document_is_up_to_date():
     assert DOCUMENT.read_text(encoding="utf-8") == describe(), "python tools/describe_metrics.py > docs/metrics.md"
 
 
@@ -19,5 +19,5 @@ def test_every_metric_is_described():
         assert all(len(row) == 4 and row[2] for row in rows)
 
 
-def test_the_operations_formula_is_there():
+def test_the_flops_formula_is_included():
     assert "head         2 L D V\n```" in describe()

@@ -35,7 +35,7 @@ def test_fields_are_the_documented_ones():
     ).split()
 
 
-def test_a_line_is_on_disk_when_written_and_a_cut_off_line_is_left_out(tmp_path: Path):
+def test_a_written_line_is_on_disk_and_an_incomplete_line_is_dropped(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)
     file.write(STEP)
@@ -66,7 +66,7 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("kind", NOT_FINITE)
-def test_a_number_that_is_not_finite_is_null_with_a_word(tmp_path: Path, kind):
+def test_nan_and_infinity_are_written_as_null_with_a_string(tmp_path: Path, kind):
     metrics, words = NOT_FINITE[kind]
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.write(metrics)
@@ -75,15 +75,15 @@ def test_a_number_that_is_not_finite_is_null_with_a_word(tmp_path: Path, kind):
     line = read_strictly(written)
     assert line["not_finite"] == words
     assert "null" in written and all("nan" not in repr(line[name]) and "inf" not in repr(line[name]) for name in words)
-    # Whoever reads metrics here sees the numbers as they were, and what is cut and written again is the same.
+    # Reading restores the numbers, and rewriting the file by cut_metrics does not change it.
     (read,) = read_metrics(tmp_path / "metrics.jsonl")
     assert repr(sorted(read.items())) == repr(sorted({"kind": metrics.kind, **vars(metrics)}.items()))
     RunDirectory(tmp_path).create("", first_step=2)
     assert read_strictly((tmp_path / "metrics.jsonl").read_text()) == line
 
 
-def test_lines_with_bare_words_are_read_and_mended(tmp_path: Path):
-    """Python's own writer puts NaN where JSON has no word."""
+def test_lines_with_bare_nan_are_read_and_rewritten_as_json(tmp_path: Path):
+    """Python's own writer writes NaN, which is not valid JSON."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "valid_loss": NaN}\n')
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["valid_loss"])
     RunDirectory(tmp_path).create("", first_step=1)
@@ -103,27 +103,27 @@ KINDS = {
 
 
 @pytest.mark.parametrize("line", KINDS)
-def test_a_line_has_its_kind_whoever_wrote_it(tmp_path: Path, line):
+def test_every_line_has_a_kind_in_old_and_new_files(tmp_path: Path, line):
     (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["kind"] == KINDS[line]
 
 
 @pytest.mark.parametrize("line", ["5", "[]", '{"step": 1, "not_finite": 3}', '{"not_finite": {"loss": "many"}}'])
-def test_a_line_of_another_kind_is_damaged(tmp_path: Path, line):
+def test_a_line_that_is_not_an_object_is_damaged(tmp_path: Path, line):
     (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
     with pytest.raises(UserError, match="line 1 is damaged"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_a_command_that_is_not_utf8_is_recorded(tmp_path: Path, monkeypatch):
-    """Python keeps such bytes of arguments as halves of surrogate pairs, which UTF-8 and strict JSON lack."""
+    """Python stores such bytes of arguments as lone surrogates, which neither UTF-8 nor strict JSON can represent."""
     monkeypatch.setattr(sys, "argv", ["pretrain_tst.py", "--save", "caf\udce9"])
     RunDirectory(tmp_path).create("", 0)
     recorded = read_strictly((tmp_path / "versions.json").read_text())
     assert recorded["command"] == r"pretrain_tst.py --save caf\udce9"
 
 
-def test_a_run_directory_is_used_once(tmp_path: Path):
+def test_a_used_run_directory_is_refused(tmp_path: Path):
     directory = RunDirectory(tmp_path / "run")
     directory.occupy()
     directory.refuse_used()
@@ -136,19 +136,19 @@ def test_a_run_directory_is_used_once(tmp_path: Path):
         directory.refuse_used()
 
 
-def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path: Path):
+def test_a_resumed_run_drops_the_metrics_of_repeated_steps(tmp_path: Path):
     directory = RunDirectory(tmp_path)
     lines = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.30000000000000004}, {"step": 3, "loss": 0.2}]
     directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     directory.create("", first_step=2)
-    # Lines from before there were kinds get theirs.
+    # Lines without a kind, from older versions, get one.
     assert directory.metrics.read_text() == "".join(json.dumps({"kind": "step", **line}) + "\n" for line in lines[:2])
     directory.create("", first_step=0)
     assert directory.metrics.read_text() == ""
 
 
 def occupy_elsewhere(path: Path) -> subprocess.CompletedProcess:
-    """Enter a run directory from another process."""
+    """Occupy a run directory from another process."""
     program = (
         "import sys; from pathlib import Path; from megatron_tst.telemetry import RunDirectory; "
         "RunDirectory(Path(sys.argv[1])).occupy()"
@@ -156,12 +156,12 @@ def occupy_elsewhere(path: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
 
 
-def test_two_runs_do_not_share_a_directory(tmp_path: Path):
+def test_two_runs_cannot_share_a_directory(tmp_path: Path):
     directory = RunDirectory(tmp_path)
     directory.occupy()
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "another run is in it" in occupy_elsewhere(tmp_path).stderr
-    # A worker that was forked keeps the file open, but not the lock.
+    assert "another run is using it" in occupy_elsewhere(tmp_path).stderr
+    # A forked worker keeps the file open, but does not hold the lock.
     context = multiprocessing.get_context("fork")
     ended = context.Event()
     worker = context.Process(target=ended.wait)
@@ -173,7 +173,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_directory_in_which_nothing_came_to_be_is_removed(tmp_path: Path):
+def test_leaving_removes_an_unused_new_directory(tmp_path: Path):
     directory = RunDirectory(tmp_path / "run")
     directory.occupy()
     directory.leave()
@@ -186,7 +186,7 @@ def test_an_unwritable_run_directory_is_named(tmp_path: Path):
         RunDirectory(tmp_path / "file" / "run").occupy()
 
 
-def test_short_numbers():
+def test_short_formats_counts_with_a_suffix():
     assert [short(n) for n in (950, 12_300, 4_500_000, 2.1e9)] == ["950", "12.3k", "4.5M", "2.1B"]
 
 

@@ -1,4 +1,4 @@
-"""The live display, as a terminal gets it, and the plain lines elsewhere."""
+"""The live display on a terminal, and the plain lines elsewhere."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ from tests.telemetry.lines import STEP
 
 @pytest.fixture(autouse=True)
 def package_logger():
-    """Leave the package's logger as it is."""
+    """Restore the package's logger after a test."""
     logger = logging.getLogger("megatron_tst")
     before, level = list(logger.handlers), logger.level
     yield
@@ -26,7 +26,7 @@ def package_logger():
 
 
 def shown(monkeypatch, is_terminal: bool, visible: bool = True) -> str:
-    """Show three steps of the second phase and an evaluation; return what standard error got, without colours."""
+    """Show three steps of the second phase and an evaluation; return the text on standard error, without colors."""
     screen = io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: is_terminal)
     monkeypatch.setattr("sys.stderr", screen)
@@ -42,16 +42,16 @@ def shown(monkeypatch, is_terminal: bool, visible: bool = True) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
 
 
-def test_a_terminal_has_a_bar_with_phase_loss_speed_and_time_left(monkeypatch):
+def test_a_terminal_shows_phase_loss_speed_and_time_left(monkeypatch):
     text = shown(monkeypatch, is_terminal=True)
     last = text.replace("\r", "\n").strip().splitlines()[-1]
     assert re.fullmatch(r"phase 2/2 s=1 ━.* 10/20 ce 3\.5000  4k data tokens/s 0:01:15 left", last.strip())
-    # The evaluation is a line above the bar; the step itself is in the bar alone.
+    # The evaluation is a line above the bar; the step is shown only in the bar.
     assert "step 10/20  validation loss 3.2500" in text
     assert "lr 0.001" not in text
 
 
-def test_elsewhere_there_are_plain_lines(monkeypatch):
+def test_plain_lines_are_shown_without_a_terminal(monkeypatch):
     lines = shown(monkeypatch, is_terminal=False).splitlines()
     assert len(lines) == 2
     assert "step 10/20  phase 2/2  s=1  ce 3.5000  4k data tokens/s  lr 0.001" in lines[0]

@@ -1,4 +1,4 @@
-"""Lines reach the real TensorBoard and the real wandb, and a service that hangs or dies stops nothing."""
+"""Lines reach the real TensorBoard and the real wandb; a service that hangs or fails never blocks a run."""
 
 import json
 import struct
@@ -39,7 +39,7 @@ def test_lines_arrive_in_order():
     assert writer.is_closed
 
 
-def test_a_service_that_hangs_drops_lines_and_says_so_once(caplog):
+def test_a_hanging_service_drops_lines_and_warns_once(caplog):
     free = threading.Event()
     sink = BackgroundSink("test", lambda: free.wait() and Recording(), capacity=3)
     for step in range(10):
@@ -55,12 +55,12 @@ class Dying(Recording):
         raise ConnectionError("the network is gone")
 
 
-def test_a_service_that_dies_is_told_and_left(caplog):
+def test_a_failing_service_is_reported_and_dropped(caplog):
     sink = BackgroundSink("test", Dying)
     for step in range(10):
         sink.offer({"step": step})
     sink.close()
-    assert "test: the network is gone; the run goes on without it" in caplog.text
+    assert "test: the network is gone; the run continues without it" in caplog.text
 
 
 class FailingAtTheEnd(Recording):
@@ -68,7 +68,7 @@ class FailingAtTheEnd(Recording):
         raise ConnectionError("the network is gone")
 
 
-def test_a_service_that_dies_at_the_end_does_not_hold_it_up(caplog):
+def test_a_service_that_fails_at_the_end_does_not_block_the_close(caplog):
     sink = BackgroundSink("test", FailingAtTheEnd)
     sink.offer({"step": 1})
     sink.close()
@@ -124,21 +124,21 @@ def test_tensorboard_reads_the_run_over_a_restart(here, corpus, tokenizer, tmp_p
 
 
 def records(file: Path) -> list[bytes]:
-    """The records of wandb's file: LevelDB's log format, blocks of 32 KiB after a header of seven bytes."""
+    """Return the records of wandb's file, in LevelDB's log format: 32 KiB blocks after a header of seven bytes."""
     data, found, place = file.read_bytes(), [], 7
     while place + 7 <= len(data):
         if (1 << 15) - place % (1 << 15) < 7:
             place += (1 << 15) - place % (1 << 15)
         _, length, kind = struct.unpack_from("<IHB", data, place)
         part = data[place + 7 : place + 7 + length]
-        # Whole, or the first, a middle or the last part of a record.
+        # The block holds a whole record, or its first, middle or last part.
         found = [*found, part] if kind in (1, 2) else [*found[:-1], found[-1] + part]
         place += 7 + length
     return found
 
 
 def kept(folder: Path, kind: str) -> list:
-    """The records of a kind that an offline run keeps for later, each start of the run in its own file."""
+    """Return an offline run's records of one kind; each start of the run has its own file."""
     from wandb.proto import wandb_internal_pb2
 
     found = []
@@ -152,14 +152,14 @@ def kept(folder: Path, kind: str) -> list:
 
 
 def history(folder: Path) -> list[dict]:
-    """The lines of metrics among them."""
+    """Return the metric lines among the records."""
     return [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in line.item}
         for line in kept(folder, "history")
     ]
 
 
-def test_wandb_keeps_the_run_offline_without_a_key(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
+def test_wandb_records_offline_without_a_key(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -170,7 +170,7 @@ def test_wandb_keeps_the_run_offline_without_a_key(here, corpus, tokenizer, tmp_
     run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{extra} {load}"))
     assert (tmp_path / "run" / "wandb_run_id").read_text() == identity
     assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}"))) >= 1
-    wandb.teardown()  # at the latest when a process ends, its helper writes the last lines
+    wandb.teardown()  # makes wandb's helper process write the last lines
     lines = read_metrics(run.directory.metrics)
     shown = history(tmp_path / "run")
     for name in ("loss", "valid_loss", "switched_to_bag_size", "recovery_steps"):
@@ -178,7 +178,7 @@ def test_wandb_keeps_the_run_offline_without_a_key(here, corpus, tokenizer, tmp_
             line["step"]: line[name] for line in lines if name in line
         }
     assert [line["step"] for line in shown if "switched_to_bag_size" in line] == [5]
-    # Both token counts are axes, and settings and the state of the code are there, at each start.
+    # Both token counts are axes, and each start records the settings and the versions.
     axes = {metric.name for metric in kept(tmp_path / "run", "metric")}
     assert {"step", "data_tokens", "positions"} <= axes
     starts = [
@@ -189,13 +189,13 @@ def test_wandb_keeps_the_run_offline_without_a_key(here, corpus, tokenizer, tmp_
     assert all(start["versions"]["git"] == versions()["git"] for start in starts)
 
 
-def test_the_real_wandb_without_its_server_stops_nothing(corpus, tokenizer, tmp_path: Path, monkeypatch):
+def test_an_unreachable_wandb_server_does_not_stop_a_run(corpus, tokenizer, tmp_path: Path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{RUN} --wandb-project tst")
-    # A port that nothing listens on.
+    # Nothing listens on this port.
     done = start("pretrain_tst.py", *argv, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "the run goes on without it" in line]
+    (line,) = [line for line in done.stderr.splitlines() if "the run continues without it" in line]
     assert "WARNING: Weights & Biases: Failed to authenticate" in line
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))

@@ -18,10 +18,10 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_where_a_run_stands(run: Path):
+def test_the_status_of_a_running_run_is_read(run: Path):
     status = read_status(run)
     assert (status.step, status.num_steps, status.num_phases, status.valid_loss) == (30, 100, 1, 2.5)
-    # The median pace: the first line's start-up does not count for the rest.
+    # The pace is a median, so the slow first step does not affect the estimate.
     assert status.seconds_left == 70 * 2.0
     assert (status.is_complete, status.checkpoint) == (False, None)
 
@@ -33,7 +33,7 @@ def test_where_a_run_stands(run: Path):
         ([10, 20], "5", None), ([10, 20], "", 20), ([10, 20], None, 20),
     ],
 )  # fmt: skip
-def test_the_checkpoint_is_the_one_that_a_start_takes(run: Path, steps, tracker, taken):
+def test_the_checkpoint_is_the_one_that_a_resumed_run_loads(run: Path, steps, tracker, taken):
     for step in steps:
         (run / "checkpoints" / f"iter_{step:07d}").mkdir(parents=True)
     if tracker is not None:

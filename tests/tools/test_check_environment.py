@@ -1,4 +1,4 @@
-"""What is said of an environment: compiled libraries that import, that lack a driver, and that are broken."""
+"""Checks of an environment whose compiled libraries can be imported, lack a driver or are broken."""
 
 import importlib.metadata
 import json
@@ -14,7 +14,7 @@ BELONGS = {"0.16.1": "2.9.0", "0.19.2": "2.16.0"}[importlib.metadata.version("me
 
 
 def check(folder: Path, version: str = BELONGS, **libraries: str):
-    """Run the tool where these modules and a Transformer Engine of this version are installed."""
+    """Run the tool with these modules and a Transformer Engine of this version installed."""
     for name, source in libraries.items():
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text(source)
@@ -26,27 +26,27 @@ def check(folder: Path, version: str = BELONGS, **libraries: str):
     return start("tools/check_environment.py", PYTHONPATH=path)
 
 
-def test_a_library_that_wants_the_driver_alone_is_told(tmp_path: Path):
+def test_a_missing_driver_is_reported_without_an_error(tmp_path: Path):
     torch_first = "import sys; assert 'torch' in sys.modules"
     done = check(tmp_path, transformer_engine=NO_DRIVER, amp_C=torch_first)
     assert done.returncode == 0, done.stderr
     imported = json.loads(done.stdout)["imported"]
     te = imported.pop("transformer_engine.pytorch")
-    assert te.startswith("not tried, for want of a driver: OSError: libcuda.so.1")
+    assert te.startswith("not imported, because there is no driver: OSError: libcuda.so.1")
     assert imported == {"amp_C": "imported", "fused_weight_gradient_mlp_cuda": "absent"}
 
 
 @pytest.mark.parametrize("reason", ["undefined symbol: _ZN3c10", "libcublas.so.99: cannot open shared object file"])
-def test_a_library_that_cannot_be_imported_for_another_reason_fails(tmp_path: Path, reason: str):
-    # A warning of a missing driver excuses nothing.
+def test_any_other_import_error_fails(tmp_path: Path, reason: str):
+    # A warning about a missing driver does not excuse another error.
     warning = "print('no NVIDIA driver', file=__import__('sys').stderr)"
     done = check(tmp_path, amp_C=f"{warning}; raise ImportError({reason!r})")
     assert done.returncode == 2 and done.stdout == ""
-    wanted = f"check_environment.py: error: amp_C is installed and cannot be imported: ImportError: {reason}"
+    wanted = f"check_environment.py: error: amp_C is installed, but cannot be imported: ImportError: {reason}"
     assert done.stderr.splitlines()[-1] == wanted
 
 
-def test_a_transformer_engine_of_another_megatron_core_fails(tmp_path: Path):
+def test_a_transformer_engine_that_does_not_match_megatron_core_fails(tmp_path: Path):
     done = check(tmp_path, version="2.8.0", transformer_engine="")
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()

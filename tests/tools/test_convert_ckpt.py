@@ -1,4 +1,4 @@
-"""The program as a user starts it: a run of ours to Hugging Face, and from there to another run."""
+"""convert_ckpt.py as a user starts it: one of our runs to Hugging Face, and from there to another run."""
 
 import importlib.util
 import io
@@ -24,7 +24,7 @@ RUN = "--tst-bag-size 2 --tst-steps 2 --train-iters 4 --eval-interval 2 --use-di
 
 @pytest.fixture(scope="module")
 def trained(corpus, tokenizer, tmp_path_factory) -> Path:
-    """A run that left checkpoints at the switch (step 2) and at the end (step 4)."""
+    """A run with checkpoints at the switch (step 2) and at the end (step 4)."""
     folder = tmp_path_factory.mktemp("run")
     done = start("pretrain_tst.py", *arguments(corpus, str(tokenizer.path), folder, RUN))
     assert done.returncode == 0, done.stderr
@@ -37,10 +37,10 @@ def convert(*argv: object):
 
 @pytest.fixture
 def convert_here(monkeypatch):
-    """The program's main function, without the seconds that starting a process takes."""
+    """The program's main function, called in this process to save the time of starting one."""
     spec = importlib.util.spec_from_file_location("convert_ckpt", ROOT / "tools" / "convert_ckpt.py")
     program = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "convert_ckpt", program)  # where its dataclasses look
+    monkeypatch.setitem(sys.modules, "convert_ckpt", program)  # dataclasses look up their module there
     spec.loader.exec_module(program)
 
     def run(*argv: object):
@@ -58,7 +58,7 @@ def logit_difference(output: str) -> float:
     return float(found[1])
 
 
-def test_a_run_to_hugging_face_and_on_to_another_run(trained, corpus, tokenizer, tmp_path):
+def test_a_run_is_exported_and_imported_into_another_run(trained, corpus, tokenizer, tmp_path):
     load = ("--load", trained / "checkpoints", "--iteration", 2)
     done = convert(*load, "--save", tmp_path / "hf", "--verify")
     assert done.returncode == 0, done.stderr
@@ -71,14 +71,14 @@ def test_a_run_to_hugging_face_and_on_to_another_run(trained, corpus, tokenizer,
     load = f"--load {tmp_path / 'weights'} --finetune --bf16 --train-iters 1 --lr 1e-9 --lr-warmup-iters 0"
     done = start("pretrain_tst.py", *arguments(corpus, str(tokenizer.path), tmp_path / "next", load))
     assert done.returncode == 0, done.stderr
-    # Nothing is learnt at this rate: the loss is that of the weights it started from.
+    # The learning rate is so small that the loss is that of the initial weights.
     started = read_metrics(tmp_path / "next" / "metrics.jsonl")[-1]["valid_loss"]
     at_switch, at_end = (m["valid_loss"] for m in read_metrics(trained / "metrics.jsonl") if "valid_loss" in m)
     assert started == pytest.approx(at_switch, abs=1e-3)
     assert abs(at_end - at_switch) > 1e-2
 
 
-def test_shards_and_types(trained, tmp_path, convert_here):
+def test_max_shard_size_and_dtype_are_respected(trained, tmp_path, convert_here):
     load = ("--load", trained / "checkpoints", "--save", tmp_path / "hf")
     convert_here(*load, "--max-shard-size", "20KB", "--dtype", "fp16")
     shards = sorted(path.name for path in (tmp_path / "hf").glob("model-*.safetensors"))
@@ -101,7 +101,7 @@ def test_shards_and_types(trained, tmp_path, convert_here):
         ),
         (
             "--load RUN/checkpoints --tokenizer RUN/large.json",
-            r"--tokenizer \S+: has 301 tokens, but the model knows 300",
+            r"--tokenizer \S+: has 301 tokens, but the model has 300",
         ),
         ("--load RUN/checkpoints --max-shard-size 5boxes", "--max-shard-size 5boxes: must be a number of bytes"),
         ("--load RUN/checkpoints --max-shard-size 0GB", "--max-shard-size 0GB: must be a number of bytes"),
@@ -116,7 +116,7 @@ def test_shards_and_types(trained, tmp_path, convert_here):
         ("--load RUN/nowhere", "nowhere: holds no checkpoints"),
     ],
 )
-def test_mistakes_are_named_and_leave_nothing(trained, tokenizer, tmp_path, convert_here, argv, message):
+def test_mistakes_are_named_and_leave_no_files(trained, tokenizer, tmp_path, convert_here, argv, message):
     larger = json.loads(tokenizer.path.read_text())
     larger["added_tokens"].append({**larger["added_tokens"][0], "id": 3999, "content": "<|far|>"})
     (trained / "large.json").write_text(json.dumps(larger))
@@ -126,22 +126,22 @@ def test_mistakes_are_named_and_leave_nothing(trained, tokenizer, tmp_path, conv
 
 
 @pytest.mark.parametrize(("tracker", "said"), [("", "is missing or names no step"), ("3", "names step 3")])
-def test_a_tracker_that_names_nothing_asks_for_the_iteration(trained, tmp_path, convert_here, tracker, said):
+def test_a_tracker_without_a_valid_step_requires_iteration(trained, tmp_path, convert_here, tracker, said):
     checkpoints = Path(shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints"))
     (checkpoints / "latest_checkpointed_iteration.txt").write_text(tracker)
-    instead = r"and the checkpoints there are of the steps \[2, 4\]: choose one with --iteration"
+    instead = r"and the folder holds checkpoints of the steps \[2, 4\]: choose one with --iteration"
     with pytest.raises(UserError, match=f"latest_checkpointed_iteration.txt {said}, {instead}"):
         convert_here("--load", checkpoints, "--save", tmp_path / "hf")
     convert_here("--load", checkpoints, "--save", tmp_path / "hf", "--iteration", 2)
 
 
-def test_a_mistake_is_one_line(trained, tmp_path):
+def test_a_mistake_prints_one_line_and_exits_with_two(trained, tmp_path):
     done = convert("--load", trained, "--save", tmp_path / "out")
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("convert_ckpt.py: error: ") and done.stderr.count("\n") == 1
 
 
-def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(trained, tmp_path):
+def test_a_write_error_prints_one_line_and_leaves_no_files(trained, tmp_path):
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
@@ -154,7 +154,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(trained, tmp_path):
 
 @pytest.fixture
 def damaged(trained, tmp_path) -> Path:
-    """The run's checkpoints with one bit of a shard flipped, in the middle of its weights."""
+    """The run's checkpoints with one bit flipped in the middle of a shard's weights."""
     checkpoints = Path(shutil.copytree(trained / "checkpoints", tmp_path / "damaged"))
     shard = max((checkpoints / "iter_0000004").glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())
@@ -163,7 +163,7 @@ def damaged(trained, tmp_path) -> Path:
     return checkpoints
 
 
-def test_a_damaged_checkpoint_is_refused_unless_asked_for(damaged, tmp_path, convert_here):
+def test_a_damaged_checkpoint_is_refused_without_no_verify_checkpoint(damaged, tmp_path, convert_here):
     argv = ("--load", damaged, "--save", tmp_path / "hf")
     with pytest.raises(UserError, match=r"distcp is damaged: its bytes do not match .*; --no-verify-checkpoint"):
         convert_here(*argv)
@@ -172,18 +172,18 @@ def test_a_damaged_checkpoint_is_refused_unless_asked_for(damaged, tmp_path, con
     convert_here(*argv, "--force", "--no-verify-checkpoint")
 
 
-def test_both_long_parts_show_how_far_they_are(trained, tmp_path, convert_here, monkeypatch):
+def test_verification_and_conversion_show_their_progress(trained, tmp_path, convert_here, monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(convert_here.program, "Console", lambda **_: Console(file=screen, force_terminal=True))
     convert_here("--load", trained / "checkpoints", "--save", tmp_path / "hf")
     for title in ("verifying iter_0000004", "iter_0000004 to Hugging Face"):
-        # Both counted to their end, in bytes.
+        # Both progress bars reached their total, in bytes.
         last = screen.getvalue().rpartition(title)[2].splitlines()[0]
         done, total = re.search(r"([\d.]+)/([\d.]+) [kM]?B", last).groups()
         assert done == total != "0", last
 
 
-def test_what_is_lost_is_told(trained, tmp_path, convert_here, capsys, monkeypatch):
+def test_settings_that_are_lost_are_warned_about(trained, tmp_path, convert_here, capsys, monkeypatch):
     from megatron_tst.config import ModelSettings
 
     monkeypatch.setattr(convert_here.program, "inexpressible", lambda model: [f"lost of {type(model).__name__}"])

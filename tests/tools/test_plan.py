@@ -21,7 +21,7 @@ def hours(tmp_path, name):
     return planned(tmp_path, "--config", f"launch/configs/{name}.yaml")[0]["plan"]["gpu_hours"]
 
 
-def test_the_papers_hours_and_their_ratio(tmp_path):
+def test_hours_match_the_papers_runs(tmp_path):
     tst, baseline = hours(tmp_path, "moe_10b_tst"), hours(tmp_path, "moe_10b_baseline")
     assert tst == pytest.approx(4768, rel=0.10)
     assert baseline == pytest.approx(12311, rel=0.01)
@@ -29,21 +29,21 @@ def test_the_papers_hours_and_their_ratio(tmp_path):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_shipped_run_fits_its_cards(tmp_path, config):
+def test_every_shipped_run_fits_its_gpus(tmp_path, config):
     cards = "64" if config.startswith(("dense_3b", "moe")) else "8"
     content, text = planned(tmp_path, "--config", f"launch/configs/{config}", "--num-gpus", cards)
     assert content["layout"]["refusal"] is None
     assert "It fits" in text
 
 
-def test_the_configured_layouts_step_is_the_one_the_hours_count(tmp_path):
+def test_the_configured_layouts_step_time_gives_the_hours(tmp_path):
     content, _ = planned(tmp_path, "--config", "launch/configs/moe_10b_tst.yaml")
     step = content["layout"]["step_s"]
     total = step["compute"] + step["bubble"] + step["exposed"]
     assert total * 49983 * 64 / 3600 == pytest.approx(content["plan"]["gpu_hours"], rel=1e-6)
 
 
-def test_what_fits_nowhere_is_null(tmp_path):
+def test_a_run_without_a_layout_is_null(tmp_path):
     small = ("--config", "launch/configs/dense_3b_tst.yaml", "--global-batch-size", "8", "--simulate", "16384")
     content, text = planned(tmp_path, *small)
     assert content["scaled"][0]["days"] is None
@@ -61,7 +61,7 @@ def test_flags_change_the_plan(tmp_path):
     assert "stage 3" in text
 
 
-def test_what_is_printed(tmp_path):
+def test_the_printed_plan_has_all_parts(tmp_path):
     _, text = planned(
         tmp_path, "--config", "launch/configs/moe_10b_tst.yaml", "--price-per-gpu-hour", "4", "--data-tokens", "2e12",
         "--simulate", "1024", "16384",
@@ -82,7 +82,7 @@ def test_recomputation_trades_memory_for_time(tmp_path):
     assert "selective" in text
 
 
-def test_a_measured_runs_speed_is_taken(tmp_path):
+def test_measured_takes_the_speed_of_a_run(tmp_path):
     lines = [{"step": 1, "loss": 9.0, "tflops_per_gpu": 3.0}, {"step": 1, "valid_loss": 9.0}]
     lines += [{"step": step, "loss": 8.0, "tflops_per_gpu": 900.0 + step} for step in (2, 3, 4, 5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -92,7 +92,7 @@ def test_a_measured_runs_speed_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("tflops", [0.0, 900.0])
-def test_a_measured_speed_that_the_card_cannot_have_is_refused(tmp_path, tflops):
+def test_a_measured_speed_above_the_gpus_peak_is_refused(tmp_path, tflops):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 9.0, "tflops_per_gpu": tflops}) + "\n")
     config = ("--config", "launch/configs/dense_270m_tst.yaml", "--gpu", "a100")
     done = plan(*config, "--measured", str(tmp_path))
@@ -102,14 +102,14 @@ def test_a_measured_speed_that_the_card_cannot_have_is_refused(tmp_path, tflops)
     )
 
 
-def test_an_mfu_that_communication_forbids_is_said(tmp_path):
+def test_an_mfu_that_communication_prevents_is_reported(tmp_path):
     config = ("--config", "launch/configs/moe_10b_tst.yaml", "--tensor-model-parallel-size", "4", "--sequence-parallel")
     content, text = planned(tmp_path, *config, "--mfu", "0.9")
     hours = sum(content["layout"]["step_s"][part] for part in ("compute", "bubble", "exposed")) * 49983 * 64 / 3600
     times = hours / content["plan"]["gpu_hours"]
     assert times > 1.5
-    assert f"the configured layout takes {times:.2f} times the hours above even so" in text
-    assert "then the configured layout takes the hours above" in planned(tmp_path, *config, "--mfu", "0.1")[1]
+    assert f"even so, the configured layout takes {times:.2f} times the hours above" in text
+    assert "so that the configured layout takes the hours above" in planned(tmp_path, *config, "--mfu", "0.1")[1]
 
 
 def test_a_configured_layout_that_does_not_fit_is_marked(tmp_path):
@@ -118,11 +118,11 @@ def test_a_configured_layout_that_does_not_fit_is_marked(tmp_path):
     assert "(configured, does not fit)" not in planned(tmp_path, *config)[1]
 
 
-def test_more_text_than_there_is_is_said(tmp_path):
+def test_too_few_available_data_tokens_are_reported(tmp_path):
     config = ("--config", "launch/configs/moe_10b_tst.yaml")
     text = planned(tmp_path, *config, "--data-tokens", "1e12")[1]
-    assert "The run as configured reads 1.99T data tokens; 1T are at hand." in text
-    assert "at hand" not in planned(tmp_path, *config, "--data-tokens", "2e12")[1]
+    assert "The configured run reads 1.99T data tokens, but 1T are available." in text
+    assert "are available" not in planned(tmp_path, *config, "--data-tokens", "2e12")[1]
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_more_text_than_there_is_is_said(tmp_path):
         ("--tst-preset 3b --measured nowhere", "--measured nowhere: holds no run with a logged step"),
         ("--tst-preset 3b --fp8", "--fp8"),
         ("--tst-preset 3b --num-gpus 4 --pipeline-model-parallel-size 6", "--num-gpus 4: is fewer than tp x pp x cp"),
-        ("--tst-preset 3b --tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: must be at least 1"),
-        ("--tst-preset 3b --global-batch-size -8", "--global-batch-size -8: must be a multiple"),
+        ("--tst-preset 3b --tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: must be above 0"),
+        ("--tst-preset 3b --global-batch-size -8", "--global-batch-size -8: must be above 0"),
         ("--tst-preset 3b --tst-bag-size 4", "--tst-bag-size 4: needs --tst-step-ratio"),
         ("--tst-preset 3b --usable-memory 90", "--usable-memory 90: must lie between 0 and 1"),
         ("--tst-preset 3b --json tests", "--json tests: is a folder; name a file"),
-        ("--tst-preset 3b --json README.md/plan.json", "--json README.md/plan.json: README.md is no folder"),
+        ("--tst-preset 3b --json README.md/plan.json", "--json README.md/plan.json: cannot create the folder"),
         ("--tst-preset 3b --price-per-gpu-hour nan", "--price-per-gpu-hour nan: must be above 0"),
         ("--tst-preset 3b --data-tokens -5", "--data-tokens -5: must be above 0"),
         ("--tst-preset 3b --layouts 0", "--layouts 0: must be at least 1"),
@@ -155,7 +155,7 @@ def test_mistakes_are_named(argv, line):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_layout_that_cannot_be_started_is_named_and_others_offered(tmp_path):
+def test_an_impossible_layout_is_named_and_others_are_listed(tmp_path):
     content, text = planned(
         tmp_path, "--config", "launch/configs/dense_3b_tst.yaml", "--tensor-model-parallel-size", "8"
     )

@@ -16,7 +16,7 @@ def run(folder: Path, *extra: str, **env: str):
     return start("tools/preprocess_data.py", *files, *extra, **env)
 
 
-def test_a_folder_of_real_text_in_one_command(tmp_path: Path):
+def test_one_command_encodes_a_folder_of_real_text(tmp_path: Path):
     text = real_text(tmp_path / "text")[0]
     (tmp_path / "text" / "broken.py").write_bytes(b"\xff")
     (tmp_path / "text" / "notes.md").write_text("left out by its suffix")
@@ -32,7 +32,7 @@ def test_a_folder_of_real_text_in_one_command(tmp_path: Path):
     assert decoded == sorted(file.read_text() for file in Path(text).glob("*.py") if file.name != "broken.py")
 
 
-def test_json_lines_under_another_key(tmp_path: Path, tokenizer):
+def test_json_keys_selects_the_text(tmp_path: Path, tokenizer):
     (tmp_path / "in.jsonl").write_text('{"content": "one"}\n{"content": "two"}\nbroken\n')
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     done = run(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--json-keys", "content")
@@ -41,7 +41,7 @@ def test_json_lines_under_another_key(tmp_path: Path, tokenizer):
     assert len(IndexedDataset(str(tmp_path / "out_content_document"))) == 2
 
 
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, tokenizer):
+def test_mistakes_print_one_line_and_leave_no_files(tmp_path: Path, tokenizer):
     (tmp_path / "empty.jsonl").write_text("broken\n")
     for extra, message in (
         (("--input", str(tmp_path / "nowhere")), "nowhere: does not exist"),
@@ -58,11 +58,11 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, tokenizer):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_tokenizer_is_learned_into_a_file(tmp_path: Path):
+def test_a_learned_tokenizer_needs_a_file_name(tmp_path: Path):
     (tmp_path / "text").write_text("one")
     (tmp_path / "folder").mkdir()
     learning = ("--input", str(tmp_path / "text"), "--tst-train-bpe", "300", "--tokenizer-model")
-    for place, message in (("folder", "is a folder; --tst-train-bpe writes a file: name it"),
+    for place, message in (("folder", "is a folder; with --tst-train-bpe, name the file to write"),
                            ("text/tokenizer.json", "cannot be written")):  # fmt: skip
         done = run(tmp_path, *learning, str(tmp_path / place))
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -71,19 +71,19 @@ def test_a_tokenizer_is_learned_into_a_file(tmp_path: Path):
     assert not any((tmp_path / "folder").iterdir())
 
 
-def test_an_encoding_that_cannot_name_files_is_refused(tmp_path: Path):
-    """Python takes UTF-8 in the C locale, unless it is told not to."""
+def test_a_locale_without_utf8_is_refused(tmp_path: Path):
+    """Python uses UTF-8 in the C locale unless PYTHONUTF8 and PYTHONCOERCECLOCALE disable it."""
     (tmp_path / "é").write_text("é")
     learning = ("--input", str(tmp_path / "é"), "--tst-train-bpe", "300")
     done = run(tmp_path, *learning, LC_ALL="C", PYTHONUTF8="0")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "LC_ALL: this locale's encoding is ascii, must be UTF-8: set PYTHONUTF8=1" in done.stderr
+    assert "LC_ALL: the locale's encoding is ascii, but must be UTF-8: set PYTHONUTF8=1" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["é"]
     assert run(tmp_path, *learning, LC_ALL="C").returncode == 0
 
 
-def test_two_at_a_time_and_a_signal(tmp_path: Path, tokenizer):
-    """The first waits for a writer of its input, while a second one comes and a signal ends it."""
+def test_a_second_process_is_refused_and_a_signal_stops_the_first(tmp_path: Path, tokenizer):
+    """The first process waits for a writer of its input; a second one starts, and a signal stops the first."""
     (tmp_path / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
     (tmp_path / "text").write_text("one")
     os.mkfifo(tmp_path / "pipe")
@@ -91,7 +91,7 @@ def test_two_at_a_time_and_a_signal(tmp_path: Path, tokenizer):
     command = [sys.executable, "tools/preprocess_data.py", "--input", str(tmp_path / "pipe"), *files]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as first:
         try:
-            # Opening it for writing waits until the tool opens it for reading, which has locked its output then.
+            # Opening the pipe for writing blocks until the tool opens it for reading, after it has locked its output.
             opened: list[int] = []
             writer = threading.Thread(
                 target=lambda: opened.append(os.open(tmp_path / "pipe", os.O_WRONLY)), daemon=True
@@ -107,5 +107,5 @@ def test_two_at_a_time_and_a_signal(tmp_path: Path, tokenizer):
             first.kill()
     os.close(opened[0])
     assert first.returncode == 143
-    assert told == "preprocess_data.py: ended by SIGTERM: no corpus was written\n"
+    assert told == "preprocess_data.py: stopped by SIGTERM: no corpus was written\n"
     assert not list(tmp_path.glob("out*"))

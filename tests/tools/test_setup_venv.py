@@ -1,4 +1,4 @@
-"""Which interpreter and which folder the commands of a checkout use."""
+"""The interpreter and the folder that the commands of a checkout use."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def bash(script: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def another_version(tmp_path: Path) -> Path:
-    """A virtual environment of a Python that answers 3.7."""
+    """A virtual environment whose Python reports version 3.7."""
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\necho 3.7\n")
@@ -29,22 +29,22 @@ def another_version(tmp_path: Path) -> Path:
     return tmp_path / "venv"
 
 
-def test_an_environment_of_another_python_is_left_alone(another_version: Path):
+def test_an_environment_of_another_python_is_not_changed(another_version: Path):
     done = bash("bash tools/setup_venv.sh", VENV=str(another_version), PYTHON=sys.executable)
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        f"{another_version} holds Python 3.7, PYTHON={sys.executable} is {HERE}: set VENV to another folder"
+        f"{another_version} holds Python 3.7, but PYTHON={sys.executable} is {HERE}: set VENV to another folder"
     )
     assert [path.name for path in another_version.rglob("*")] == ["bin", "python"]
 
 
-def test_a_final_environment_is_used_as_it_is(another_version: Path):
+def test_the_environment_of_an_image_is_not_changed(another_version: Path):
     (another_version / "final").touch()
     done = bash("bash tools/setup_venv.sh", VENV=str(another_version), PYTHON=sys.executable)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_gpu_libraries_are_refused_with_the_way_to_have_them(tmp_path: Path):
+def test_the_gpu_extra_is_refused_with_a_link_to_the_image(tmp_path: Path):
     done = bash("bash tools/setup_venv.sh plot,gpu", VENV=str(tmp_path / "venv"))
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -66,7 +66,7 @@ def test_git_ignores_every_environment():
 
 
 @pytest.mark.parametrize(("python", "torch", "core"), [("3.11", "2.13.0", "0.16.1"), ("3.12", "2.14.1", "0.19.2")])
-def test_the_pins_of_each_python(python: str, torch: str, core: str):
+def test_each_python_has_its_pins(python: str, torch: str, core: str):
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = [Requirement(line) for line in lines]
     chosen = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]

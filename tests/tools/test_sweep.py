@@ -1,4 +1,4 @@
-"""A small grid trained for real, gone on with, and drawn."""
+"""A small grid that is trained, continued and drawn."""
 
 import csv
 import json
@@ -15,13 +15,13 @@ GRID = "--bag-sizes 2 --step-ratios 0.5 --seeds 1 2"
 
 
 def sweep(tmp_path: Path, corpus, tokenizer, *flags, grid: str = GRID):
-    # Without its own run directory: each run of the grid gets one.
+    # The flags name no run directory, because each run of the grid gets its own.
     settings = arguments(corpus, str(tokenizer.path), tmp_path / "unused")
     workers = ("--workers", "2")
     return start("tools/sweep.py", "--output", str(tmp_path / "out"), *grid.split(), *workers, *settings, *flags)
 
 
-def test_a_grid_is_trained_once_and_drawn(corpus, tokenizer, tmp_path: Path):
+def test_a_grid_is_trained_only_once_and_drawn(corpus, tokenizer, tmp_path: Path):
     done = sweep(tmp_path, corpus, tokenizer)
     assert done.returncode == 0, done.stderr
     assert "4 runs, 4 of them to train, 2 at a time" in done.stdout
@@ -41,7 +41,7 @@ def test_a_grid_is_trained_once_and_drawn(corpus, tokenizer, tmp_path: Path):
     assert (bags["seeds"], bags["pairs"]) == ("2", "2")
     assert float(bags["less_baseline"]) == pytest.approx(sum(gaps) / 2, abs=1e-4)
     assert float(bags["less_baseline_error"]) == pytest.approx(abs(gaps[0] - gaps[1]) / 2, abs=1e-4)
-    # One bag size and one step ratio make no curve.
+    # A single bag size and step ratio do not make a curve.
     assert (tmp_path / "out" / "settings.png").read_bytes().startswith(b"\x89PNG")
     metrics = (tmp_path / "out" / "baseline-seed1" / "metrics.jsonl").read_bytes()
     again = sweep(tmp_path, corpus, tokenizer)
@@ -56,8 +56,8 @@ def test_a_grid_is_trained_once_and_drawn(corpus, tokenizer, tmp_path: Path):
     assert len((tmp_path / "drawn" / "sweep.csv").read_text().splitlines()) == 3
 
 
-def test_any_setting_is_varied_and_results_lie_where_they_are_asked_for(tmp_path: Path, corpus, tokenizer):
-    """A second grid in the same folder takes the runs that both have, and has tables of its own."""
+def test_vary_takes_any_setting_and_results_names_the_folder(tmp_path: Path, corpus, tokenizer):
+    """A second grid in the same folder reuses the runs that both grids contain, and writes its own tables."""
     grid = "--phases 2:0.5 --vary tst-reinitialize-at-switch false true --seeds 1 --results"
     done = sweep(tmp_path, corpus, tokenizer, grid=f"{grid} {tmp_path / 'results'}")
     assert done.returncode == 0, done.stderr
@@ -74,7 +74,7 @@ def test_any_setting_is_varied_and_results_lie_where_they_are_asked_for(tmp_path
     assert "2 runs, 0 of them to train" in again.stdout
 
 
-def test_a_sweep_that_is_told_to_end_stops_its_runs_and_goes_on(tmp_path: Path, corpus, tokenizer):
+def test_a_stopped_sweep_stops_its_runs_and_can_be_continued(tmp_path: Path, corpus, tokenizer):
     settings = arguments(
         corpus, str(tokenizer.path), tmp_path / "unused", "--train-iters 100000 --eval-interval 100000"
     )
@@ -88,15 +88,15 @@ def test_a_sweep_that_is_told_to_end_stops_its_runs_and_goes_on(tmp_path: Path, 
         process.terminate()
         told, _ = process.communicate(timeout=900)
     assert process.returncode == 130, told
-    assert "stopped; the same command goes on" in told
-    # The run was told too, and saved what it had done.
+    assert "stopped; the same command continues the sweep" in told
+    # The run received the signal too, and saved a checkpoint.
     assert (tmp_path / "out" / "baseline-seed1" / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
 
 
-def test_a_run_that_is_not_evaluated_is_named_and_the_others_are_run(tmp_path: Path, corpus, tokenizer):
+def test_a_run_that_fails_is_named_and_the_others_are_trained(tmp_path: Path, corpus, tokenizer):
     done = sweep(tmp_path, corpus, tokenizer, "--split", "100,0,0")
     assert done.returncode == 1
-    assert done.stderr.count("did not end: ") == 4
+    assert done.stderr.count("did not finish: ") == 4
     assert "has no logged step or no evaluation yet" in done.stderr
 
 
@@ -109,7 +109,7 @@ def test_a_second_grid_in_the_same_folder_is_refused(tmp_path: Path, corpus, tok
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.lock"]
 
 
-def test_a_mistake_is_one_line(tmp_path: Path, corpus, tokenizer):
+def test_a_mistake_prints_one_line(tmp_path: Path, corpus, tokenizer):
     done = sweep(tmp_path, corpus, tokenizer, "--lr", "-1")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("sweep.py: error: --lr")

@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture
 def here(rank):
-    """The ranks that the tests have joined: process groups can be built only once."""
+    """The parallel state that all tests share, because process groups can be built only once."""
     return rank
 
 

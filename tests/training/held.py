@@ -1,9 +1,10 @@
-"""Run a program that stays where signals are to find it: in a step, a save, an evaluation, or while it indexes.
+"""Run a program that waits for signals at a given moment: in a step, a save, an evaluation or the building of an index.
 
 python -m tests.training.held FOLDER MOMENT:CALL PROGRAM [flags]
 
-At a function's call of that number the program makes the file `here` in the folder; it goes on once it has been
-signalled and there is a file `go_on`, however slow the machine is. Any later signal is a part of the first.
+At the given call of the moment's function, the program creates the file `here` in the folder. It continues as soon as
+it has received a signal and a file `go_on` exists, so a test works on a machine of any speed. Later signals are merged
+with the first.
 """
 
 import runpy
@@ -27,7 +28,7 @@ MOMENTS = {
 
 
 def hold(moment: str, call: int, folder: Path) -> None:
-    """Let one call of a moment's function wait."""
+    """Make one call of a moment's function wait."""
     owner, name = MOMENTS[moment]
     function, calls = getattr(owner, name), []
 
@@ -44,7 +45,7 @@ def hold(moment: str, call: int, folder: Path) -> None:
 
 
 def main(folder: str, place: str, *program: str) -> None:
-    """Hold, then become the program."""
+    """Install the hold, then run the program in this process."""
     moment, _, call = place.partition(":")
     signals.ONE_REQUEST_S = 1e9
     hold(moment, int(call), Path(folder))

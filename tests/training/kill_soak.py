@@ -1,4 +1,4 @@
-"""Kill a run again and again, in the middle of saves too, and see that its curve is the undisturbed one.
+"""Kills a run repeatedly, also in the middle of saves, and checks that its curve equals an undisturbed run's.
 
 python -m tests.training.kill_soak [--kills 20] [--kind overlapped]
 """
@@ -27,17 +27,17 @@ from tests.corpora import FILES
 from tests.distributed.launch import forking_context, open_store
 from tests.training.runs import arguments, real_text
 
-# A save after every second step, written while training goes on.
+# Every second step saves a checkpoint, which is written while training continues.
 RUN = (
     "--tst-bag-size 4 --tst-step-ratio 0.4 --attention-dropout 0.1 --hidden-dropout 0.1 --save-interval 2 --async-save "
     "--keep-last 3 --eval-interval 1000 --num-workers 1"
 )
-# At most, counted from the last line of the start before.
+# Upper bound, counted from the last line of the previous start.
 STEPS_PER_KILL = 20
 # kind: (ranks, flags)
 KINDS = {
     "single": (1, RUN),
-    # Buckets end behind nearly every parameter, padded behind each norm.
+    # Such small buckets end after nearly every parameter and are padded after each norm.
     "overlapped": (
         2,
         f"{RUN} --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 200",
@@ -46,16 +46,16 @@ KINDS = {
 
 
 def soak(corpus: str, tokenizer: str, folder: Path, kills: int, kind: str = "single", seed: int = 1) -> Counter:
-    """Train once undisturbed and once killed ``kills`` times, all ranks at once.
+    """Train once undisturbed and once with all ranks killed ``kills`` times.
 
     Returns:
-        How often the run was killed within a save, and within a step.
+        The number of kills during a save and during a step.
 
     Raises:
         AssertionError: if a start does not resume, or the curves or the last checkpoints differ.
     """
     world_size, flags = KINDS[kind]
-    # Long enough that the run is still going when it is killed for the last time.
+    # The run is so long that it is still training when it is killed for the last time.
     length = f"--train-iters {STEPS_PER_KILL * (kills + 1)}"
     calm = arguments(corpus, tokenizer, folder / "calm", f"{flags} {length}")
     harried = arguments(corpus, tokenizer, folder / "run", f"{flags} {length} --load {folder / 'run' / 'checkpoints'}")
@@ -80,7 +80,7 @@ def _rank(argv: list[str], environment: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _started(argv: list[str], world_size: int) -> Iterator[list[BaseProcess]]:
-    """Start all ranks; those that still run in the end are killed."""
+    """Start all ranks; kill those that still run at the end."""
     store, context = open_store(), forking_context()
     environment = {
         "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
@@ -109,13 +109,13 @@ def _finish(argv: list[str], world_size: int) -> None:
 
 
 def _kill_once(argv: list[str], world_size: int, run: Path, generator: random.Random, in_save: bool) -> str:
-    """Start the run and kill it in the first save that is seen, or after a random number of new lines."""
+    """Start the run and kill it in the first save that is observed, or after a random number of new lines."""
     first = _last_step(run)
     steps = STEPS_PER_KILL - 2 if in_save else generator.randint(1, STEPS_PER_KILL // 2)
     with _started(argv, world_size) as ranks:
         while True:
             partial = list((run / "checkpoints").glob(".partial-*")) if (run / "checkpoints").exists() else []
-            # What an earlier kill left half-written lies there until the same step is saved again: wait for new lines.
+            # Files that an earlier kill left half-written stay until the same step is saved again, so wait for lines.
             if _last_step(run) >= first + steps or (in_save and partial and _last_step(run) > first):
                 return "save" if in_save and partial else "step"
             ranks[0].join(timeout=0.001)
@@ -140,7 +140,7 @@ def _last_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Make a corpus, soak, and say what happened."""
+    """Make a corpus, run the soak test and print its outcome."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--kind", choices=KINDS, default="single")

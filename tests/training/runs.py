@@ -1,4 +1,4 @@
-"""Whole runs, in this process or as a user starts them."""
+"""Starts whole runs, in this process or as a user does."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def start(*argv: str, timeout_s: int = 900, **env: str) -> subprocess.CompletedP
 
 
 def real_text(folder: Path, copies: int = 10) -> list[str]:
-    """Files of real text, more documents than one."""
+    """Return files of real text with several documents."""
     folder.mkdir(exist_ok=True)
     for number in range(copies):
         for file in FILES:
@@ -52,12 +52,12 @@ def config_of(argv: list[str]) -> RunConfig:
 
 
 def build_here(argv: list[str]):
-    """Build a run in this process, where the ranks have joined already."""
+    """Build a run in this process, which has already joined the process groups."""
     return build_run(parse_config(argv), get_parallel_state())
 
 
 def train_here(argv: list[str]):
-    """Train in this process, where the ranks have joined already; returns the run."""
+    """Train in this process, which has already joined the process groups; return the run."""
     run = build_here(argv)
     train(run)
     return run

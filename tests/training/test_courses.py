@@ -1,4 +1,4 @@
-"""A run that is set back takes another course, and a run that saves elsewhere is found from its directory."""
+"""Runs that go back to an earlier checkpoint, and runs that save outside their directory."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def argv(corpus, tokenizer, tmp_path: Path):
     return lambda extra, name="run": arguments(corpus, str(tokenizer.path), tmp_path / name, f"{RUN} {extra}")
 
 
-def test_a_run_set_back_keeps_what_it_saves_and_leaves_its_later_course(here, argv, tmp_path, caplog):
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(here, argv, tmp_path, caplog):
     caplog.set_level("INFO", "megatron_tst")
     folders = CheckpointFolders(tmp_path / "run" / "checkpoints")
     train_here(argv(""))
@@ -29,7 +29,7 @@ def test_a_run_set_back_keeps_what_it_saves_and_leaves_its_later_course(here, ar
     assert "later steps [8, 10, 12]" in caplog.text
     replaced = sorted(path.name for path in folders.path.glob("*.replaced"))
     assert replaced == [f"iter_{step:07d}.replaced" for step in (8, 10, 12)]
-    # Neither a lost tracker nor a damaged checkpoint leads back to the course that was left.
+    # Neither a lost tracker nor a damaged checkpoint leads back to the checkpoints that were set aside.
     folders.tracker.unlink()
     (folders.of(8) / "common.pt").write_bytes(b"")
     run = build_here(argv(f"--load {folders.path}"))
@@ -37,7 +37,7 @@ def test_a_run_set_back_keeps_what_it_saves_and_leaves_its_later_course(here, ar
     assert run.first_step == 6
 
 
-def test_a_start_alone_leaves_later_checkpoints_where_they_are(here, argv, tmp_path):
+def test_a_start_without_a_save_does_not_move_later_checkpoints(here, argv, tmp_path):
     folders = CheckpointFolders(tmp_path / "run" / "checkpoints")
     train_here(argv(""))
     build_here(argv(f"--load {folders.path} --ckpt-step 4")).directory.leave()
@@ -45,7 +45,7 @@ def test_a_start_alone_leaves_later_checkpoints_where_they_are(here, argv, tmp_p
 
 
 def test_checkpoints_saved_elsewhere_are_found_from_the_run_directory(here, argv, tmp_path):
-    """What a job script does: --load names the run directory's folder, --save another."""
+    """Like a job script: --load names the run directory's checkpoint folder, --save another folder."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     own = f"--load {run / 'checkpoints'} --save {elsewhere}"
     train_here(argv(f"{own} --exit-interval 6"))
@@ -62,8 +62,8 @@ def test_checkpoints_saved_elsewhere_are_found_from_the_run_directory(here, argv
     assert again.first_step == 6
 
 
-def test_checkpoints_are_not_saved_in_two_places(here, argv, tmp_path):
-    """A folder that is not empty is not made a link."""
+def test_saving_to_a_second_folder_is_refused(here, argv, tmp_path):
+    """A checkpoint folder that is not empty is not replaced by a link."""
     (tmp_path / "run" / "checkpoints" / "iter_0000002").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"run/checkpoints cannot be made a link to it: Directory not empty"):
+    with pytest.raises(UserError, match=r"cannot make \S+run/checkpoints a link to this folder: Directory not empty"):
         build_here(argv(f"--save {tmp_path / 'elsewhere'}"))

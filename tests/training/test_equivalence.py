@@ -1,4 +1,4 @@
-"""Bag size 1 against a training loop written with megatron-core alone."""
+"""Training with bag size 1, compared with a training loop that uses only megatron-core."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tests.training.runs import arguments, config_of, train_here
 
 
 def bare_loop(run, shift_labels=0):
-    """The losses and gradient norms of megatron-core's stock classes on the run's own text."""
+    """Return the losses and gradient norms of megatron-core's stock classes on the run's own text."""
     config = run.config
     seed_everything(config.training.seed)
     transformer = transformer_config(config.model, run.shape, config.training, config.parallel, find_libraries())
@@ -71,19 +71,19 @@ def history(here, corpus, tokenizer, tmp_path: Path):
     return run, [(line["loss"], line["grad_norm"]) for line in lines]
 
 
-def test_a_run_with_bag_size_one_is_a_bare_megatron_core_loop(history):
+def test_a_run_with_bag_size_one_equals_a_bare_megatron_core_loop(history):
     run, ours = history
     assert len(ours) == 8
     for mine, stock in zip(ours, bare_loop(run), strict=True):
         assert mine == pytest.approx(stock, rel=1e-6)
 
 
-def test_a_shifted_label_is_told_apart(history):
+def test_a_loop_with_shifted_labels_differs(history):
     run, ours = history
     assert ours[-1] != pytest.approx(bare_loop(run, shift_labels=1)[-1], rel=1e-3)
 
 
-def test_the_same_seed_gives_the_same_run(here, corpus, tokenizer, tmp_path: Path):
+def test_equal_seeds_give_equal_losses(here, corpus, tokenizer, tmp_path: Path):
     def losses(name, seed):
         argv = arguments(corpus, str(tokenizer.path), tmp_path / name, f"--seed {seed} --tst-bag-size 4 --tst-steps 4")
         return [line["loss"] for line in read_metrics(train_here(argv).directory.metrics) if "loss" in line]
@@ -91,6 +91,6 @@ def test_the_same_seed_gives_the_same_run(here, corpus, tokenizer, tmp_path: Pat
     assert losses("a", 1) == losses("b", 1) != losses("c", 2)
 
 
-def test_config_of_a_run_is_what_was_asked_for(corpus, tokenizer, tmp_path):
+def test_the_recorded_config_equals_the_requested_settings(corpus, tokenizer, tmp_path):
     config = config_of(arguments(corpus, str(tokenizer.path), tmp_path, "--tst-bag-size 4 --tst-step-ratio 0.5"))
     assert config.schedule.ends == (4, 8)

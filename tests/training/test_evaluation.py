@@ -1,4 +1,4 @@
-"""Bits per byte against the text itself."""
+"""Bits per byte, compared with the bytes of the text itself."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.training.runs import arguments, build_here
 
 
 @pytest.mark.parametrize("extra", ["", "--eod-mask-loss"])
-def test_bits_per_byte_are_the_loss_over_the_texts_bytes(here, corpus, tokenizer, tmp_path: Path, extra):
+def test_bits_per_byte_divide_the_loss_by_the_bytes_of_the_text(here, corpus, tokenizer, tmp_path: Path, extra):
     run = build_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", extra))
     found = evaluate(run)
     reader = run.read(run.data.valid, run.validation, num_workers=0)
@@ -23,14 +23,14 @@ def test_bits_per_byte_are_the_loss_over_the_texts_bytes(here, corpus, tokenizer
             for labels in batch.labels:
                 valid = labels[labels != -100].tolist()
                 targets += len(valid)
-                # What follows a document's end is not predicted with --eod-mask-loss, so ids may not join to text.
+                # With --eod-mask-loss the token after a document's end is no target, so the ids may not join to text.
                 num_bytes += sum(len(library.decode([token])) for token in valid)
     assert num_bytes > 1.2 * targets
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) * targets / num_bytes, rel=1e-6)
     run.directory.leave()
 
 
-def test_where_a_tokens_bytes_are_not_known_there_are_none(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
+def test_bits_per_byte_are_none_if_token_bytes_are_unknown(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "token_bytes", lambda _: None)
     run = build_here(arguments(corpus, str(tokenizer.path), tmp_path / "run"))
     found = evaluate(run)

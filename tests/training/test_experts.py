@@ -1,4 +1,4 @@
-"""The experts' load and what full experts drop, against the routers' own logits."""
+"""The experts' load and the dropped choices, compared with the routers' own logits."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MOE = "--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 2 --train-iter
 
 
 def train_watched(argv):
-    """Train; returns the run and every router's choices, ``[positions, experts]`` bool, in training."""
+    """Train; return the run and every router's choices in training, ``[positions, experts]`` bool."""
     run = build_here(argv)
     choices = []
 
@@ -32,7 +32,7 @@ def train_watched(argv):
 
 
 def expected(choices, capacity):
-    """Per layer: busiest and idlest expert over the mean, and the dropped share, counted one by one."""
+    """Return, per layer, the busiest and idlest expert over the mean and the dropped fraction, counted one by one."""
     found = []
     for layer in (0, 1):
         taken, chosen = [0] * 4, 0
@@ -47,14 +47,14 @@ def expected(choices, capacity):
     return found
 
 
-# 2 sequences of 16 positions and 2 experts each: a fair share is 16, a capacity factor of a half leaves 8.
+# 2 sequences of 16 positions, 2 experts per position: a balanced load is 16, a capacity factor of 0.5 leaves 8.
 CASES = {"": 10**9, "--moe-expert-capacity-factor 0.5": 8, "--moe-expert-capacity-factor 1.25": 20}
 
 
 @pytest.mark.parametrize("policy", ["position", "probs"])
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("extra", CASES)
-def test_load_and_drops_are_counted(here, corpus, tokenizer, tmp_path: Path, extra, dispatcher, policy):
+def test_load_and_drops_match_the_routers_choices(here, corpus, tokenizer, tmp_path: Path, extra, dispatcher, policy):
     flags = f"{MOE} --moe-token-dispatcher-type {dispatcher} --moe-token-drop-policy {policy} {extra}"
     run, choices = train_watched(arguments(corpus, str(tokenizer.path), tmp_path / "run", flags))
     lines = [line for line in read_metrics(run.directory.metrics) if "dropped_share" in line]
@@ -64,6 +64,6 @@ def test_load_and_drops_are_counted(here, corpus, tokenizer, tmp_path: Path, ext
         got = list(zip(line["expert_load_max"], line["expert_load_min"], line["dropped_share"], strict=True))
         assert got == [pytest.approx(layer) for layer in wanted]
     dropped = [share for line in lines for share in line["dropped_share"]]
-    # Half of the fair share: at least half of the choices are dropped.
+    # The capacity is half of the balanced load, so at least half of the choices are dropped.
     assert min(dropped) >= 0.5 if "0.5" in extra else max(dropped) < 0.5
     assert max(dropped) == 0 if not extra else max(dropped) > 0

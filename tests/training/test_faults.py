@@ -1,4 +1,4 @@
-"""What a disk, a number or an operator may do to a run, and what the run does then."""
+"""Reactions of a run to faults: damaged checkpoints, full disks, values that are not finite, mistakes of operators."""
 
 import os
 import re
@@ -49,7 +49,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_and_kept(here, argv, tmp_path: Path, caplog, name):
+def test_a_damaged_checkpoint_is_skipped_and_kept(here, argv, tmp_path: Path, caplog, name):
     whole = train_here(argv("run", "--save-interval 3"))
     file, damage = DAMAGES[name]
     folder = tmp_path / "run" / "checkpoints" / "iter_0000008"
@@ -63,8 +63,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(here, argv, tmp_path: Path
     assert losses(resumed) == losses(whole)
 
 
-def test_without_verification_a_flipped_bit_is_loaded(here, argv, tmp_path: Path):
-    """The control: this bit is a weight's, and nothing else would notice."""
+def test_a_flipped_bit_is_loaded_without_verification(here, argv, tmp_path: Path):
+    """The negative control: the bit belongs to a weight, and only the checksums notice that it is flipped."""
     train_here(argv("run"))
     folder = tmp_path / "run" / "checkpoints" / "iter_0000008"
     shard = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -77,7 +77,7 @@ def test_without_verification_a_flipped_bit_is_loaded(here, argv, tmp_path: Path
     run.directory.leave()
 
 
-def test_a_tracker_that_names_nothing_is_told_and_the_newest_taken(here, argv, tmp_path: Path, caplog):
+def test_a_tracker_without_a_step_is_reported_and_the_newest_checkpoint_loaded(here, argv, tmp_path: Path, caplog):
     train_here(argv("run", "--save-interval 3"))
     (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("")
     run = build_here(argv("again", load="run"))
@@ -86,8 +86,8 @@ def test_a_tracker_that_names_nothing_is_told_and_the_newest_taken(here, argv, t
     run.directory.leave()
 
 
-def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stands(here, argv, small_disk: Path, caplog):
-    """One checkpoint fits, and what the second one wrote is given back."""
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(here, argv, small_disk: Path, caplog):
+    """One checkpoint fits; the files of the second are removed."""
     with pytest.raises(UserError, match=r"--save: .* cannot be written: .*No space left on device: .*\.distcp"):
         train_here(argv("run", f"--save {small_disk} --save-interval 3"))
     assert not list(small_disk.glob(".partial-*"))
@@ -96,21 +96,21 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stands(here, argv, sma
     run.directory.leave()
 
 
-def test_a_read_only_place_is_found_before_the_first_step(here, argv, small_disk: Path):
+def test_a_read_only_folder_is_reported_before_the_first_step(here, argv, small_disk: Path):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(UserError, match=r"--save: .* cannot be written: Read-only file system"):
         build_here(argv("run", f"--save {small_disk / 'checkpoints'}"))
 
 
-def test_a_place_that_takes_no_files_is_named(here, argv, tmp_path: Path):
+def test_a_folder_that_refuses_new_files_is_named(here, argv, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--save: .*file/checkpoints cannot be written: Not a directory"):
         build_here(argv("run", f"--save {tmp_path / 'file' / 'checkpoints'}"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_file_that_may_not_grow_is_named(argv, tmp_path: Path):
-    """The kernel refuses the shard's last bytes, as a quota does."""
+def test_a_file_that_cannot_grow_is_named(argv, tmp_path: Path):
+    """The kernel refuses the shard's last bytes, as it does when a quota is reached."""
     program = (
         "import resource, runpy\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
@@ -126,7 +126,7 @@ def test_a_file_that_may_not_grow_is_named(argv, tmp_path: Path):
 
 
 class Poison:
-    """Makes the loss or the gradient of given steps not finite."""
+    """Makes the loss or the gradient of the given steps infinite or NaN."""
 
     def __init__(self, monkeypatch, steps, what):
         self.step, self.weights = 0, {}
@@ -152,12 +152,12 @@ class Poison:
 
 @pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer", "--bf16"])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_is_not_applied_and_named(here, argv, monkeypatch, what, flags):
+def test_a_step_that_is_not_finite_is_skipped_and_logged(here, argv, monkeypatch, what, flags):
     poison = Poison(monkeypatch, {6}, what)
     run = train_here(argv("run", flags))
     lines = read_metrics(run.directory.metrics)
     (skipped,) = [line for line in lines if "skipped_loss" in line]
-    # The second step of the recovery phase, in sequences of a global batch of four.
+    # These are the samples of the second step of the recovery phase, with a global batch size of four.
     assert (skipped["step"], skipped["phase"], skipped["bag_size"]) == (6, 1, 1)
     assert (skipped["first_sample"], skipped["last_sample"]) == (4, 7)
     assert "nan" in (skipped["skipped_loss"], skipped["skipped_grad_norm"])
@@ -167,7 +167,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_named(here, argv, monkeypa
     assert all(bool(torch.isfinite(value).all()) for value in parameters(run).values())
 
 
-def test_without_the_guard_the_weights_are_lost(here, argv, monkeypatch):
+def test_weights_are_lost_without_the_guard(here, argv, monkeypatch):
     monkeypatch.setattr("megatron_tst.training.optimizer.math", SimpleNamespace(isfinite=lambda _: True))
     Poison(monkeypatch, {6}, "gradient")
     with pytest.raises(DivergedError):
@@ -175,29 +175,29 @@ def test_without_the_guard_the_weights_are_lost(here, argv, monkeypatch):
 
 
 @pytest.mark.parametrize("saving", ["", "--async-save"])
-def test_a_run_that_stays_not_finite_stops_and_leaves_its_last_checkpoint(here, argv, monkeypatch, saving):
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(here, argv, monkeypatch, saving):
     Poison(monkeypatch, {5, 6, 7, 8}, "loss")
     with pytest.raises(DivergedError, match=r"--max-nan-steps 3: .* in the last 3 steps, up to step 7"):
         train_here(argv("run", f"--max-nan-steps 3 --save-interval 2 {saving}"))
     run = build_here(argv("run", load="run"))
-    assert run.first_step == 6  # saved with the weights of step 4: those of steps 5 and 6 were not applied
+    assert run.first_step == 6  # it holds the weights of step 4, because steps 5 and 6 were not applied
     assert all(bool(torch.isfinite(value).all()) for value in parameters(run).values())
     run.directory.leave()
     assert DivergedError.exit_code == 3
 
 
-def test_a_second_run_on_the_same_directory_is_refused(here, argv, tmp_path: Path):
+def test_a_second_run_in_the_same_directory_is_refused(here, argv, tmp_path: Path):
     run = build_here(argv("run"))
     done = subprocess.run(
         [sys.executable, "pretrain_tst.py", *argv("run", load="run")], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "another run is in it" in done.stderr
+    assert "another run is using it" in done.stderr
     run.directory.leave()
 
 
-def test_a_second_run_that_saves_in_the_same_place_is_refused(here, argv, tmp_path: Path):
-    """Though that is empty: the first may save at any moment."""
+def test_a_second_run_that_saves_in_the_same_folder_is_refused(here, argv, tmp_path: Path):
+    """The folder is refused even while it is empty, because the first run may save at any moment."""
     elsewhere = tmp_path / "elsewhere"
     run = build_here(argv("run", f"--save {elsewhere}"))
     for folder in (elsewhere, tmp_path / "run" / "checkpoints"):
@@ -213,19 +213,19 @@ def test_a_second_run_that_saves_in_the_same_place_is_refused(here, argv, tmp_pa
     build_here(argv("second", f"--save {elsewhere}")).directory.leave()
 
 
-def test_a_run_may_save_in_its_directory_itself(here, argv, tmp_path: Path):
-    """Its one lock stays until it leaves."""
+def test_a_run_may_save_in_its_run_directory(here, argv, tmp_path: Path):
+    """The directory's lock is kept until the run leaves."""
     run = build_here(argv("run", f"--save {tmp_path / 'run'}"))
     done = subprocess.run(
         [sys.executable, "pretrain_tst.py", *argv("run", load="run")], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "another run is in it" in done.stderr
+    assert "another run is using it" in done.stderr
     run.directory.leave()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_killed_again_and_again_is_the_undisturbed_one(corpus, tokenizer, tmp_path: Path, kind):
+def test_a_run_killed_repeatedly_equals_an_undisturbed_run(corpus, tokenizer, tmp_path: Path, kind):
     """The short form of ``python -m tests.training.kill_soak``."""
     moments = soak(corpus, str(tokenizer.path), tmp_path, 2, kind)
     assert moments["save"] and moments["step"]

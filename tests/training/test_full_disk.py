@@ -1,4 +1,4 @@
-"""A disk that fills, at each place where a run writes: what can be saved is saved, and one line and code 2 say so."""
+"""A disk that fills up, at each place where a run writes: a checkpoint is saved if possible, and the exit code is 2."""
 
 import json
 import os
@@ -30,14 +30,14 @@ def argv(corpus, tokenizer, tmp_path: Path):
 
 
 def fill(disk: Path) -> None:
-    """Leave no byte free."""
+    """Fill the disk up to its last byte."""
     with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match=FULL):
         while True:
             file.write(bytes(1 << 14))
 
 
 def fill_before(monkeypatch, owner, name: str, disk: Path, call: int = 1, is_here=lambda: True) -> None:
-    """Fill a disk right before a function's call of that number, on a rank that is to do so."""
+    """Fill a disk right before the given call of a function, on the ranks that ``is_here`` selects."""
     function, calls = getattr(owner, name), []
 
     def filled(*args, **kwargs):
@@ -50,8 +50,8 @@ def fill_before(monkeypatch, owner, name: str, disk: Path, call: int = 1, is_her
 
 
 @pytest.mark.parametrize("left", [0, 1 << 14])
-def test_the_cache_is_named_and_nothing_half_written_stays(here, argv, small_disk: Path, tmp_path: Path, left):
-    """With no byte left the first file is refused; with a few, an index."""
+def test_a_full_cache_disk_is_named_and_no_partial_file_stays(here, argv, small_disk: Path, tmp_path: Path, left):
+    """With no byte left, the first file cannot be written; with a few bytes left, an index cannot be written."""
     fill(small_disk)
     os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - left)
     cache = small_disk / "cache"
@@ -61,7 +61,7 @@ def test_the_cache_is_named_and_nothing_half_written_stays(here, argv, small_dis
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_a_run_outlive_a_start_that_cannot_write_them(here, argv, small_disk: Path, tmp_path: Path):
+def test_a_start_that_cannot_write_keeps_the_settings_of_the_run(here, argv, small_disk: Path, tmp_path: Path):
     run, elsewhere = small_disk / "run", f"--data-cache-path {tmp_path / 'cache'} --save {tmp_path / 'saved'}"
     train_here(argv(run, f"{elsewhere} --train-iters 6"))
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
@@ -71,7 +71,7 @@ def test_settings_of_a_run_outlive_a_start_that_cannot_write_them(here, argv, sm
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
-def test_a_log_that_cannot_be_written_is_told_once(here, argv, tmp_path: Path, capfd):
+def test_a_log_that_cannot_be_written_is_reported_once(here, argv, tmp_path: Path, capfd):
     run = tmp_path / "run"
     run.mkdir()
     (run / "log.txt").symlink_to("/dev/full")
@@ -83,16 +83,19 @@ def test_a_log_that_cannot_be_written_is_told_once(here, argv, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("saving", ["", "--async-save"])
-def test_what_metrics_cannot_tell_is_saved(here, argv, small_disk: Path, tmp_path: Path, monkeypatch, capfd, saving):
+def test_a_checkpoint_is_saved_if_metrics_cannot_be_written(
+    here, argv, small_disk: Path, tmp_path: Path, monkeypatch, capfd, saving
+):
     run, saved = small_disk / "run", tmp_path / "saved"
     elsewhere = f"--data-cache-path {tmp_path / 'cache'} --save {saved} {saving} {LONGER}"
     whole = train_here(argv(tmp_path / "whole", LONGER))
     with monkeypatch.context() as patches:
         fill_before(patches, Stepper, "train", small_disk, call=6)
-        told = rf"^--tst-run-dir: {run / 'metrics.jsonl'} cannot be written: {FULL}; saved after step (\d+), go on with"
+        saved_line = r"a checkpoint was saved after step (\d+), continue with"
+        told = rf"^--tst-run-dir: {run / 'metrics.jsonl'} cannot be written: {FULL}; {saved_line}"
         with pytest.raises(UserError, match=rf"{told} --load {saved}$") as failed:
             train_here(argv(run, elsewhere))
-    # What is left of the file's last page takes a line or more.
+    # The rest of the file's last page still takes one or more lines.
     stopped = int(re.search(told, str(failed.value))[1])
     assert 6 <= stopped < 16
     screen = capfd.readouterr().err
@@ -102,12 +105,12 @@ def test_what_metrics_cannot_tell_is_saved(here, argv, small_disk: Path, tmp_pat
     resumed = train_here(argv(run, f"{elsewhere} --load {saved}"))
     assert resumed.first_step == stopped
     assert all((parameters(resumed)[name] == value).all() for name, value in parameters(whole).items())
-    # The line that was refused is missing, and no other.
+    # Only the line that was refused is missing.
     steps = [line["step"] for line in read_metrics(resumed.directory.metrics) if "loss" in line]
     assert steps == [step for step in range(1, 25) if step != stopped]
 
 
-def test_without_room_for_the_checkpoint_either_the_one_before_stands(here, argv, small_disk: Path, monkeypatch):
+def test_the_previous_checkpoint_is_kept_if_the_next_does_not_fit(here, argv, small_disk: Path, monkeypatch):
     run = small_disk / "run"
     with monkeypatch.context() as patches:
         fill_before(patches, Stepper, "train", small_disk, call=6)
@@ -119,7 +122,7 @@ def test_without_room_for_the_checkpoint_either_the_one_before_stands(here, argv
     resumed.directory.leave()
 
 
-def test_a_full_disk_while_a_checkpoint_is_published(here, argv, small_disk: Path, tmp_path: Path, monkeypatch):
+def test_a_full_disk_during_publication_leaves_no_checkpoint(here, argv, small_disk: Path, tmp_path: Path, monkeypatch):
     with monkeypatch.context() as patches:
         fill_before(patches, CheckpointSaver, "_publish", small_disk)
         with pytest.raises(UserError, match=rf"^--save: {small_disk}/.* cannot be written: {FULL}$"):
@@ -128,18 +131,18 @@ def test_a_full_disk_while_a_checkpoint_is_published(here, argv, small_disk: Pat
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_is_left_and_the_run_goes_on(here, argv, small_disk: Path, tmp_path: Path, monkeypatch, capfd):
+def test_a_run_continues_without_tensorboard(here, argv, small_disk: Path, tmp_path: Path, monkeypatch, capfd):
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     fill_before(monkeypatch, Stepper, "train", small_disk, call=2)
     run = train_here(argv(tmp_path / "run", f"--tensorboard-dir {small_disk / 'events'}"))
     screen = capfd.readouterr().err
-    assert "the run goes on without it" in screen and "TensorBoard missed" in screen
+    assert "the run continues without it" in screen and "TensorBoard missed" in screen
     assert "Traceback" not in screen
     assert len(read_metrics(run.directory.metrics)) > 8
 
 
 def test_a_run_that_fills_its_disk_exits_with_2_and_a_line(argv, small_disk: Path, tmp_path: Path):
-    """Its metrics fill what is left."""
+    """The run's metrics fill the rest of the disk."""
     run = small_disk / "run"
     run.mkdir()
     fill(small_disk)
@@ -150,15 +153,16 @@ def test_a_run_that_fills_its_disk_exits_with_2_and_a_line(argv, small_disk: Pat
         cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     last = done.stderr.strip().splitlines()[-1]
-    found = re.search(rf"metrics.jsonl cannot be written: {FULL}; saved after step (\d+), go on with --load", last)
+    saved_line = r"a checkpoint was saved after step (\d+), continue with --load"
+    found = re.search(rf"metrics.jsonl cannot be written: {FULL}; {saved_line}", last)
     assert done.returncode == 2 and found, done.stderr
     assert "Traceback" not in done.stderr
     state = json.loads((tmp_path / "saved" / f"iter_{int(found[1]):07d}" / "run_state.json").read_text())
     assert state["iteration"] == int(found[1]) < 500
 
 
-def test_the_exit_code_stands_where_the_line_cannot_be_written(argv, tmp_path: Path):
-    """As with a log on the full disk itself."""
+def test_the_exit_code_is_2_even_if_the_line_cannot_be_written(argv, tmp_path: Path):
+    """This happens if standard error goes to a file on the full disk."""
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "pretrain_tst.py", *argv(tmp_path / "run", "--split 0,0,0")]
         assert subprocess.run(command, cwd=ROOT, stderr=full, timeout=900).returncode == 2

@@ -1,4 +1,4 @@
-"""Every figure of a line against arithmetic by hand, with a clock that is set."""
+"""Every figure of a metric line, compared with arithmetic by hand; the test sets the clock."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from megatron_tst.training.step import StepReport
 from megatron_tst.training.step_timer import StepTimes
 from tests.training.runs import arguments, build_here
 
-# 8 steps of 4 sequences of 16 positions, the first 4 with bags of 4; a line every other step.
+# 8 steps of 4 sequences of 16 positions, the first 4 with bags of 4; a line is logged every other step.
 EXTRA = "--tst-bag-size 4 --tst-steps 4 --log-interval 2"
 POSITIONS = 4 * 16
 
@@ -51,7 +51,7 @@ def report(loss):
 
 
 def record_all(run, clock, step_s=lambda step: 4.0):
-    """Record all steps; between steps 3 and 4 an evaluation of 1000 seconds."""
+    """Record all steps, with an evaluation of 1000 seconds between steps 3 and 4."""
     metrics = MetricsLogger(run)
     with metrics.progress:
         for step in range(1, 9):
@@ -67,7 +67,7 @@ def record_all(run, clock, step_s=lambda step: 4.0):
     return read_metrics(run.directory.metrics)
 
 
-def test_a_line_by_hand(run, clock):
+def test_a_metric_line_matches_arithmetic_by_hand(run, clock):
     lines = record_all(run, clock)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [2, 4, 6, 8]
@@ -82,9 +82,9 @@ def test_a_line_by_hand(run, clock):
     }  # fmt: skip
     assert {name: last[name] for name in expected} == {name: pytest.approx(value) for name, value in expected.items()}
     assert last["lr_by_group"] == {"decay": 2e-3, "no_decay": 1e-3}
-    # Bags of four tokens: four times the text in the same time.
+    # Bags of four tokens read four times the text in the same time.
     assert steps[0]["data_tokens_per_s"] == pytest.approx(4 * POSITIONS / 4)
-    # The evaluation's 1000 seconds belong to no step.
+    # The 1000 seconds of the evaluation are counted to no step.
     assert steps[1]["step_time_s"] == pytest.approx(4.0)
     for phase, line in ((0, steps[0]), (1, steps[-1])):
         read = (2 if phase == 0 else 4) * 4 / run.data.train.phases[phase].parts[0].samples_per_epoch
@@ -92,7 +92,7 @@ def test_a_line_by_hand(run, clock):
     assert 0.05 < last["memory_gib"] < 20
 
 
-def test_an_evaluations_line(run, clock):
+def test_an_evaluation_line_matches_arithmetic_by_hand(run, clock):
     (line,) = [line for line in record_all(run, clock) if "valid_loss" in line]
     assert (line["step"], line["valid_loss"], line["bits_per_byte"]) == (3, 3.0, 1.5)
     assert (line["data_tokens"], line["positions"]) == (3 * 4 * POSITIONS, 3 * POSITIONS)
@@ -103,16 +103,16 @@ def test_the_time_left_counts_phases_and_pauses(run, clock, monkeypatch):
     shown = []
     monkeypatch.setattr("megatron_tst.telemetry.TrainingProgress.show_step", lambda _, line, left: shown.append(left))
     record_all(run, clock, step_s=lambda step: 4.0 if step <= 4 else 3.0)
-    # After 2 steps: nothing is known of the second phase. After 4: a pause of 1000 s in 4 steps. After 6: its own pace.
+    # After 2 steps the second phase's pace is unknown; after 4 there was a pause of 1000 s; after 6 the pace is known.
     assert shown == pytest.approx([6 * 4.0, 4 * 4.0 + 4 * 250, 2 * 3.0 + 2 * 1000 / 6, 0.0])
 
 
-def test_a_card_that_is_not_known_has_no_mfu(run, clock):
+def test_mfu_is_null_on_an_unknown_gpu(run, clock):
     run = dataclasses.replace(run, device=dataclasses.replace(run.device, name="CPU, 1 threads"))
     assert all(line["mfu"] is None for line in record_all(run, clock) if "loss" in line)
 
 
-def test_a_step_that_is_not_applied_is_named_with_its_text(run, clock):
+def test_a_skipped_step_is_logged_with_its_samples(run, clock):
     metrics = MetricsLogger(run)
     broken = dataclasses.replace(report(math.nan), is_applied=False, grad_norm=math.inf)
     with metrics.progress:

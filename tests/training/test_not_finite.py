@@ -1,4 +1,4 @@
-"""Every line that a run writes is JSON, also when its numbers are none."""
+"""Every line that a run writes is valid JSON, even if its numbers are NaN."""
 
 import math
 
@@ -10,7 +10,7 @@ from tests.strict_json import read_strictly
 from tests.training.runs import arguments, build_here
 
 
-def test_a_model_that_is_not_a_number_leaves_lines_of_json(here, corpus, tokenizer, tmp_path):
+def test_a_model_of_nan_weights_writes_valid_json(here, corpus, tokenizer, tmp_path):
     extra = "--train-iters 2 --lr-warmup-iters 0 --eval-interval 1 --max-nan-steps 5"
     run = build_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", extra))
     with torch.no_grad():

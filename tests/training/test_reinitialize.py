@@ -1,4 +1,4 @@
-"""The negative control: what knows tokens is drawn anew at the switch, and nothing else is touched."""
+"""The negative control of superposition, which re-initializes only embedding and output layer at the switch."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.training.runs import arguments, build_here, parameters, train_here
 from tests.training.test_resume import assert_same_run, curve
 
 CONTROL = "--tst-reinitialize-at-switch"
-# Dropout draws from the generators; the switch is after step 4 of 8.
+# Dropout uses the RNG state; the switch is after step 4 of 8.
 RUN = "--tst-bag-size 4 --tst-steps 4 --attention-dropout 0.1 --hidden-dropout 0.1"
 
 
@@ -36,7 +36,7 @@ def is_vocabulary(name: str) -> bool:
 
 
 def adam_states(run) -> dict[str, dict[str, torch.Tensor]]:
-    """Main weights, moments and step count by the parameter's name; the ranks of these tests hold all of them."""
+    """Return main weights, moments and step count by parameter name; the ranks of these tests hold all of them."""
     found = {}
     for part in run.stepper.train_state.optimizer.chained_optimizers:
         for name, parameter in run.stepper.train_state.chunks[0].named_parameters():
@@ -49,7 +49,7 @@ def adam_states(run) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def test_the_vocabulary_is_fresh_and_all_else_as_it_was(here, argv, kind):
+def test_the_vocabulary_is_redrawn_and_all_else_unchanged(here, argv, kind):
     train_here(argv("run", f"{kind} {CONTROL} --exit-interval 4"))
     run = build_here(argv("run", f"{kind} {CONTROL}", load="run"))
     seed_everything(run.config.training.seed)
@@ -81,8 +81,8 @@ def test_the_vocabulary_is_fresh_and_all_else_as_it_was(here, argv, kind):
     run.directory.leave()
 
 
-def test_the_draw_is_no_earlier_one(here, argv):
-    """Not the weights that the run began with, and at another step or seed others."""
+def test_the_draw_differs_from_every_earlier_draw(here, argv):
+    """The draw differs from the initial weights and from the draws of other steps and seeds."""
     run = build_here(argv("run", CONTROL))
     draws = [parameters(run)]
     for seed, step in ((1234, 4), (1234, 5), (1235, 4)):
@@ -107,7 +107,7 @@ def test_tied_weights_are_drawn_once(here, corpus, tokenizer, tmp_path: Path):
 
 
 @pytest.mark.parametrize("stop", [4, 5], ids=["at the switch", "after it"])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(here, argv, kind, stop):
+def test_a_resumed_run_equals_an_uninterrupted_one(here, argv, kind, stop):
     whole = train_here(argv("whole", f"{kind} {CONTROL}"))
     train_here(argv("stopped", f"{kind} {CONTROL} --exit-interval {stop}"))
     resumed = train_here(argv("stopped", f"{kind} {CONTROL}", load="stopped"))
@@ -115,8 +115,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(here, argv, kind, stop)
     assert_same_run(resumed, whole)
 
 
-def test_a_resumption_that_does_not_draw_is_told_apart(here, argv, monkeypatch):
-    """The control."""
+def test_a_resumption_without_the_draw_differs(here, argv, monkeypatch):
+    """The negative control."""
     whole = train_here(argv("whole", CONTROL))
     train_here(argv("stopped", f"{CONTROL} --exit-interval 4"))
     monkeypatch.setattr(Run, "reinitialized_at", ())
@@ -124,7 +124,7 @@ def test_a_resumption_that_does_not_draw_is_told_apart(here, argv, monkeypatch):
         assert_same_run(train_here(argv("stopped", CONTROL, load="stopped")), whole)
 
 
-def test_it_is_off_by_default_and_costs_what_was_learned(here, argv, monkeypatch):
+def test_the_redraw_is_off_by_default_and_raises_the_loss(here, argv, monkeypatch):
     control = curve(train_here(argv("control", CONTROL)))
     monkeypatch.setattr(loop, "reinitialize", None)
     plain = curve(train_here(argv("plain")))

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on is the run that was not: bitwise, wherever it stopped."""
+"""A resumed run equals an uninterrupted run bitwise, wherever it stopped."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from megatron_tst.telemetry import read_metrics
 from megatron_tst.training.step_timer import StepTimer
 from tests.training.runs import arguments, build_here, parameters, train_here
 
-# Dropout draws from the generators, accumulation takes two micro-batches; the switch is after step 4 of 8.
+# Dropout uses the RNG state, and a step accumulates two micro-batches; the switch is after step 4 of 8.
 RUN = "--tst-bag-size 4 --tst-steps 4 --attention-dropout 0.1 --hidden-dropout 0.1"
 
 
@@ -34,7 +34,7 @@ def argv(corpus, tokenizer, tmp_path: Path):
 
 
 def curve(run) -> list[dict]:
-    """All that was logged, but for times."""
+    """Return everything that was logged except times."""
     lines = read_metrics(run.directory.metrics)
     timed = ("_time_s", "_per_s", "tflops_per_gpu", "memory_gib", "gpu_hours")
     return [{name: value for name, value in line.items() if not name.endswith(timed)} for line in lines]
@@ -48,7 +48,7 @@ def assert_same_run(run, other):
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5, 7], ids=["in the phase", "at the switch", "after it", "in recovery"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(here, argv, kind, stop):
+def test_a_resumed_run_equals_an_uninterrupted_one(here, argv, kind, stop):
     whole = train_here(argv("whole", kind))
     train_here(argv("stopped", f"{kind} --exit-interval {stop}"))
     resumed = train_here(argv("stopped", kind, load="stopped"))
@@ -57,7 +57,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(here, argv, kind, stop):
 
 
 def test_hours_are_counted_over_all_starts(here, argv, monkeypatch):
-    """A line every other step, stopped after the third; every step is said to take an hour."""
+    """The run logs every other step and is stopped after the third; the patched timer reports one hour per step."""
     monkeypatch.setattr(StepTimer, "seconds", property(lambda timer: 3600.0 * timer._steps))
     train_here(argv("stopped", "--exit-interval 3 --log-interval 2"))
     run = train_here(argv("stopped", "--log-interval 2", load="stopped"))
@@ -66,7 +66,7 @@ def test_hours_are_counted_over_all_starts(here, argv, monkeypatch):
 
 
 @pytest.mark.parametrize("forgotten", ["--no-load-optim", "--no-load-rng"])
-def test_what_is_not_loaded_is_missed(here, argv, forgotten):
+def test_a_resumption_without_optimizer_or_rng_state_differs(here, argv, forgotten):
     whole = train_here(argv("whole"))
     train_here(argv("stopped", "--exit-interval 3"))
     resumed = train_here(argv("stopped", forgotten, load="stopped"))
@@ -74,8 +74,8 @@ def test_what_is_not_loaded_is_missed(here, argv, forgotten):
     assert curve(resumed) != curve(whole)
 
 
-def test_a_run_killed_after_a_save_repeats_only_what_came_later(here, argv, tmp_path: Path):
-    """The metrics of steps that are done again are dropped, those of saved steps are kept."""
+def test_a_run_killed_after_a_save_repeats_only_later_steps(here, argv, tmp_path: Path):
+    """The metrics of repeated steps are dropped; those of saved steps are kept."""
     whole = train_here(argv("whole", "--save-interval 3"))
     folder = tmp_path / "whole" / "checkpoints"
     for step in (4, 6, 8):
@@ -85,14 +85,14 @@ def test_a_run_killed_after_a_save_repeats_only_what_came_later(here, argv, tmp_
     assert curve(train_here(argv("whole", "--save-interval 3", load="whole"))) == before
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_again(here, argv, tmp_path: Path):
+def test_a_run_stopped_before_its_first_checkpoint_starts_from_scratch(here, argv, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
     assert curve(train_here(argv("run", load="run"))) == curve(train_here(argv("whole")))
 
 
-def test_a_longer_run_prolongs_the_last_phase_only(here, argv, tmp_path: Path):
-    """By constant rate and given superposed steps, it is the run that was longer from the start."""
+def test_a_larger_train_iters_prolongs_only_the_last_phase(here, argv, tmp_path: Path):
+    """With a constant learning rate and --tst-steps, the run equals one that was longer from the start."""
     rate = "--lr-decay-style constant --tst-step-ratio 0 --eval-iters 0"
     longer = train_here(argv("longer", f"{rate} --train-iters 12"))
     train_here(argv("short", rate))
@@ -104,7 +104,7 @@ def test_a_longer_run_prolongs_the_last_phase_only(here, argv, tmp_path: Path):
     assert state["samples_per_phase"] == [16, 32]
 
 
-def test_a_step_ratio_is_of_the_run_as_it_was_planned(here, corpus, tokenizer, tmp_path: Path):
+def test_a_step_ratio_refers_to_the_originally_planned_steps(here, corpus, tokenizer, tmp_path: Path):
     ratio = "--tst-bag-size 4 --tst-step-ratio 0.5 --eval-iters 0"
     train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", ratio))
     longer = f"{ratio} --train-iters 12 --load {tmp_path / 'run' / 'checkpoints'}"
@@ -112,7 +112,7 @@ def test_a_step_ratio_is_of_the_run_as_it_was_planned(here, corpus, tokenizer, t
     assert run.schedule.phases == (Phase(4, 4), Phase(1, 8))
 
 
-def test_a_finished_run_has_nothing_to_do(here, argv):
+def test_a_finished_run_takes_no_further_step(here, argv):
     whole = train_here(argv("run"))
     before = curve(whole)
     again = train_here(argv("run", load="run"))
@@ -134,13 +134,13 @@ OTHER_MODEL = {
     "--bf16": "--bf16 True: the checkpoint was made with False; its optimizer state has another shape",
     "--vocab-size 301": "--vocab-size 301: the checkpoint's vocabulary has 300 tokens",
     "--train-iters 4 --tst-steps 4": "--train-iters 4: ends before the checkpoint's last phase begins",
-    "--train-iters 5": "--train-iters 5: .* has 6 steps done",
+    "--train-iters 5": "--train-iters 5: .* is from step 6",
 }
 
 
 @pytest.fixture(scope="module")
 def stopped(corpus, tokenizer, tmp_path_factory):
-    """A run stopped after step 6, made once for all refusals."""
+    """The folder of a run that stopped after step 6, trained once for all refusals."""
     return tmp_path_factory.mktemp("stopped")
 
 
@@ -157,7 +157,7 @@ def changed(here, corpus, tokenizer, stopped: Path):
 
 
 @pytest.mark.parametrize("extra", CHANGED)
-def test_another_schedule_or_text_is_refused_by_name(changed, extra):
+def test_a_changed_schedule_or_dataset_is_refused_by_name(changed, extra):
     with pytest.raises(UserError, match=CHANGED[extra]):
         changed(extra, "refused")
     run = changed(f"{extra} --override-run-config", f"override {extra}")
@@ -166,7 +166,7 @@ def test_another_schedule_or_text_is_refused_by_name(changed, extra):
 
 
 @pytest.mark.parametrize("extra", OTHER_MODEL)
-def test_what_cannot_be_loaded_is_refused_whatever_is_overridden(changed, extra):
+def test_a_change_that_cannot_be_loaded_is_refused_despite_override(changed, extra):
     with pytest.raises(UserError, match=OTHER_MODEL[extra]):
         changed(extra, "refused")
     if not extra.startswith("--train-iters 4"):
@@ -182,7 +182,7 @@ def test_another_corpus_is_refused(here, changed, corpus, tokenizer, stopped: Pa
         changed(f"--data-path {other}", "refused")
 
 
-def test_a_corpus_that_moved_is_the_same(here, changed, corpus, stopped: Path):
+def test_a_corpus_may_move_to_another_path(here, changed, corpus, stopped: Path):
     for ending in ("bin", "idx"):
         (stopped / f"moved.{ending}").write_bytes(Path(f"{corpus}.{ending}").read_bytes())
     run = changed(f"--data-path {stopped / 'moved'}", "moved run")
@@ -190,8 +190,8 @@ def test_a_corpus_that_moved_is_the_same(here, changed, corpus, stopped: Path):
     run.directory.leave()
 
 
-def test_weights_alone_start_a_run_at_its_first_step(changed, stopped: Path):
-    """The paper's protocol: superposed weights, trained on with bag size 1; or any other run's weights."""
+def test_finetune_starts_at_the_first_step(changed, stopped: Path):
+    """The paper's protocol: weights from superposition are trained further with bag size 1."""
     run = changed("--finetune --tst-bag-size 1 --tst-steps 0 --seed 5", "finetuned")
     fresh = changed("--tst-bag-size 1 --tst-steps 0 --seed 5 --override-run-config", "overridden")
     assert (run.first_step, fresh.first_step) == (0, 6)
@@ -203,7 +203,7 @@ def test_weights_alone_start_a_run_at_its_first_step(changed, stopped: Path):
     fresh.directory.leave()
 
 
-def test_weights_of_no_run_of_ours_need_finetune(changed, here, argv, tmp_path: Path):
+def test_a_foreign_checkpoint_needs_finetune(changed, here, argv, tmp_path: Path):
     train_here(argv("foreign"))
     folder = tmp_path / "foreign" / "checkpoints" / "iter_0000008"
     for name in ("run_state.json", "config.yaml", "SHA256SUMS"):
@@ -215,8 +215,8 @@ def test_weights_of_no_run_of_ours_need_finetune(changed, here, argv, tmp_path: 
     run.directory.leave()
 
 
-def test_states_of_other_layers_are_not_missed(here, argv, monkeypatch):
-    """Transformer Engine's attention asks for a state that a checkpoint of megatron-core's own layers does not have."""
+def test_extra_states_of_other_layer_implementations_may_be_absent(here, argv, monkeypatch):
+    """Transformer Engine's attention has a state that a checkpoint of megatron-core's local layers does not hold."""
     train_here(argv("run"))
     given = []
     monkeypatch.setattr(ScaledDotProductAttention, "get_extra_state", lambda _: torch.empty(0), raising=False)
@@ -228,7 +228,7 @@ def test_states_of_other_layers_are_not_missed(here, argv, monkeypatch):
     run.directory.leave()
 
 
-def test_an_older_step_can_be_asked_for(here, argv):
+def test_ckpt_step_loads_an_older_checkpoint(here, argv):
     train_here(argv("run", "--save-interval 3"))
     run = build_here(argv("again", "--ckpt-step 3", load="run"))
     assert run.first_step == 3
@@ -237,17 +237,17 @@ def test_an_older_step_can_be_asked_for(here, argv):
         build_here(argv("again", "--ckpt-step 5", load="run"))
 
 
-def test_a_missing_checkpoint_may_be_refused(here, argv):
+def test_exit_on_missing_checkpoint_refuses_an_empty_folder(here, argv):
     with pytest.raises(UserError, match=r"--load .*: holds no checkpoint \(--exit-on-missing-checkpoint\)"):
         build_here(argv("run", "--exit-on-missing-checkpoint", load="nowhere"))
 
 
-def test_the_last_ones_and_the_phases_ends_are_kept(here, argv, tmp_path: Path):
+def test_keep_last_keeps_the_newest_and_those_at_phase_ends(here, argv, tmp_path: Path):
     train_here(argv("run", "--save-interval 1 --keep-last 2 --train-iters 10"))
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*"))
     assert kept == [f"iter_{step:07d}" for step in (4, 8, 9, 10)]
 
 
-def test_flags_that_need_a_checkpoint_say_so(here, argv):
+def test_finetune_without_load_is_refused(here, argv):
     with pytest.raises(UserError, match="--finetune: needs --load"):
         build_here(argv("run", "--finetune"))

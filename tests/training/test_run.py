@@ -1,4 +1,4 @@
-"""Runs as a user starts them: from the command line, across the switch, and with mistakes."""
+"""Runs started from the command line, as a user does: across the switch, and with mistakes."""
 
 import json
 import math
@@ -19,12 +19,12 @@ def argv(corpus, tokenizer, tmp_path: Path):
     return lambda extra="": arguments(corpus, str(tokenizer.path), tmp_path / "run", extra)
 
 
-def test_a_run_across_the_switch_leaves_what_it_promises(argv, tmp_path: Path):
+def test_a_run_across_the_switch_writes_all_its_files(argv, tmp_path: Path):
     done = start("pretrain_tst.py", *argv(f"{SUPERPOSED} --log-interval 3"))
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
-    # Every third step, the last of each phase, and the last of all.
+    # Every third step, the last step of each phase and the last step of the run.
     assert [line["step"] for line in steps] == [3, 4, 6, 8]
     assert [(line["phase"], line["bag_size"], line["loss_kind"]) for line in steps] == [
         (0, 4, "mce"), (0, 4, "mce"), (1, 1, "ce"), (1, 1, "ce")
@@ -47,13 +47,13 @@ def test_the_loss_falls_on_real_text(here, corpus, tokenizer, tmp_path: Path):
     run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", extra))
     lines = read_metrics(run.directory.metrics)
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[0] == pytest.approx(5.7, abs=0.3)  # log 300: nothing known yet
+    assert losses[0] == pytest.approx(5.7, abs=0.3)  # log 300, a uniform guess
     assert losses[-1] < 4.5
     assert lines[-1]["valid_loss"] < 4.7
 
 
-def test_deterministic_mode_trains_to_the_same_numbers(here, corpus, tokenizer, tmp_path: Path):
-    """No operation of a step refuses the mode."""
+def test_deterministic_mode_gives_the_same_losses(here, corpus, tokenizer, tmp_path: Path):
+    """Every operation of a step supports the mode."""
 
     def losses(name: str) -> list[float]:
         return [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
@@ -74,13 +74,13 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("extra", VARIANTS)
-def test_the_papers_variants_are_one_setting(here, corpus, tokenizer, tmp_path: Path, extra):
+def test_each_variant_of_the_paper_takes_one_setting(here, corpus, tokenizer, tmp_path: Path, extra):
     run = train_here(arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{SUPERPOSED} {extra}"))
     lines = [line for line in read_metrics(run.directory.metrics) if "loss" in line]
     tokens_per_position, kind = VARIANTS[extra]
     assert lines[3]["data_tokens"] == 4 * 4 * 16 * tokens_per_position
     assert [line["loss_kind"] for line in lines] == [kind] * 4 + ["ce"] * 4
-    # From a uniform guess: log 300 per token, less log 4 where any of the bag's four tokens will do.
+    # A uniform guess costs log 300 per token, or log 300 - log 4 if any of the bag's four tokens counts as correct.
     expected = math.log(300) - (math.log(4) if kind == "mce_alt" else 0)
     assert lines[0]["loss"] == pytest.approx(expected, abs=0.3)
 
@@ -99,7 +99,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("extra", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_two(argv, tmp_path: Path, extra):
+def test_a_mistake_prints_one_line_and_exits_with_two(argv, tmp_path: Path, extra):
     done = start("pretrain_tst.py", *argv(extra))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
@@ -108,7 +108,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(argv, tmp_path: Path, extra):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_run_directory_is_not_used_twice(argv, tmp_path: Path):
+def test_a_used_run_directory_is_refused(argv, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     done = start("pretrain_tst.py", *argv())

@@ -1,4 +1,4 @@
-"""Every row of the table of starts in docs/checkpoints.md: what it says is laid out, started, and compared with it."""
+"""Every row of the table of starts in docs/checkpoints.md is set up, started and compared with its outcome."""
 
 import os
 import re
@@ -15,13 +15,13 @@ RUN = "--tst-bag-size 4 --tst-steps 4 --save-interval 3 --eval-iters 0"
 TRACKER = "latest_checkpointed_iteration.txt"
 OUTCOME = re.compile(
     r"(?:refused: `(?P<refusal>.+)`|(?:begins at step (?P<first>0)(?: with the weights of step (?P<weights>\d+))?"
-    r"|goes on from step (?P<step>\d+)(?P<fresh> with fresh optimizer state)?)(?:; says `(?P<line>.+)`)?)"
+    r"|continues from step (?P<step>\d+)(?P<fresh> with fresh optimizer state)?)(?:; says `(?P<line>.+)`)?)"
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One start: what there is, the flags, and what comes of them."""
+    """One row of the table: the files that exist, the flags and the outcome."""
 
     checkpoints: str
     tracker: str
@@ -46,14 +46,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def saved(here, corpus, tokenizer, folder: Path) -> Path:
-    """The run, made once for all rows."""
+    """The folder of a finished run, trained once for all rows."""
     if not (folder / "RUN").exists():
         train_here(arguments(corpus, str(tokenizer.path), folder / "RUN", RUN))
     return folder / "RUN"
 
 
 def lay_out(row: Row, saved: Path, run: Path) -> None:
-    """Make the run directory RUN with the checkpoints and the tracker of a row."""
+    """Create the run directory RUN with the checkpoints and the tracker of a row."""
     run.mkdir()
     for name in ("metrics.jsonl", "config.yaml"):
         shutil.copy(saved / name, run / name)
@@ -63,7 +63,7 @@ def lay_out(row: Row, saved: Path, run: Path) -> None:
         name = f"iter_{int(step):07d}"
         shutil.copytree(saved / "checkpoints" / name, folder / name, copy_function=os.link)
         if "damaged" in state:
-            # A change that only the checksums show.
+            # Only the checksums notice this change.
             written = (folder / name / "run_state.json").read_text()
             (folder / name / "run_state.json").unlink()
             (folder / name / "run_state.json").write_text(written + "\n")
@@ -78,7 +78,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def check(row: Row, start, run_folder: Path, lines) -> None:
-    """Make the start of a row, and compare it with the row's outcome."""
+    """Start as in a row, and compare the result with the row's outcome."""
     wanted = OUTCOME.fullmatch(row.outcome)
     assert wanted, row.outcome
     places = {"RUN": run_folder, "D": run_folder / "checkpoints", "S": run_folder.parent / "S"}
@@ -110,7 +110,7 @@ def start(here, corpus, tokenizer, tmp_path: Path):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.checkpoints}, {row.tracker}, {row.flags.strip('`')}")
-def test_a_start_does_what_the_table_says(row, saved, start, tmp_path, caplog):
+def test_each_start_has_the_outcome_in_the_table(row, saved, start, tmp_path, caplog):
     caplog.set_level("INFO", "megatron_tst")
     lay_out(row, saved, tmp_path / "RUN")
     check(row, start, tmp_path / "RUN", lambda: caplog.text)
@@ -127,10 +127,10 @@ def test_every_flag_that_a_start_reads_is_in_the_table():
 
 @pytest.mark.parametrize(
     "outcome",
-    ["goes on from step 6", "begins at step 0", "begins at step 0 with the weights of step 8", "refused: `names`",
-     "goes on from step 8 with fresh optimizer state", "goes on from step 8; says `starts from scratch`"],
+    ["continues from step 6", "begins at step 0", "begins at step 0 with the weights of step 8", "refused: `names`",
+     "continues from step 8 with fresh optimizer state", "continues from step 8; says `starts from scratch`"],
 )  # fmt: skip
-def test_another_outcome_would_be_found(saved, start, tmp_path, caplog, outcome):
+def test_a_wrong_outcome_fails_the_check(saved, start, tmp_path, caplog, outcome):
     caplog.set_level("INFO", "megatron_tst")
     row = Row("3, 6, 8", "8", "`--load D`", outcome)
     lay_out(row, saved, tmp_path / "RUN")

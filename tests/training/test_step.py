@@ -1,4 +1,4 @@
-"""One step: what the loss is divided by, and what it costs in either phase."""
+"""One optimizer step: normalization of the loss, FLOPs of either phase, timing."""
 
 from pathlib import Path
 
@@ -22,14 +22,14 @@ def batches(run, bag_size):
     torch.manual_seed(0)
     texts = [torch.randint(1, run.shape.vocab_size, (2, 16 * bag_size + 1)) for _ in range(2)]
     made = [make_batch(text, run.batch_shape(Phase(bag_size, 1))) for text in texts]
-    # Unequal numbers of valid targets: the mean of the micro-batches' means is not the global mean.
+    # With unequal numbers of valid targets, the mean of the micro-batches' means differs from the global mean.
     made[0].labels[:, 3:] = -100
     object.__setattr__(made[0], "weight", reference_loss(run, made[:1])[1])
     return made
 
 
 def reference_loss(run, made):
-    """Loss sum and weight of all micro-batches by the reference, from the model's own logits."""
+    """Return the reference's loss sum and weight of all micro-batches, from the model's own logits."""
     total, weight = torch.zeros((), dtype=torch.float64), torch.zeros(())
     for batch in made:
         labels = batch.labels.view(2, 16, -1)
@@ -47,13 +47,13 @@ def test_the_loss_is_the_global_sum_over_the_global_weight(run, bag_size):
     assert float(loss) == pytest.approx(float(total / weight), rel=1e-6)
 
 
-def test_a_mean_of_means_is_told_apart(run):
+def test_a_mean_of_means_differs(run):
     made = batches(run, 4)
     parts = [float(torch.div(*reference_loss(run, [batch]))) for batch in made]
     assert float(run.stepper.train(made).loss) != pytest.approx(sum(parts) / 2, rel=1e-4)
 
 
-def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient(here, corpus, tokenizer, tmp_path):
+def test_micro_batch_size_changes_neither_loss_nor_gradient(here, corpus, tokenizer, tmp_path):
     reports, updated = [], []
     for size in (1, 4):
         argv = arguments(corpus, str(tokenizer.path), tmp_path / str(size), f"{SUPERPOSED} --micro-batch-size {size}")
@@ -68,7 +68,7 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient(here, co
         torch.testing.assert_close(value, updated[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_without_any_target_has_loss_zero_and_no_gradient(run):
+def test_a_step_without_targets_has_zero_loss_and_no_gradient(run):
     made = batches(run, 4)
     for batch in made:
         batch.labels.fill_(-100)
@@ -105,7 +105,7 @@ def test_both_phases_have_the_same_activations_and_flops(run):
     assert len(superposed[0]) > 20
 
 
-def test_evaluation_leaves_the_model_alone(run):
+def test_evaluation_does_not_change_the_model(run):
     made, before = batches(run, 1), parameters(run)
     first, second = run.stepper.evaluate(made), run.stepper.evaluate(made)
     assert torch.equal(first, second)
@@ -113,7 +113,7 @@ def test_evaluation_leaves_the_model_alone(run):
 
 
 class Clock:
-    """A clock that goes only when it is told to."""
+    """A clock that advances only when a test tells it to."""
 
     def __init__(self):
         self.now = 0.0
@@ -122,7 +122,7 @@ class Clock:
         return self.now
 
     def slow(self, function, seconds):
-        """A function that takes this long, by this clock."""
+        """Wrap a function so that it advances this clock by the given seconds."""
 
         def run(*arguments_, **named):
             self.now += seconds
@@ -131,7 +131,7 @@ class Clock:
         return run
 
 
-def test_reducing_and_gathering_are_the_communication(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
+def test_communication_time_covers_reductions_and_gathers(here, corpus, tokenizer, tmp_path: Path, monkeypatch):
     argv = arguments(corpus, str(tokenizer.path), tmp_path / "run", f"{SUPERPOSED} --use-distributed-optimizer")
     run, clock = build_here(argv), Clock()
     monkeypatch.setattr("megatron.core.timers.time", clock)
@@ -141,13 +141,13 @@ def test_reducing_and_gathering_are_the_communication(here, corpus, tokenizer, t
     monkeypatch.setattr(bucket_group, "start_param_sync", clock.slow(bucket_group.start_param_sync, 2.0))
     made = batches(run, 4)
     assert [run.stepper.train(made).times.communication_s for _ in range(2)] == [7.0, 7.0]
-    # What is sent inside the passes is not of it.
+    # Communication inside the passes is not counted.
     monkeypatch.setattr(chunk, "forward", clock.slow(chunk.forward, 100.0))
     assert run.stepper.train(made).times.communication_s == 7.0
     run.directory.leave()
 
 
-def test_each_group_of_parameters_has_its_rate(run):
+def test_each_parameter_group_has_its_learning_rate(run):
     groups = run.stepper.train_state.optimizer.param_groups
     for group in groups:
         group["lr"] = 0.5 if group["wd_mult"] else 0.25

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, at any moment and by any launcher, saves once and says so by its exit code."""
+"""A run that receives a stop signal, at any moment and from any launcher, saves once and exits with 75."""
 
 import contextlib
 import os
@@ -37,7 +37,7 @@ def argv(corpus, tokenizer, tmp_path: Path):
 
 @pytest.fixture
 def signals():
-    """Of this process, for as long as a test takes."""
+    """The stop signals of this process, with its handlers restored after the test."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     stop = StopSignals()
     stop.listen()
@@ -55,7 +55,7 @@ def half_written(folder: Path) -> list[Path]:
 
 
 def signal_within(monkeypatch, owner, name: str) -> None:
-    """Send this process both signals, one right after the other, whenever it calls a function."""
+    """Send this process both signals, one right after the other, whenever it calls the function."""
     function = getattr(owner, name)
 
     def signalled(*args, **kwargs):
@@ -66,7 +66,7 @@ def signal_within(monkeypatch, owner, name: str) -> None:
     monkeypatch.setattr(owner, name, signalled)
 
 
-# The function to signal in, and the step after which it is first called with checkpoints every so many steps.
+# The function to signal in, and the save interval, which is also the step after which that function is first called.
 MOMENTS = {
     "a step": (Stepper, "train", 1),
     "an evaluation": (loop, "evaluate", 4),
@@ -76,13 +76,13 @@ MOMENTS = {
 
 @pytest.mark.parametrize("name", MOMENTS)
 @pytest.mark.parametrize("saving", ["", "--async-save"])
-def test_signals_within_anything_save_once(here, argv, tmp_path: Path, monkeypatch, signals, name, saving):
+def test_two_signals_in_one_moment_save_once(here, argv, tmp_path: Path, monkeypatch, signals, name, saving):
     owner, function, step = MOMENTS[name]
     run = build_run(parse_config(argv(f"{saving} --save-interval {step}")), here, signals)
     signal_within(monkeypatch, owner, function)
     assert train(run, signals) is False
     done = checkpoints(tmp_path / "run")
-    # With --async-save a checkpoint is published while later steps are done: the run stops at one of those.
+    # With --async-save a checkpoint is published during later steps, so the run stops after one of those.
     assert len(done) == 1 or (saving and len(done) == 2)
     assert done[0] == f"iter_{step:07d}"
     assert [line["step"] for line in read_metrics(run.directory.metrics) if "loss" in line][-1] == int(done[-1][5:])
@@ -97,7 +97,7 @@ SET_UP = {
 
 
 @pytest.mark.parametrize("name", SET_UP)
-def test_signals_in_the_set_up_leave_nothing_half_written(here, argv, tmp_path: Path, monkeypatch, signals, name):
+def test_signals_during_set_up_leave_no_partial_file(here, argv, tmp_path: Path, monkeypatch, signals, name):
     with monkeypatch.context() as patches:
         signal_within(patches, *SET_UP[name])
         with pytest.raises(StoppedInSetUp):
@@ -115,12 +115,12 @@ def start(command: list[str]) -> subprocess.Popen:
 
 
 def wait_for_step(process: subprocess.Popen, metrics: Path, step: int) -> None:
-    """Return once a run has logged a step."""
+    """Return as soon as a run has logged a step."""
     wait_for(process, lambda: metrics.exists() and any(line["step"] >= step for line in read_metrics(metrics)))
 
 
 def wait_for(process: subprocess.Popen, what: Callable[[], bool]) -> None:
-    """Return once a condition holds; fail if the run ends before, or takes too long."""
+    """Return as soon as a condition holds; fail if the run ends earlier or takes too long."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while not what():
         try:
@@ -131,15 +131,15 @@ def wait_for(process: subprocess.Popen, what: Callable[[], bool]) -> None:
         raise AssertionError(process.stderr.read())
 
 
-def test_two_signals_save_once_and_the_run_goes_on_from_there(here, argv, tmp_path: Path):
+def test_a_run_stopped_by_two_signals_resumes_from_its_checkpoint(here, argv, tmp_path: Path):
     process = start([sys.executable, "pretrain_tst.py", *argv(LONG)])
     wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 6)
     for number in STOP_SIGNALS:
         process.send_signal(number)
     _, screen = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == EXIT_RESUMABLE == 75, screen
-    # Which of two waiting signals is the first is the kernel's choice.
-    assert re.search(rf"by SIG(TERM|USR1); go on with --load {tmp_path / 'run' / 'checkpoints'}", screen)
+    # The kernel chooses which of two pending signals it delivers first.
+    assert re.search(rf"by SIG(TERM|USR1); continue with --load {tmp_path / 'run' / 'checkpoints'}", screen)
     assert "Traceback" not in screen
     done = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     run = build_here(argv(f"{LONG} --load {tmp_path / 'run' / 'checkpoints'}"))
@@ -147,7 +147,7 @@ def test_two_signals_save_once_and_the_run_goes_on_from_there(here, argv, tmp_pa
     run.directory.leave()
 
 
-def test_a_signal_in_the_set_up_is_one_line_and_an_exit_code(argv, tmp_path: Path):
+def test_a_signal_during_set_up_prints_one_line_and_exits_with_75(argv, tmp_path: Path):
     program = (
         "import os, runpy, signal\n"
         "from megatron_tst.training import build\n"
@@ -168,7 +168,7 @@ def torchrun(argv: list[str], *program: str) -> list[str]:
     return [*launcher, *program, "pretrain_tst.py", *argv]
 
 
-# Where the ranks are, at which call, and the first of the two signals.
+# The moment in which the ranks are held, the call of its function, and the first of the two signals.
 PLACES = [
     ("an index", 1, signal.SIGTERM),
     ("a step", 7, signal.SIGUSR1),
@@ -179,8 +179,8 @@ PLACES = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("moment", "call", "first"), PLACES)
-def test_torchrun_and_its_ranks_signalled_together(argv, tmp_path: Path, moment, call, first):
-    """As a scheduler does, twice. Shells in between write down the ranks' exit codes: torchrun exits with 1."""
+def test_signals_to_torchrun_and_its_ranks_save_once(argv, tmp_path: Path, moment, call, first):
+    """All processes get two signals, as from a scheduler; shells record the ranks' codes, as torchrun exits with 1."""
     codes, metrics = tmp_path / "codes", tmp_path / "run" / "metrics.jsonl"
     python = f'"{sys.executable}" -m tests.training.held "{tmp_path}" "{moment}:{call}"'
     shell = f'trap : TERM USR1; {python} "$0" "$@"; code=$?; echo $code >> {codes}; exit $code'
@@ -201,26 +201,26 @@ def test_torchrun_and_its_ranks_signalled_together(argv, tmp_path: Path, moment,
         assert len(re.findall(line, screen)) == 1 and "[rank" not in screen, screen
         assert not metrics.exists() and not half_written(tmp_path)
         return
-    assert len(re.findall(r"by SIG(?:TERM|USR1); go on with --load", screen)) == 1
+    assert len(re.findall(r"by SIG(?:TERM|USR1); continue with --load", screen)) == 1
     last = max(line["step"] for line in read_metrics(metrics))
     assert checkpoints(tmp_path / "run")[-1] == f"iter_{last:07d}"
-    # The phase's end at step 4 is saved in any case.
+    # The end of the phase at step 4 is always saved.
     assert len(checkpoints(tmp_path / "run")) == (1 if last == 4 else 2)
 
 
 @pytest.mark.distributed
-def test_ranks_whose_torchrun_dies_save_and_stop(argv, tmp_path: Path):
+def test_ranks_save_and_stop_if_torchrun_dies(argv, tmp_path: Path):
     process = start(torchrun(argv(LONG)))
     wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 6)
     process.send_signal(signal.SIGUSR1)
-    # The ranks hold the other end of the pipe: it is read until the last of them has ended.
+    # The ranks hold the other end of the pipe, so communicate() returns after the last of them has ended.
     _, screen = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == -signal.SIGUSR1
-    assert "by the end of torchrun; go on with --load" in screen
+    assert "by the end of torchrun; continue with --load" in screen
     last = max(line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert checkpoints(tmp_path / "run")[-1] == f"iter_{last:07d}"
 
 
-def test_a_run_stops_when_its_time_is_up(here, argv, tmp_path: Path):
+def test_exit_duration_in_mins_stops_a_run(here, argv, tmp_path: Path):
     train_here(argv("--exit-duration-in-mins 1e-9"))
     assert checkpoints(tmp_path / "run") == ["iter_0000001"]

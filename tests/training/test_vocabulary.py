@@ -1,4 +1,4 @@
-"""A vocabulary larger than the tokenizer's, smaller or larger than the checkpoint's: which rows a run begins with."""
+"""Initial rows of a vocabulary that is larger than the tokenizer's, or smaller or larger than the checkpoint's."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_tst.conversion.to_hugging_face import EndOfDocument, Export
 from megatron_tst.conversion.to_megatron import Import
 from tests.training.runs import arguments, build_here, parameters, train_here
 
-# Published models have such vocabularies; the tests' tokenizer knows 300 tokens.
+# Published models have vocabularies larger than their tokenizers; the tests' tokenizer knows 300 tokens.
 SIZE = 310
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def trained(here, corpus, tokenizer, folder: Path) -> dict[str, torch.Tensor]:
-    """The tables of a run, made once; its checkpoints lie in the folder."""
+    """The embedding and output tables of a run that is trained once; its checkpoints are in the folder."""
     if not (folder / "tables.pt").exists():
         run = train_here(arguments(corpus, str(tokenizer.path), folder / "run", f"--vocab-size {SIZE} --eval-iters 0"))
         torch.save(tables(run), folder / "tables.pt")
@@ -48,7 +48,7 @@ def tables(run) -> dict[str, torch.Tensor]:
 
 
 def assert_begins_with(found, wanted, rows: int) -> None:
-    """All rows that there were and still are, then zeros."""
+    """Assert that the tables hold the first rows of the wanted ones, followed by zeros."""
     for name in TABLES:
         kept = wanted[name][:rows]
         assert len(found[name]) == rows and torch.equal(found[name][: len(kept)], kept), name
@@ -56,12 +56,12 @@ def assert_begins_with(found, wanted, rows: int) -> None:
 
 
 @pytest.mark.parametrize("flags", ["", "--finetune", f"--finetune --vocab-size {SIZE}"])
-def test_the_checkpoints_vocabulary_is_taken(trained, build, folder, flags):
+def test_a_run_takes_the_checkpoints_vocabulary(trained, build, folder, flags):
     assert_begins_with(build(folder / "run" / "checkpoints", flags), trained, SIZE)
 
 
 @pytest.mark.parametrize("size", [305, 320])
-def test_another_size_is_refused_unless_asked_for_twice(trained, build, folder, size):
+def test_another_vocabulary_size_needs_finetune_and_override(trained, build, folder, size):
     checkpoints, other = folder / "run" / "checkpoints", f"--vocab-size {size}"
     told = f"^{other}: the checkpoint's vocabulary has {SIZE} tokens"
     with pytest.raises(UserError, match=f"{told}$"):
@@ -72,8 +72,8 @@ def test_another_size_is_refused_unless_asked_for_twice(trained, build, folder, 
 
 
 @pytest.mark.parametrize("flags", [f"--vocab-size {SIZE}", "--make-vocab-size-divisible-by 31"])
-def test_rows_that_others_saved_are_a_vocabulary_or_its_padding(trained, build, folder, tmp_path, flags):
-    """Megatron-LM knows no vocabulary besides the tokenizer's."""
+def test_rows_of_a_foreign_checkpoint_need_a_vocabulary_size_or_padding(trained, build, folder, tmp_path, flags):
+    """Checkpoints of Megatron-LM record no vocabulary size besides the tokenizer's."""
     theirs = Path(shutil.copytree(folder / "run" / "checkpoints", tmp_path / "theirs"))
     for name in ("run_state.json", "config.yaml", "SHA256SUMS"):
         (theirs / "iter_0000008" / name).unlink()
