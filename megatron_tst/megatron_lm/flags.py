@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import re
 import sys
 import traceback
 from argparse import Namespace
@@ -69,7 +70,11 @@ def read_arguments(argv: Sequence[str], libraries: Libraries, has_cuda: bool) ->
 
 def flag_parser() -> argparse.ArgumentParser:
     """Return a parser that knows all flags: those of the installed Megatron-LM, and the run's own."""
-    return _add_flags(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    parser = _add_flags(add_megatron_arguments(argparse.ArgumentParser(prog=PROGRAM, allow_abbrev=False)))
+    for action in parser._actions:
+        # Megatron-LM's own --help fails at a percent sign that stands for itself.
+        action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
+    return parser
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

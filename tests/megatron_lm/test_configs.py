@@ -9,6 +9,7 @@ import pytest
 from megatron_tst.config import RunConfig, UserError, parse_config, read_files
 from tests.distributed.launch import run_distributed
 from tests.megatron_lm.trainers import needs_trainer, refused, settings, write
+from tests.training.runs import start
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
@@ -107,3 +108,10 @@ def test_mistakes_are_one_line_that_names_the_flag(corpus, tokenizer, tmp_path):
         said = refused(["--config", config, *flags.split()], tmp_path / "run")
         assert said.startswith(rule), said
         assert "\n" not in said
+
+
+@needs_trainer
+def test_help_lists_the_flags_of_both():
+    done = start("pretrain_tst.py", "--tst-trainer", "megatron-lm", "--help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(flag in done.stdout for flag in ("--tst-bag-size", "--fp8-format", "--keep-last"))
