@@ -9,7 +9,7 @@ import os
 import sys
 from typing import NoReturn
 
-from megatron_tst.config import EXIT_RESUMABLE, RunConfig, StoppedInSetUp, UserError, parse_config
+from megatron_tst.config import EXIT_RESUMABLE, RunConfig, StoppedInSetUp, UserError, find_trainer, parse_config
 from megatron_tst.determinism import compute_deterministically
 
 # Most errors and stops occur on all ranks, and one rank reports them for all.
@@ -39,6 +39,17 @@ def main(config: RunConfig) -> int:
         ignore_stop_signals()
 
 
+def main_megatron_lm(argv: list[str]) -> int:
+    """Train with Megatron-LM's trainer; return the exit code."""
+    from megatron_tst.distributed.signals import ignore_stop_signals
+    from megatron_tst.megatron_lm import train
+
+    try:
+        return 0 if train(argv) else EXIT_RESUMABLE
+    finally:
+        ignore_stop_signals()
+
+
 def leave(code: int, line: str | None = None) -> NoReturn:
     """Print a line and exit; the exit code stays the same if the line cannot be written."""
     try:
@@ -53,7 +64,10 @@ def leave(code: int, line: str | None = None) -> NoReturn:
 
 if __name__ == "__main__":
     try:
-        leave(main(parse_config(sys.argv[1:])))
+        arguments = sys.argv[1:]
+        if find_trainer(arguments) == "megatron-lm":
+            leave(main_megatron_lm(arguments))
+        leave(main(parse_config(arguments)))
     except KeyboardInterrupt:
         leave(130)
     except StoppedInSetUp as stop:

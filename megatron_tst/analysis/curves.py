@@ -192,7 +192,8 @@ def _setting(config: RunConfig, positions_per_step: float) -> dict[str, Any]:
         if (effect := effect_of(RunConfig, f"{section.name}.{setting.name}")).is_compared
         for value in (getattr(getattr(config, section.name), setting.name),)
     }
-    return {"positions per step": positions_per_step, "--finetune": config.checkpoint.finetune, **flags}
+    others = {f"--{name.replace('_', '-')}": value for name, value in config.megatron_lm.items()}
+    return {"positions per step": positions_per_step, "--finetune": config.checkpoint.finetune, **flags, **others}
 
 
 def _identity(value: Any, effect: Effect) -> Any:

@@ -116,7 +116,7 @@ class SweepRun:
         directory = self.directory
         if not directory.config.is_file():
             return False
-        if load_config(directory.config) != dataclasses.replace(self.config, config=None):
+        if load_config(directory.config) != dataclasses.replace(self.config, config=()):
             raise UserError(f"{directory.path}: holds a run with other settings; choose another --output")
         try:
             read_curve(directory.path)

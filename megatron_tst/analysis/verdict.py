@@ -53,9 +53,12 @@ def sentences(methods: Sequence[Method]) -> Iterator[str]:
 def _other_settings(method: Method, baseline: Method) -> Iterator[str]:
     """Yield the settings, except superposition, in which a method differs from the baseline."""
     ours, theirs = (other.groups[0].runs[0].setting for other in (method, baseline))
-    differing = [flag for flag in ours if ours[flag] != theirs[flag]]
+    # Runs of Megatron-LM's trainer have the flags that they were given.
+    differing = [flag for flag in {**ours, **theirs} if ours.get(flag) != theirs.get(flag)]
     if differing:
-        told = ", ".join(f"{flag} {_value(ours[flag])} (instead of {_value(theirs[flag])})" for flag in differing)
+        told = ", ".join(
+            f"{flag} {_value(ours.get(flag))} (instead of {_value(theirs.get(flag))})" for flag in differing
+        )
         yield f"Settings: {method.name} differs from {baseline.name} in {told}."
     if not _TEXT.isdisjoint(differing):
         yield "Losses per token are comparable only if text and tokenizer are the same: the following may not hold."

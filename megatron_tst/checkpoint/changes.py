@@ -1,11 +1,15 @@
-"""Differences between a checkpoint's settings and those of the run that resumes from it."""
+"""Differences between a checkpoint's settings and those of the run that resumes from it, and which are refused."""
 
 import dataclasses
+import logging
 from typing import Any
 
-from megatron_tst.config import ModelSettings, RunConfig
+from megatron_tst.config import CheckpointSettings, ModelSettings, RunConfig, UserError
 from megatron_tst.config.effects import effect_of
 from megatron_tst.shape import resolve_shape
+from megatron_tst.superposition import Phase, Schedule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Change:
 def find_changes(saved: RunConfig, wanted: RunConfig) -> list[Change]:
     """Return the settings that differ, except those that may change freely."""
     before, now = (
-        _flat({**dataclasses.asdict(config), "model": _resolved(config.model)}) for config in (saved, wanted)
+        _flat({**dataclasses.asdict(config), "model": _resolved(config.model), "megatron_lm": None})
+        for config in (saved, wanted)
     )
     return [
         Change(name, before[name], now[name])
@@ -85,3 +90,50 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def check_changes(changes: list[Change], settings: CheckpointSettings, is_main: bool) -> None:
+    """Refuse changes by which the run would be another one, and tell of the others.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for change in changes:
+        is_shape = change.name.startswith("model.") and change.name != "model.seq_length"
+        is_optimizer_shape = change.name in ("training.bf16", "optimizer.use_distributed_optimizer")
+        if change.is_binding and is_shape:
+            raise UserError(f"{change}; another model cannot load it")
+        if is_optimizer_shape and not settings.no_load_optim:
+            raise UserError(f"{change}; its optimizer state has another shape, add --no-load-optim to skip it")
+        if change.is_binding and not is_optimizer_shape and not settings.override_run_config:
+            raise UserError(f"{change}; to continue nevertheless, add --override-run-config")
+        if is_main:
+            logger.info("changed: %s", change)
+
+
+def check_phases(saved: tuple[Phase, ...], wanted: tuple[Phase, ...]) -> None:
+    """Refuse phases in the YAML file that differ in more than the length of the last phase.
+
+    Raises:
+        UserError: if they do.
+    """
+    kinds = [[(phase.bag_size, phase.reads_bags) for phase in phases] for phases in (saved, wanted)]
+    lengths = [[phase.num_steps for phase in phases[:-1]] for phases in (saved, wanted)]
+    if kinds[0] != kinds[1] or lengths[0] != lengths[1]:
+        raise UserError(
+            f"phases: differ from the checkpoint's {[(phase.bag_size, phase.num_steps) for phase in saved]} in more "
+            "than the steps of the last; to continue nevertheless, add --override-run-config"
+        )
+
+
+def prolonged(schedule: Schedule, num_steps: int) -> Schedule:
+    """Return the phases with the last one made longer or shorter, so that the run has ``num_steps`` steps.
+
+    Raises:
+        UserError: if there are too few.
+    """
+    *before, last = schedule.phases
+    steps = num_steps - sum(phase.num_steps for phase in before)
+    if steps < 1:
+        raise UserError(f"--train-iters {num_steps}: ends before the checkpoint's last phase begins")
+    return Schedule((*before, Phase(last.bag_size, steps, last.reads_bags)))

@@ -49,10 +49,30 @@ class RunState:
 
 def write_run_state(folder: Path, state: RunState, config_yaml: str) -> None:
     """Write a checkpoint's ``run_state.json`` and ``config.yaml``."""
+    (folder / RUN_STATE).write_text(dump_run_state(state) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+
+
+def dump_run_state(state: RunState) -> str:
+    """Return the state as JSON."""
     mapping = dataclasses.asdict(state)
     mapping["phases"] = mapping.pop("schedule")["phases"]
-    (folder / RUN_STATE).write_text(write_json(mapping, indent=2) + "\n", encoding="utf-8")
-    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+    return write_json(mapping, indent=2)
+
+
+def parse_run_state(text: str, source: str) -> RunState:
+    """Return the state that :func:`dump_run_state` wrote.
+
+    Raises:
+        UserError: if it is malformed.
+    """
+    try:
+        mapping = json.loads(text)
+        phases = tuple(Phase(**phase) for phase in mapping.pop("phases"))
+        samples = tuple(mapping.pop("samples_per_phase"))
+        return RunState(schedule=Schedule(phases), samples_per_phase=samples, **mapping)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: cannot be read: {error}") from error
 
 
 def read_run_state(folder: Path) -> RunState:
@@ -63,13 +83,10 @@ def read_run_state(folder: Path) -> RunState:
     """
     path = folder / RUN_STATE
     try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))
-        phases = tuple(Phase(**phase) for phase in mapping.pop("phases"))
-        samples = tuple(mapping.pop("samples_per_phase"))
-        return RunState(schedule=Schedule(phases), samples_per_phase=samples, **mapping)
+        return parse_run_state(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 

@@ -69,6 +69,9 @@ def model_settings(arguments: Mapping[str, Any]) -> ModelSettings:
 def find_foreign(arguments: Mapping[str, Any]) -> list[str]:
     """Return, as ``name=value``, the arguments that no model here supports."""
     has_experts = arguments.get("num_experts") is not None
+    if arguments.get("add_bias_linear"):
+        # Megatron-LM sets it where all linear layers have biases, those of the queries, keys and values among them.
+        arguments = {**arguments, "add_qkv_bias": False}
     return [
         f"{name}={arguments[name]}"
         for name, accepted in _REQUIRED.items()

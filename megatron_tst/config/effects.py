@@ -60,7 +60,7 @@ def effect_of(config: Any, name: str) -> Effect:
     """
     section, _, setting = name.partition(".")
     whole = next(field for field in dataclasses.fields(config) if field.name == section)
-    parts = dataclasses.fields(whole.type) if setting else ()  # type: ignore[arg-type]
+    parts = dataclasses.fields(whole.type) if setting and dataclasses.is_dataclass(whole.type) else ()
     own: Mapping[str, Effect] = next((field.metadata for field in parts if field.name == setting), {})
     effect: Effect = own.get(_KEY) or whole.metadata[_KEY]
     return effect

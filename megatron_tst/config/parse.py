@@ -17,9 +17,9 @@ from megatron_tst.config.errors import UserError
 from megatron_tst.config.fields import read_fields
 from megatron_tst.config.presets import PRESETS
 from megatron_tst.config.rules import check_config
-from megatron_tst.config.settings import ModelSettings, RunConfig
+from megatron_tst.config.settings import TRAINERS, ModelSettings, RunConfig
 from megatron_tst.config.unsupported_flags import refusal
-from megatron_tst.config.yaml_files import read_yaml, write_yaml
+from megatron_tst.config.yaml_files import parse_yaml, read_yaml, write_yaml
 from megatron_tst.superposition import Phase
 
 PROGRAM = "pretrain_tst.py"
@@ -37,6 +37,11 @@ def parse_config(argv: Sequence[str]) -> RunConfig:
         SystemExit: with code 0 after ``--help``.
     """
     config = read_config(argv)
+    if config.megatron_lm:
+        raise UserError(
+            f"megatron_lm: {', '.join(config.megatron_lm)}: only Megatron-LM's trainer has these settings; use "
+            "--tst-trainer megatron-lm"
+        )
     check_config(config)
     return config
 
@@ -48,13 +53,54 @@ def read_config(argv: Sequence[str]) -> RunConfig:
         UserError: if a setting is unknown, unsupported or malformed.
         SystemExit: with code 0 after ``--help``.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", nargs="?")
-    first.add_argument("--tst-preset", "--tst_preset", nargs="?")
-    named, _ = first.parse_known_args(argv)
-    mapping = read_yaml(Path(named.config)) if named.config else {}
-    config = config_from_mapping(mapping, source=named.config or "", preset=named.tst_preset)
+    named, _ = find_named(argv)
+    config = config_from_mapping(read_files(named.config), source=", ".join(named.config), preset=named.tst_preset)
     return _apply_flags(config, argv)
+
+
+def find_named(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Find what decides how the rest of a command line is read.
+
+    Returns:
+        ``config``, the YAML files in order, ``tst_preset`` and ``tst_trainer``, both None where not given; and the
+        other arguments.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", nargs="?", action="append", default=[])
+    first.add_argument("--tst-preset", "--tst_preset", nargs="?")
+    first.add_argument("--tst-trainer", "--tst_trainer", nargs="?")
+    named, others = first.parse_known_args(argv)
+    named.config = [file for file in named.config if file]
+    return named, others
+
+
+def find_trainer(argv: Sequence[str]) -> str:
+    """Return the trainer that a command line, or else a YAML file that it names, chooses.
+
+    Raises:
+        UserError: if there is none of this name, or a file cannot be read.
+    """
+    named, _ = find_named(argv)
+    section = read_files(named.config).get("training") or {}
+    trainer = named.tst_trainer or section.get("tst_trainer") or TRAINERS[0]
+    if trainer not in TRAINERS:
+        raise UserError(f"--tst-trainer {trainer}: unknown; choose from {', '.join(TRAINERS)}")
+    return str(trainer)
+
+
+def read_files(files: Sequence[str]) -> dict[str, Any]:
+    """Read YAML files, of which the later wins, setting by setting; a list of phases is one setting.
+
+    Raises:
+        UserError: if a file cannot be read, or one of its sections, settings or types is not known.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        mapping = read_yaml(Path(file))
+        config_from_mapping(mapping, source=file)
+        for section, values in mapping.items():
+            merged[section] = {**(merged.get(section) or {}), **values} if isinstance(values, dict) else values
+    return merged
 
 
 def config_from_mapping(mapping: Mapping[str, Any], source: str, preset: str | None = None) -> RunConfig:
@@ -75,8 +121,11 @@ def config_from_mapping(mapping: Mapping[str, Any], source: str, preset: str | N
         if section not in sections:
             raise UserError(f"{source}: {section!r} is not a section; the sections are {', '.join(sorted(sections))}")
     for section, values in mapping.items():
+        read: Any
         if section == "phases":
-            read: Any = _read_phases(values, source)
+            read = _read_phases(values, source)
+        elif section == "megatron_lm":
+            read = _read_flags(values, f"{source}: {section}")
         else:
             read = _read_section(getattr(config, section), values, f"{source}: {section}")
         config = dataclasses.replace(config, **{section: read})
@@ -96,6 +145,19 @@ def load_config(path: Path) -> RunConfig:
         UserError: if the file cannot be read or does not hold settings.
     """
     return config_from_mapping(read_yaml(path), source=str(path))
+
+
+def load_config_text(text: str, source: str) -> RunConfig:
+    """Read settings that :func:`dump_config` wrote, from their text.
+
+    Args:
+        text: the YAML.
+        source: where it is from, for messages.
+
+    Raises:
+        UserError: if it is not settings.
+    """
+    return config_from_mapping(parse_yaml(text, source), source)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -127,6 +189,19 @@ def _read_section(settings: _Settings, values: Any, where: str) -> _Settings:
             instead = refusal(str(name))
             raise UserError(f"{where}.{name}: " + (f"is not supported: {instead}" if instead else "is not a setting"))
     return dataclasses.replace(settings, **read_fields(hints, values, where))  # type: ignore[type-var]
+
+
+def _read_flags(values: Any, where: str) -> dict[str, Any]:
+    """Read settings that Megatron-LM alone has: what they mean is for its own parser to say."""
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"{where} {values!r}: must be a mapping of settings")
+    read = {}
+    for name, value in (values or {}).items():
+        items = value if isinstance(value, list) else [value]
+        if not all(item is None or type(item) in (bool, int, float, str) for item in items):
+            raise UserError(f"{where}.{name} {value!r}: must be a number, text, true, false or a list of them")
+        read[str(name)] = tuple(value) if isinstance(value, list) else value
+    return read
 
 
 def _read_phases(values: Any, source: str) -> tuple[Phase, ...]:

@@ -5,8 +5,9 @@ start with ``tst_``. On the command line the groups are flat (``--num-layers``),
 of a field, or of its section, states what changing the setting means for a run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -24,6 +25,8 @@ from megatron_tst.config.effects import (
 )
 from megatron_tst.superposition import Phase, Schedule
 
+Trainer = Literal["own", "megatron-lm"]
+TRAINERS: tuple[str, ...] = get_args(Trainer)
 BagWeights = Literal["uniform", "power_law", "exponential", "first_token", "mutual_information"]
 
 
@@ -150,6 +153,8 @@ class DataSettings:
 class TrainingSettings:
     """Length, batch sizes, precision and evaluation of a run."""
 
+    tst_trainer: Trainer = field(default="own", metadata=having(NOTHING))
+    """own: this project's loop. megatron-lm: Megatron-LM's trainer, with every flag it has; Python 3.12."""
     micro_batch_size: int | None = field(default=None, metadata=having(NOTHING))
     """Sequences per rank in one forward pass."""
     global_batch_size: int | None = field(default=None, metadata=having(NOTHING))
@@ -313,8 +318,8 @@ class LoggingSettings:
 class RunConfig:
     """All settings of a run."""
 
-    config: str | None = field(default=None, metadata=having(NOTHING))
-    """A YAML file of settings; flags override it."""
+    config: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=(), metadata=having(NOTHING))
+    """A YAML file of settings; given several times, the later wins, and flags override all."""
     model: ModelSettings = field(default_factory=ModelSettings, metadata=having(MODEL))
     superposition: SuperpositionSettings = field(default_factory=SuperpositionSettings, metadata=having(METHOD))
     data: DataSettings = field(default_factory=DataSettings, metadata=having(METHOD))
@@ -326,6 +331,8 @@ class RunConfig:
     # Resumption and comparison use the saved schedule instead of this setting.
     phases: Annotated[tuple[Phase, ...], tyro.conf.Suppress] = field(default=(), metadata=having(NOTHING))
     """YAML only: a list of {bag_size, steps}, instead of the superposition section's two phases."""
+    megatron_lm: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict, metadata=having(TUNING))
+    """YAML only: settings that Megatron-LM's trainer alone has, under its own names."""
 
     @property
     def schedule(self) -> Schedule:

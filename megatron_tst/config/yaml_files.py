@@ -60,9 +60,21 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         UserError: if the file cannot be read, is not YAML, has a duplicate key or does not hold a mapping.
     """
     try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read: {error}") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, path: str) -> dict[Any, Any]:
+    """Read a mapping as :func:`read_yaml` does.
+
+    Args:
+        text: the YAML.
+        path: where it is from, for messages.
+    """
+    try:
+        mapping = yaml.load(text, Loader=_Loader)  # noqa: S506
     except yaml.constructor.ConstructorError as error:
         raise UserError(f"--config {path}: {_line(error)}{error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -6,10 +6,13 @@ This file contains everything that makes megatron-core run without a GPU, each e
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._dynamo
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch.overrides import TorchFunctionMode
@@ -128,3 +131,26 @@ def enter_cpu() -> None:
         setattr(module, name, stand_in)
     logging.getLogger(megatron_random.__name__).addFilter(_is_not_about_shared_generator)
     CudaMeansCpu().__enter__()
+
+
+# (name in torch.cuda, answer): what Megatron-LM's trainer asks a card, beside what a model does.
+CARD_ANSWERS: tuple[tuple[str, Any], ...] = (
+    ("device_count", 1),
+    ("get_device_capability", (9, 0)),
+    ("get_device_properties", SimpleNamespace(major=9, minor=0)),
+    ("memory_stats", {}),
+    ("memory_allocated", 0),
+    ("max_memory_allocated", 0),
+    ("memory_reserved", 0),
+    ("max_memory_reserved", 0),
+    ("device_memory_used", 0),
+)
+
+
+def enter_cpu_card() -> None:
+    """Let Megatron-LM's trainer find a card, which is the CPU; :func:`enter_cpu` is called before."""
+    # torch.compile would look for a compiler, and guards every name of torch.cuda.
+    torch._dynamo.config.disable = True
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    for name, answer in CARD_ANSWERS:
+        setattr(torch.cuda, name, _returning(answer))

@@ -168,7 +168,7 @@ def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
     return LossChoice(run.superposition.loss_weights, run.superposition.tst_objective, implementation)
 
 
-def _reduce_experts_apart(chunk: torch.nn.Module) -> None:
+def reduce_experts_apart(chunk: torch.nn.Module) -> None:
     """Have the experts' gradients summed over the ranks that hold the same experts, on every layout.
 
     megatron-core marks experts for that only if they are spread over ranks. Tensor-parallel ranks hold them whole
@@ -210,7 +210,7 @@ def build_model(
             post_process=ranks.is_last_stage and stage == last,
             vp_stage=stage if virtual else None,
         )
-        _reduce_experts_apart(chunk)
+        reduce_experts_apart(chunk)
         chunks.append(chunk.to(torch.cuda.current_device()))
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]

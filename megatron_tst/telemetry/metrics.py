@@ -84,18 +84,24 @@ class StepMetrics:
             "tflops_per_gpu / dense bfloat16 peak",
         ),
     ]
-    data_time_s: Annotated[float, About("s", "time per step in which the main rank waits for data")]
+    data_time_s: Annotated[
+        float | None,
+        About(
+            "s",
+            "time per step in which the main rank waits for data; null with Megatron-LM's trainer, as the next three",
+        ),
+    ]
     forward_backward_time_s: Annotated[
-        float,
+        float | None,
         About(
             "s",
             "time per step of the forward and backward passes, including collectives inside layers, pipeline sends "
             "and pipeline bubbles",
         ),
     ]
-    optimizer_time_s: Annotated[float, About("s", "time per step of the gradient norm and the update")]
+    optimizer_time_s: Annotated[float | None, About("s", "time per step of the gradient norm and the update")]
     communication_time_s: Annotated[
-        float,
+        float | None,
         About(
             "s",
             "time per step of gradient reductions and parameter gathers that do not overlap with computation",

@@ -3,14 +3,14 @@
 import logging
 from dataclasses import dataclass
 
-from megatron_tst.checkpoint.changes import Change, find_changes
+from megatron_tst.checkpoint.changes import check_changes, check_phases, find_changes, prolonged
 from megatron_tst.checkpoint.find import find_checkpoint
 from megatron_tst.checkpoint.saved_checkpoint import SavedCheckpoint
 from megatron_tst.config import RunConfig, UserError
 from megatron_tst.data.document_split import DocumentSplit
 from megatron_tst.distributed import ParallelState
 from megatron_tst.shape import pad_vocabulary
-from megatron_tst.superposition import Phase, Schedule
+from megatron_tst.superposition import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,12 @@ def find_start(config: RunConfig, ranks: ParallelState) -> Start:
         _check_model(found, config, is_main=ranks.is_main)
         return Start(config.schedule, found=found)
     state, saved = found.state, found.config
-    _check_changes(find_changes(saved, config), config, is_main=ranks.is_main)
+    check_changes(find_changes(saved, config), config.checkpoint, is_main=ranks.is_main)
     if config.checkpoint.override_run_config:
         start = Start(config.schedule, state.iteration, state.gpu_hours, found)
     else:
-        _check_phases(saved.phases, config.phases)
-        schedule = _prolonged(state.schedule, config.training.train_iters or 0)
+        check_phases(saved.phases, config.phases)
+        schedule = prolonged(state.schedule, config.training.train_iters or 0)
         start = Start(
             schedule, state.iteration, state.gpu_hours, found, list(map(DocumentSplit.from_saved, state.sources))
         )
@@ -142,37 +142,3 @@ def _check_model(found: SavedCheckpoint, config: RunConfig, is_main: bool) -> No
         )
     for difference in different if is_main else ():
         logger.info("changed: %s", difference)
-
-
-def _check_changes(changes: list[Change], config: RunConfig, is_main: bool) -> None:
-    for change in changes:
-        is_shape = change.name.startswith("model.") and change.name != "model.seq_length"
-        is_optimizer_shape = change.name in ("training.bf16", "optimizer.use_distributed_optimizer")
-        if change.is_binding and is_shape:
-            raise UserError(f"{change}; another model cannot load it")
-        if is_optimizer_shape and not config.checkpoint.no_load_optim:
-            raise UserError(f"{change}; its optimizer state has another shape, add --no-load-optim to skip it")
-        if change.is_binding and not is_optimizer_shape and not config.checkpoint.override_run_config:
-            raise UserError(f"{change}; to continue nevertheless, add --override-run-config")
-        if is_main:
-            logger.info("changed: %s", change)
-
-
-def _check_phases(saved: tuple[Phase, ...], wanted: tuple[Phase, ...]) -> None:
-    """Refuse phases in the YAML file that differ in more than the length of the last phase."""
-    kinds = [[(phase.bag_size, phase.reads_bags) for phase in phases] for phases in (saved, wanted)]
-    lengths = [[phase.num_steps for phase in phases[:-1]] for phases in (saved, wanted)]
-    if kinds[0] != kinds[1] or lengths[0] != lengths[1]:
-        raise UserError(
-            f"phases: differ from the checkpoint's {[(phase.bag_size, phase.num_steps) for phase in saved]} in more "
-            "than the steps of the last; to continue nevertheless, add --override-run-config"
-        )
-
-
-def _prolonged(schedule: Schedule, num_steps: int) -> Schedule:
-    """Return the schedule with its last phase lengthened or shortened so that the run has ``num_steps`` steps."""
-    *before, last = schedule.phases
-    steps = num_steps - sum(phase.num_steps for phase in before)
-    if steps < 1:
-        raise UserError(f"--train-iters {num_steps}: ends before the checkpoint's last phase begins")
-    return Schedule((*before, Phase(last.bag_size, steps, last.reads_bags)))

@@ -46,7 +46,7 @@ def test_a_run_equals_the_one_that_its_flags_describe(tmp_path: Path):
         expected = parse_config([*argv, "--tst-run-dir", str(folder), "--load", str(folder / "checkpoints")])
         assert one.config == expected
         one.write_settings()
-        assert dataclasses.replace(parse_config(one.argv), config=None) == expected
+        assert dataclasses.replace(parse_config(one.argv), config=()) == expected
     assert [run.name for run in (baseline, run)] == ["baseline-seed2", "s4-r0.25-seed2"]
 
 

@@ -10,17 +10,14 @@ The trainer is ``megatron.training`` of the installed megatron-core, which conta
 
 import functools
 import importlib.util
-import os
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch._dynamo
 
-from megatron_tst.megatron_patches.cpu import enter_cpu
+from megatron_tst.megatron_patches.cpu import enter_cpu, enter_cpu_card
 
 STOCK = Path(__file__).parent / "stock"
 SAVED_STEP = 3
@@ -39,27 +36,11 @@ TRAINER = (
     "--lr 1e-2 --eval-iters 0 --eval-interval 100 --log-interval 1 --ckpt-format torch_dist"
 )
 
-# The functions of torch.cuda that only the trainer calls, and what they return.
-ANSWERS: tuple[tuple[str, Any], ...] = (
-    ("device_count", 1),
-    ("get_device_capability", (9, 0)),
-    ("get_device_properties", SimpleNamespace(major=9)),
-    ("memory_stats", {}),
-    ("memory_allocated", 0),
-    ("max_memory_allocated", 0),
-    ("memory_reserved", 0),
-    ("max_memory_reserved", 0),
-    ("device_memory_used", 0),
-)
-
 
 def enter_card() -> None:
     """Make the trainer use the CPU as if it were a GPU."""
-    torch._dynamo.config.disable = True
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     enter_cpu()
-    for name, answer in ANSWERS:
-        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    enter_cpu_card()
     from megatron.training import training
 
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)

@@ -68,6 +68,11 @@ def test_unsupported_argument_is_named(name):
     assert find_foreign({**recorded(VERSIONS[1]), name: FOREIGN[name]}) == [f"{name}={FOREIGN[name]}"]
 
 
+def test_biases_of_all_layers_include_those_of_the_queries():
+    assert find_foreign({"add_bias_linear": True, "add_qkv_bias": True}) == []
+    assert find_foreign({"add_bias_linear": False, "add_qkv_bias": True}) == ["add_qkv_bias=True"]
+
+
 def test_moe_arguments_matter_only_for_moe_models():
     arguments = {**recorded(VERSIONS[1]), "moe_router_score_function": "sigmoid"}
     assert find_foreign(arguments) == []

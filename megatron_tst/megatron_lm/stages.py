@@ -1,0 +1,189 @@
+"""Where a run takes part in what Megatron-LM's trainer does: around functions that it calls by name.
+
+Megatron-LM hands its ``pretrain`` a model, data and a forward step. For what happens between them it has no argument,
+so the names below are replaced in ``megatron.training.training`` for as long as a run lasts, each by a function that
+calls the original.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from megatron.core.datasets import utils
+from megatron.training import get_args, training
+from torch import Tensor
+
+from megatron_tst.megatron_patches.adam import make_resumable
+from megatron_tst.megatron_patches.shard_writer import planning_for_threads
+
+
+class Stages(Protocol):
+    """What a run does at each of them."""
+
+    def set_up(self) -> None:
+        """Ranks have joined; no model is built."""
+
+    def begin(self) -> None:
+        """The first step is next."""
+
+    def stepped(
+        self, step: int, losses: dict[str, Tensor], grad_norm: float, lr_by_group: dict[str, float], started_s: float
+    ) -> None:
+        """A step is done and was applied."""
+
+    def evaluated(self, losses: dict[str, Any]) -> None:
+        """An evaluation is done."""
+
+    def is_save_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written though no interval ends."""
+
+    def is_stop_asked(self) -> bool:
+        """Whether to save and stop; the same on every rank."""
+
+    def saving(self, step: int) -> None:
+        """A checkpoint is about to be written."""
+
+    def saved(self, step: int) -> None:
+        """A checkpoint was written."""
+
+
+@contextlib.contextmanager
+def taking_part(stages: Stages, has_cuda: bool) -> Iterator[None]:
+    """Replace the names for as long as the context lasts."""
+    replacements: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+        "initialize_megatron": lambda stock: _initialize(stock, stages, has_cuda),
+        "get_megatron_optimizer": _build_optimizer,
+        "train": lambda stock: _train(stock, stages),
+        "train_step": lambda stock: _train_step(stock, stages),
+        "evaluate": lambda stock: _evaluate(stock, stages),
+        "save_checkpoint_and_time": lambda stock: _save(stock, stages),
+        "checkpoint_and_decide_exit": lambda stock: _decide(stock, stages),
+    }
+    stocks = {name: getattr(training, name) for name in replacements}
+    compile_helpers = utils.compile_helpers
+    for name, replace in replacements.items():
+        setattr(training, name, replace(stocks[name]))
+    # The wheel has them compiled, and no makefile.
+    utils.compile_helpers = _do_nothing
+    try:
+        yield
+    finally:
+        for name, stock in stocks.items():
+            setattr(training, name, stock)
+        utils.compile_helpers = compile_helpers
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _initialize(stock: Callable[..., Any], stages: Stages, has_cuda: bool) -> Callable[..., Any]:
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        """Join the ranks, on the CPU too."""
+        result = stock(*args, **kwargs, allow_no_cuda=not has_cuda)
+        stages.set_up()
+        return result
+
+    return initialize
+
+
+def _build_optimizer(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def build(*args: Any, **kwargs: Any) -> Any:
+        """Build the optimizer, and mend what saving and resuming a sharded one needs mended."""
+        optimizer = stock(*args, **kwargs)
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            make_resumable(part)
+        return optimizer
+
+    return build
+
+
+def _train(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
+    def train(*args: Any, **kwargs: Any) -> Any:
+        """Train."""
+        stages.begin()
+        return stock(*args, **kwargs)
+
+    return train
+
+
+def _train_step(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
+    def train_step(forward: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take a step, and tell of it."""
+        started_s = time.perf_counter()
+        lr_by_group = learning_rates(optimizer)
+        result = stock(forward, data, model, optimizer, *args, **kwargs)
+        losses, skipped, _, is_exit, _, grad_norm, *_ = result
+        if not skipped and not is_exit:
+            stages.stepped(kwargs["iteration"] + 1, losses, float(grad_norm), lr_by_group, started_s)
+        return result
+
+    return train_step
+
+
+def _evaluate(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        """Evaluate, and tell of it."""
+        result = stock(*args, **kwargs)
+        losses, _, is_out_of_time = result
+        if not is_out_of_time:
+            stages.evaluated(losses)
+        return result
+
+    return evaluate
+
+
+def _save(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
+    def save(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        """Save, with what the run knows."""
+        stages.saving(iteration)
+        # A save that nothing goes on beside is written by threads, which need no manager process: that would be spawned
+        # for the results alone, import the program again, and outlive a run that is killed.
+        waits_for_it = not get_args().async_save
+        with planning_for_threads() if waits_for_it else contextlib.nullcontext():
+            result = stock(iteration, *args, **kwargs)
+        stages.saved(iteration)
+        return result
+
+    return save
+
+
+def _decide(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
+    def decide(model: Any, optimizer: Any, scheduler: Any, iteration: int, flops: Any, context: Any, data: Any) -> bool:
+        """Save where an interval or a phase ends or the run is asked to stop, and say whether to stop."""
+        arguments = (model, optimizer, scheduler, iteration, flops, context)
+        saves: list[int] = []
+        with _noting_saves(saves):
+            is_over = bool(stock(*arguments, data))
+        is_asked = stages.is_stop_asked()
+        if not saves and (is_asked or stages.is_save_due(iteration)):
+            training.save_checkpoint_and_time(iteration, *arguments[:3], flops, context, train_data_iterator=data)
+        return is_over or is_asked
+
+    return decide
+
+
+@contextlib.contextmanager
+def _noting_saves(saves: list[int]) -> Iterator[None]:
+    save = training.save_checkpoint_and_time
+
+    def noting(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        """Save, and note that it was done."""
+        saves.append(iteration)
+        return save(iteration, *args, **kwargs)
+
+    training.save_checkpoint_and_time = noting
+    try:
+        yield
+    finally:
+        training.save_checkpoint_and_time = save
+
+
+def learning_rates(optimizer: Any) -> dict[str, float]:
+    """Return the learning rate of each kind of parameters: matrices are decayed, vectors (norms, biases) are not."""
+    rates = {}
+    for group in optimizer.param_groups:
+        kind = "matrices" if group.get("wd_mult", 1.0) else "vectors"
+        rates[f"expert_{kind}" if group.get("is_expert_parallel") else kind] = float(group["lr"])
+    return rates

@@ -1,0 +1,125 @@
+"""A run that is asked to stop saves, says by its exit code that it can be resumed, and goes on to the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tst.checkpoint.folders import CheckpointFolders
+from megatron_tst.config import EXIT_RESUMABLE
+from tests.checkpoint.test_stock import differing, stored
+from tests.distributed.launch import run_distributed
+from tests.megatron_lm.trainers import needs_trainer, run_megatron_lm, settings, write
+from tests.training.runs import ROOT
+
+STOPPED_AT = 3
+
+
+def stop_in_a_step(argv: list[str], number: int, signalled_rank: int) -> int:
+    """Have one rank signalled in its third step; returns the exit code of the program."""
+    import pretrain_tst
+    from megatron_tst.distributed import enter_device
+    from megatron_tst.megatron_patches.cpu import enter_cpu_card
+
+    enter_device()
+    enter_cpu_card()
+    from megatron_tst.megatron_lm.run import Run
+
+    stepped = Run.stepped
+
+    def signalled(run, step, *args):
+        stepped(run, step, *args)
+        if step == STOPPED_AT and int(os.environ["RANK"]) == signalled_rank:
+            os.kill(os.getpid(), number)
+
+    Run.stepped = signalled
+    return pretrain_tst.main_megatron_lm([*argv, "--tst-trainer", "megatron-lm"])
+
+
+def stop_in_the_set_up(argv: list[str], number: int) -> str:
+    """Have the rank signalled while it builds its samples; returns what the user is told."""
+    from megatron_tst.config import StoppedInSetUp
+    from megatron_tst.distributed import enter_device
+    from megatron_tst.megatron_lm import train
+    from megatron_tst.megatron_patches.cpu import enter_cpu_card
+
+    enter_device()
+    enter_cpu_card()
+    from megatron_tst.megatron_lm import run
+
+    build = run.build_run_data
+
+    def signalled(*args):
+        os.kill(os.getpid(), number)
+        return build(*args)
+
+    run.build_run_data = signalled
+    try:
+        train([*argv, "--tst-trainer", "megatron-lm"])
+    except StoppedInSetUp as stop:
+        return str(stop)
+    return ""
+
+
+@pytest.fixture
+def argv(corpus, tokenizer, tmp_path) -> list[str]:
+    return ["--config", write(tmp_path / "run.yaml", settings(corpus, str(tokenizer.path)))]
+
+
+@needs_trainer
+@pytest.mark.distributed
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 2)])
+def test_a_signal_in_a_step_saves_and_stops(argv, tmp_path, number, ranks):
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    to_stopped = [*argv, "--tst-run-dir", str(stopped)]
+    codes = run_distributed(stop_in_a_step, ranks, to_stopped, number, ranks - 1)
+    assert codes == [EXIT_RESUMABLE] * ranks
+    assert CheckpointFolders(stopped / "checkpoints").steps() == [STOPPED_AT]
+    run_megatron_lm([*argv, "--load", str(stopped / "checkpoints")], stopped, ranks)
+    run_megatron_lm(argv, whole, ranks)
+    assert differing(*(stored(folder / "checkpoints" / "iter_0000008") for folder in (stopped, whole))) == []
+
+
+@needs_trainer
+@pytest.mark.distributed
+def test_a_signal_in_the_set_up_stops_at_once(argv, tmp_path):
+    (said,) = run_distributed(stop_in_the_set_up, 1, [*argv, "--tst-run-dir", str(tmp_path / "run")], signal.SIGTERM)
+    assert said == "stopped by SIGTERM before the first step; start the same command again"
+
+
+@needs_trainer
+@pytest.mark.distributed
+def test_an_exit_interval_is_resumable_too(argv, tmp_path):
+    code = (
+        "import sys; sys.argv = ['pretrain_tst.py'] + sys.argv[1:]; "
+        "import runpy; runpy.run_path('pretrain_tst.py', run_name='__main__')"
+    )
+    flags = [*argv, "--tst-run-dir", str(tmp_path / "run"), "--tst-trainer", "megatron-lm", "--exit-interval", "5"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == EXIT_RESUMABLE, done.stderr[-3000:]
+    assert CheckpointFolders(tmp_path / "run" / "checkpoints").steps() == [4, 5]
+
+
+def test_without_the_trainer_one_line_says_so(tmp_path: Path):
+    """As with megatron-core 0.16.1, whatever is installed here."""
+    code = (
+        "import importlib.util as util, runpy, sys; find = util.find_spec\n"
+        "util.find_spec = lambda name, *args: None if name == 'megatron.training' else find(name, *args)\n"
+        "sys.argv = ['pretrain_tst.py', '--tst-trainer', 'megatron-lm']\n"
+        "runpy.run_path('pretrain_tst.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "--tst-trainer megatron-lm: megatron-core" in line
+    assert "comes without megatron.training" in line
+
+
+@needs_trainer
+@pytest.mark.distributed
+def test_the_preflight_comes_before_the_run(argv, tmp_path):
+    lines = run_megatron_lm([*argv, "--preflight"], tmp_path / "run", 2)
+    assert lines[-1]["step"] == 8
