@@ -82,7 +82,7 @@ def _look_around(config: RunConfig, host: str) -> dict[str, Any]:
         "apex": libraries.apex,
         "device": device.name if device.backend == "nccl" else "CPU",
         "driver": driver_version() if device.backend == "nccl" else None,
-        "sizes": dict(_data_sizes(config)),
+        "sizes": dict(data_sizes(config)),
         "free_bytes": free_bytes,
         "wrong": wrong,
     }
@@ -101,7 +101,8 @@ def _prefixes(config: RunConfig) -> list[str]:
     return [name for name in names if not name.replace(".", "", 1).isdigit()]
 
 
-def _data_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
+def data_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
+    """Yield each data file that this node sees, with its size in bytes."""
     for prefix in _prefixes(config):
         for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
             if path.is_file():
@@ -167,7 +168,7 @@ def _check_network(config: RunConfig, meeting: Rendezvous, hosts: list[str]) -> 
     floor = config.parallel.preflight_min_gb_per_s
     for name, group in (("within the node", groups[hosts[meeting.rank]]), ("between nodes", dist.group.WORLD)):
         is_alone = dist.get_world_size(group) == 1
-        outcome = float("inf") if is_alone else _all_reduce_speed(group, device.torch_device, timeout)
+        outcome = float("inf") if is_alone else all_reduce_speed(group, device.torch_device, timeout)
         outcomes = dict(zip(hosts, meeting.gather(name, outcome), strict=True))
         failed = [f"{host}: {result}" for host, result in outcomes.items() if isinstance(result, str)]
         slow = [f"{host}: {speed:.1f} GB/s" for host, speed in outcomes.items() if not failed and speed < floor]
@@ -178,7 +179,7 @@ def _check_network(config: RunConfig, meeting: Rendezvous, hosts: list[str]) -> 
     dist.destroy_process_group()
 
 
-def _all_reduce_speed(group: Any, device: torch.device, timeout: timedelta) -> float | str:
+def all_reduce_speed(group: Any, device: torch.device, timeout: timedelta) -> float | str:
     """Return the bus bandwidth of an all-reduce in GB/s, the median of five, or the message of an error."""
     size = dist.get_world_size(group)
     buffer = torch.ones(REDUCED_BYTES[device.type] // 4, device=device)

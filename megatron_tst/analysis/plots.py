@@ -54,9 +54,9 @@ def draw_comparison(methods: Sequence[Method], path: Path, axes: Sequence[str]) 
         for plot, axis in zip(plots, axes, strict=False):
             for number, method in enumerate(methods):
                 for length, group in enumerate(method.groups):
-                    _draw_curves(plot, group, axis, _style(number, length))
+                    _draw_curves(plot, group, axis, line_style(number, length))
             _mark_across(plot, methods[0].groups[-1].final_loss, f"end of {methods[0].groups[-1].name}")
-            _limit(plot, groups)
+            set_loss_limits(plot, groups)
             _from_nothing(plot, axis, max(run.total(axis) for group in groups for run in group.runs))
         if with_ends:
             _draw_ends(plots[-1], methods)
@@ -91,7 +91,7 @@ def _place_legend(figure: matplotlib.figure.Figure, labelled: Any, spare: Any | 
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2), **style)
 
 
-def _style(number: int, length: int = 0) -> dict[str, Any]:
+def line_style(number: int, length: int = 0) -> dict[str, Any]:
     """Return the color of a method, the line style of a length, and another marker if these repeat."""
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -130,7 +130,7 @@ def _mark_across(plot: Any, loss: Estimate, label: str, is_vertical: bool = Fals
         band(loss.value - loss.error, loss.value + loss.error, color="black", alpha=0.12, linewidth=0, zorder=0)
 
 
-def _limit(plot: Any, groups: Sequence[Group]) -> None:
+def set_loss_limits(plot: Any, groups: Sequence[Group]) -> None:
     """Limit the loss axis so that high losses of phases with bags and of the first steps do not flatten the rest."""
     runs = [run for group in groups for run in group.runs]
     finals = [run.final_loss for run in runs]
@@ -163,7 +163,7 @@ def _draw_ends(plot: Any, methods: Sequence[Method]) -> None:
     for number, method in enumerate(methods):
         flops = [group.total("flops") for group in method.groups]
         losses = [group.final_loss for group in method.groups]
-        _draw_estimates(plot, flops, losses, label=method.name, **_style(number))
+        _draw_estimates(plot, flops, losses, label=method.name, **line_style(number))
     _from_nothing(plot, "flops", max(flops for method in methods for flops, _ in method.ends()))
     plot.set_title("final losses ± standard error")
     plot.legend(loc="best")
@@ -203,7 +203,7 @@ def draw_final_losses(
                 shift = apart * (number - (len(labels) - 1) / 2)
                 places = sorted(line)
                 shifted = [place + shift for place in places]
-                _draw_estimates(plot, shifted, [line[place] for place in places], label=label, **_style(number))
+                _draw_estimates(plot, shifted, [line[place] for place in places], label=label, **line_style(number))
             if baseline:
                 place, loss = baseline
                 _mark_across(plot, loss, "baseline")

@@ -61,7 +61,7 @@ def load_checkpoint(
         wanted["rng_state"] = list_rng_states(train_state.ranks)
     try:
         with safe_loading():
-            loaded = dist_checkpointing.load(wanted, str(found.folder), _sharing(train_state.ranks))
+            loaded = dist_checkpointing.load(wanted, str(found.folder), shared_reading(train_state.ranks))
     except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
         raise UserError(f"--load {found.folder}: cannot be loaded: {_reason(error)}", own_rank=True) from error
     for part, names in absent.items():
@@ -75,17 +75,17 @@ def load_checkpoint(
         put_rng_states(loaded["rng_state"])
 
 
-def _sharing(ranks: ParallelState) -> FullyParallelLoadStrategyWrapper:
+def shared_reading(ranks: ParallelState) -> FullyParallelLoadStrategyWrapper:
     """Return a strategy in which data-parallel ranks share the reading of data that they all need.
 
     Ranks exchange tensors one at a time by broadcast. The other algorithms hold all tensors twice, or gather tensors of
     unequal sizes, which gloo does not support.
     """
-    strategy = _LoadTogether()
+    strategy = LoadTogether()
     return FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp, exchange_algo="broadcast")
 
 
-class _LoadTogether(TorchDistLoadShardedStrategy):  # type: ignore[misc]
+class LoadTogether(TorchDistLoadShardedStrategy):  # type: ignore[misc]
     """Reads a rank's part, and fails on every rank if one rank cannot read its own.
 
     From 0.17 on, a rank of megatron-core does not tell the others that it failed, and they wait for the data it read.
@@ -93,7 +93,7 @@ class _LoadTogether(TorchDistLoadShardedStrategy):  # type: ignore[misc]
 
     def load(self, shards: Any, folder: Path, *arguments: Any) -> Any:
         """Read this rank's shards. Collective: every rank of the world calls it."""
-        return _together(lambda: super(_LoadTogether, self).load(shards, folder, *arguments), folder)
+        return _together(lambda: super(LoadTogether, self).load(shards, folder, *arguments), folder)
 
 
 def _together(read: Callable[[], _Result], folder: Path) -> _Result:

@@ -41,6 +41,7 @@ class CheckpointSaver:
 
     Attributes:
         folders: the directories of the checkpoints.
+        keep_training: whether :meth:`save` returns before everything is on disk.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class CheckpointSaver:
             keep_last: number of checkpoints to keep besides the permanent ones; None keeps all.
         """
         self.folders, self._ranks, self._config_yaml = folders, ranks, config_yaml
-        self._keep_training, self._keep_last = keep_training, keep_last
+        self.keep_training, self._keep_last = keep_training, keep_last
         self._pending: _Pending | None = None
         self._is_validated = False
         # Data-parallel ranks share the writing of data that they all hold.
@@ -90,8 +91,8 @@ class CheckpointSaver:
         with self._abandoning(step), planning_for_threads(), failing_together():
             request = self._plan(step, list_content())
         self._is_validated = True
-        self._pending = _Pending(state, ShardWriting(request, self._keep_training), started_s)
-        if not self._keep_training:
+        self._pending = _Pending(state, ShardWriting(request, self.keep_training), started_s)
+        if not self.keep_training:
             self.finish()
 
     @property
@@ -119,7 +120,7 @@ class CheckpointSaver:
             with failing_together():
                 written = pending.writing.finish()
             digests = {name: digest for part in every_rank(written) for name, digest in part.items()}
-            run_on_main_rank(lambda: self._publish(pending, digests))
+            run_on_main_rank(lambda: self.publish(pending, digests))
 
     def _plan(self, step: int, content: dict[str, Any]) -> AsyncRequest:
         """Write the common state and plan the writing of the shards, to which then only the plan holds references."""
@@ -141,7 +142,8 @@ class CheckpointSaver:
         with writing(folder / COMMON_STATE):
             write_common_state(folder, content, CONTENT_METADATA)
 
-    def _publish(self, pending: _Pending, digests: dict[str, str]) -> None:
+    def publish(self, pending: _Pending, digests: dict[str, str]) -> None:
+        """Complete a written checkpoint, move it into place and delete those that are not kept; on the main rank."""
         step = pending.state.iteration
         folder = self.folders.partial(step)
         with writing(folder):

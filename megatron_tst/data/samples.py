@@ -59,6 +59,7 @@ class CorpusDataset:
 
     Attributes:
         samples_per_epoch: number of samples in one epoch over the phase's documents.
+        epochs: the indices of every epoch.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class CorpusDataset:
                 f"sequence of {spec.num_tokens} + 1 (--seq-length x bag size + 1)"
             )
         num_epochs = max(1, -(-num_samples // self.samples_per_epoch))
-        self._epochs = [_index_epoch(corpus, documents, spec, epoch, tokenizer) for epoch in range(num_epochs)]
+        self.epochs = [_index_epoch(corpus, documents, spec, epoch, tokenizer) for epoch in range(num_epochs)]
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         """Return the text of a sample, ``[T + 1]`` in the corpus's integer type.
@@ -89,7 +90,7 @@ class CorpusDataset:
         indices, but without the masks, positions and 64-bit copies that take most of the time there.
         """
         epoch, place = divmod(int(index), self.samples_per_epoch)
-        indices = self._epochs[epoch]
+        indices = self.epochs[epoch]
         shuffled = indices.shuffle_index[place]
         (first, first_offset), (last, last_offset) = indices.sample_index[shuffled : shuffled + 2].tolist()
         starts, ends = self._corpus.places(indices.document_index[first : last + 1])

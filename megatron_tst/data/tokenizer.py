@@ -40,7 +40,7 @@ class Tokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit the fast encoder, which another process creates for itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "_fast"}
+        return {name: value for name, value in self.__dict__.items() if name != "fast_encoder"}
 
     @property
     def sha256(self) -> str:
@@ -62,17 +62,18 @@ class Tokenizer:
         Returns:
             The concatenated ids of all texts, and the number of ids of each text.
         """
-        if self._fast is None or any(LONG_S in text for text in texts):
+        if self.fast_encoder is None or any(LONG_S in text for text in texts):
             encoded = self.encode_batch(texts)
             lengths = numpy.fromiter(map(len, encoded), numpy.int64, len(encoded))
             return numpy.fromiter(itertools.chain.from_iterable(encoded), numpy.uint32, lengths.sum()), lengths
-        ids, ends = self._fast.encode_batch_flat(texts)
+        ids, ends = self.fast_encoder.encode_batch_flat(texts)
         return numpy.frombuffer(ids, numpy.uint32), numpy.diff(numpy.frombuffer(ends, numpy.int64)).astype(
             numpy.int64, copy=False
         )
 
     @functools.cached_property
-    def _fast(self) -> fastokens.Tokenizer | None:
+    def fast_encoder(self) -> fastokens.Tokenizer | None:
+        """The library fastokens for this tokenizer, or None if it does not give the same ids."""
         return find_fast_encoder(self._model)
 
     def token_bytes(self) -> list[int] | None:

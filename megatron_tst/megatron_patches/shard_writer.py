@@ -70,7 +70,7 @@ class ShardWriting:
             _copy_to_host(buckets)
         self._threads = ThreadPoolExecutor(max(len(buckets), 1), thread_name_prefix="checkpoint")
         self._writes: list[Future[Any]] = [
-            self._threads.submit(_write, transforms, number, bucket) for number, bucket in enumerate(buckets)
+            self._threads.submit(write_shard, transforms, number, bucket) for number, bucket in enumerate(buckets)
         ]
 
     @property
@@ -139,7 +139,7 @@ def _taken(tensors: list[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
         yield item, tensor.to("cpu")
 
 
-def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[Any, str, str]:
+def write_shard(transforms: list[Any], number: int, bucket: Any) -> tuple[Any, str, str]:
     """Write one file with megatron-core's function; return its results or exception, the name and the SHA-256."""
     path, name, (entries, tensors) = bucket
     results: queue.Queue[Any] = queue.Queue()

@@ -57,16 +57,16 @@ class ScaledDotProductAttention(torch.nn.Module):
         """
         assert attention_mask is None
         if self.dropout == 0.0 or not self.training or self.sequence_parallel:
-            return self._attend_in_context(query, key, value)
+            return self.attend_in_context(query, key, value)
         # Heads are split over tensor-parallel ranks, so each rank draws its own dropout.
         with get_cuda_rng_tracker().fork():
-            return self._attend_in_context(query, key, value)
+            return self.attend_in_context(query, key, value)
 
-    def _attend_in_context(self, query_PBHE: Tensor, key_PBKE: Tensor, value_PBKE: Tensor) -> Tensor:
+    def attend_in_context(self, query_PBHE: Tensor, key_PBKE: Tensor, value_PBKE: Tensor) -> Tensor:
         """Attend to the keys of the context-parallel group's sequence."""
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
-            return self._attend(query_PBHE, key_PBKE, value_PBKE)
+            return self.attend(query_PBHE, key_PBKE, value_PBKE)
         # The backward pass sums the gradients of all ranks' queries and returns each rank its part.
         both = gather_from_sequence_parallel_region(torch.cat((key_PBKE, value_PBKE), dim=-1), group=self.cp_group)
         key_LBKE, value_LBKE = in_text_order(both, size).chunk(2, dim=-1)
@@ -74,9 +74,9 @@ class ScaledDotProductAttention(torch.nn.Module):
         length = query_PBHE.shape[0] // 2
         ends = ((rank + 1) * length, (2 * size - rank) * length)
         parts = zip(query_PBHE.chunk(2), ends, strict=True)
-        return torch.cat([self._attend(chunk, key_LBKE[:end], value_LBKE[:end]) for chunk, end in parts])
+        return torch.cat([self.attend(chunk, key_LBKE[:end], value_LBKE[:end]) for chunk, end in parts])
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend queries ``[Q, B, H, E]`` to keys and values ``[T, B, K, E]`` of the T positions that end with them."""
         # torch cannot make the mask inside every mode (one that counts FLOPs, say), and a square one needs none.
         is_square = query.shape[0] == key.shape[0]

@@ -51,6 +51,11 @@ class BackgroundSink:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
     def offer(self, values: Values) -> None:
         """Queue a line, or drop it if the queue is full; never blocks."""
         try:

@@ -118,7 +118,7 @@ class Stepper:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss = self._run(batches, forward_only=False)
+        loss = self.forward_backward(batches, forward_only=False)
         lr_by_group = learning_rates(optimizer)
         is_applied, grad_norm = False, math.nan
         is_finite = bool(torch.isfinite(loss))  # waits for the device, so the time so far is that of the passes
@@ -154,10 +154,14 @@ class Stepper:
         for chunk in self.train_state.chunks:
             chunk.eval()
         with torch.no_grad():
-            return self._run(batches, forward_only=True)
+            return self.forward_backward(batches, forward_only=True)
 
-    def _run(self, batches: list[Batch | None], forward_only: bool) -> Tensor:
-        global_weight = self._global_weight(batches)
+    def forward_backward(self, batches: list[Batch | None], forward_only: bool) -> Tensor:
+        """Run the micro-batches of one global batch through the model; return its loss, the same on every rank.
+
+        Collective: every rank of the world calls it.
+        """
+        global_weight = self.global_weight(batches)
         losses: list[Tensor] = self._schedule(
             forward_step_func=partial(self._forward, global_weight=global_weight),
             data_iterator=[iter(batches) for _ in self.train_state.chunks],
@@ -171,7 +175,7 @@ class Stepper:
             dist.broadcast(loss, self._ranks.last_stage_rank, group=groups.pp)
         return loss
 
-    def _global_weight(self, batches: list[Batch | None]) -> Tensor:
+    def global_weight(self, batches: list[Batch | None]) -> Tensor:
         """Return the weight of all valid targets of the step; the value is meaningful on the last pipeline stage."""
         weights = [batch.weight for batch in batches if batch is not None]
         weight = torch.stack(weights).sum() if weights else torch.zeros((), device=torch.cuda.current_device())
@@ -184,9 +188,9 @@ class Stepper:
         inputs = (None, None, None, None) if batch is None else (batch.inputs, batch.position_ids, None, batch.labels)
         input_ids, position_ids, attention_mask, labels = inputs
         output = model(input_ids, position_ids, attention_mask, labels=labels)
-        return output, partial(self._loss, global_weight=global_weight)
+        return output, partial(self.micro_batch_loss, global_weight=global_weight)
 
-    def _loss(self, row_loss_BL: Tensor, global_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def micro_batch_loss(self, row_loss_BL: Tensor, global_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss to differentiate and this micro-batch's part of the step's loss.
 
         megatron-core averages over micro-batches and data-parallel ranks; the factor here turns the averages into sums.

@@ -43,11 +43,16 @@ class Interval:
 
 
 class StepTimer:
-    """Adds up the times of the steps between two metric lines."""
+    """Adds up the times of the steps between two metric lines.
+
+    Attributes:
+        steps: number of steps since the last line.
+    """
 
     def __init__(self) -> None:
         """Start the clock."""
         self._all_steps, self._all_pauses_s = 0, 0.0
+        self.steps = 0
         self._parts_s: list[float] = []
         self._paused_at_s: float | None = None
         self._restart()
@@ -66,7 +71,7 @@ class StepTimer:
 
     def add(self, times: StepTimes) -> None:
         """Count a step and add its times."""
-        self._steps += 1
+        self.steps += 1
         self._all_steps += 1
         self._parts_s = [total + part for total, part in zip(self._parts_s, astuple(times), strict=True)]
 
@@ -87,11 +92,11 @@ class StepTimer:
 
     def take(self) -> Interval:
         """Return the times since the last call, and restart."""
-        interval = Interval(self._steps, self.seconds, self._data_s, *self._parts_s)
+        interval = Interval(self.steps, self.seconds, self._data_s, *self._parts_s)
         self._restart()
         return interval
 
     def _restart(self) -> None:
         self._started_s = time.perf_counter()
-        self._steps, self._data_s = 0, 0.0
+        self.steps, self._data_s = 0, 0.0
         self._parts_s = [0.0, 0.0, 0.0]

@@ -24,8 +24,13 @@ CURVES = {
 @pytest.mark.parametrize("name", CURVES)
 def test_the_ends_of_all_runs_are_visible(tmp_path: Path, name, monkeypatch):
     drawn = []
-    limit = plots._limit
-    monkeypatch.setattr(plots, "_limit", lambda plot, groups: (limit(plot, groups), drawn.append(plot.get_ylim())))
+    set_limits = plots.set_loss_limits
+
+    def recording(plot, groups):
+        set_limits(plot, groups)
+        drawn.append(plot.get_ylim())
+
+    monkeypatch.setattr(plots, "set_loss_limits", recording)
     for number, losses in enumerate(CURVES[name]):
         write_run(tmp_path / str(number), losses, seed=number)
     methods = find_methods(read_curve(tmp_path / str(number)) for number in (0, 1))
@@ -139,9 +144,9 @@ def test_each_setting_has_a_row(tmp_path: Path, figures, recwarn):
 
 
 def test_styles_of_many_methods_and_lengths_differ():
-    styles = [plots._style(number, length) for number in range(24) for length in range(4)]
+    styles = [plots.line_style(number, length) for number in range(24) for length in range(4)]
     assert len({str(style) for style in styles}) == len(styles)
-    lengths = [plots._style(0, length) for length in range(16)]
+    lengths = [plots.line_style(0, length) for length in range(16)]
     assert len({str(style) for style in lengths}) == 16
     # Dotted lines mark the switch.
     assert not {":", (0, (1, 1))} & {style["linestyle"] for style in styles}

@@ -124,7 +124,7 @@ def test_cache_is_not_used_for_another_corpus_of_the_same_name(rank, prefix, tok
     first = build(prefix, tokenizer, tmp_path)
     write_corpus(Path(prefix), traceable_documents(COUNT, seed=5), COUNT)
     second = build(prefix, tokenizer, tmp_path)
-    cuts = [text.parts[0]._epochs[0].document_index for data in (first, second) for text in data.train.phases[:1]]
+    cuts = [text.parts[0].epochs[0].document_index for data in (first, second) for text in data.train.phases[:1]]
     assert not (len(cuts[0]) == len(cuts[1]) and (cuts[0] == cuts[1]).all())
 
 
@@ -155,7 +155,7 @@ def test_samples_equal_megatron_cores(rank, tokenizer, tmp_path, monkeypatch, vo
     documents = [*traceable_documents(200), list(range(1000))]
     data = build(write_corpus(tmp_path / "corpus", documents, vocab_size), tokenizer, tmp_path)
     for part in (text.parts[0] for text in data.train.phases):
-        epochs = [datasets.pop(0) for _ in part._epochs]
+        epochs = [datasets.pop(0) for _ in part.epochs]
         assert len(epochs) > 1
         theirs = [epoch[k] for epoch in epochs for k in range(part.samples_per_epoch)]
         theirs = [torch.cat((sample["tokens"], sample["labels"][-1:])).numpy() for sample in theirs]

@@ -102,7 +102,7 @@ def test_stored_truncation_and_padding_are_switched_off(tmp_path: Path, tokenize
     for loaded in (ours, pickle.loads(pickle.dumps(ours))):
         assert loaded.encode_batch(texts) == wanted
         assert loaded.encode_flat(texts)[0].tolist() == [number for ids in wanted for number in ids]
-    assert ours._fast is not None
+    assert ours.fast_encoder is not None
 
 
 class _Bomb:

@@ -134,7 +134,7 @@ def has_own_weights(folder: Path) -> bool:
 def save_and_load(argv, as_megatron_core: bool) -> Cost:
     """Save two checkpoints, load one, and return the cost."""
     if as_megatron_core:
-        load._sharing = lambda ranks: TorchDistLoadShardedStrategy()
+        load.shared_reading = lambda ranks: TorchDistLoadShardedStrategy()
     FileSystem.create_stream = counted_stream
     run = start_run(parse_config(argv), StopSignals())
     train_state = run.stepper.train_state
@@ -144,7 +144,7 @@ def save_and_load(argv, as_megatron_core: bool) -> Cost:
             part.__class__ = GatheringOptimizer
     saved = [tensor.clone() for tensor in tensors_of(run)]
     held = save(run, 1)
-    run.saver._keep_training = True
+    run.saver.keep_training = True
     held_async = save(run, 2)
     for tensor in tensors_of(run):
         tensor.fill_(-1)

@@ -21,7 +21,7 @@ def with_local_weight(argv, initial):
     def local_weight(self, made):
         return sum(batch.weight for batch in made) * self._ranks.dp_size
 
-    Stepper._global_weight = local_weight
+    Stepper.global_weight = local_weight
     return train_layout(argv, initial)
 
 
@@ -47,7 +47,7 @@ def with_shifted_labels(argv, initial):
 
 def with_own_keys_alone(argv, initial):
     """Let each context-parallel rank attend only to its own part of the sequence."""
-    ScaledDotProductAttention._attend_in_context = ScaledDotProductAttention._attend
+    ScaledDotProductAttention.attend_in_context = ScaledDotProductAttention.attend
     return train_layout(argv, initial)
 
 

@@ -33,7 +33,7 @@ def start(argv: list[str], part: str | None, is_together: bool) -> str:
     if part is not None and os.environ["RANK"] == "1":
         setattr(*READERS[part], fail)
     if not is_together:
-        load._LoadTogether = TorchDistLoadShardedStrategy
+        load.LoadTogether = TorchDistLoadShardedStrategy
     try:
         start_run(parse_config(argv), StopSignals())
     except UserError as error:

@@ -66,7 +66,7 @@ def test_overlapped_layout_trains_as_one_rank_does(setup, name, overlap):  # noq
 
 def train_with_a_step_not_applied(argv, initial):
     """Train with a NaN loss on the last rank in the third step, which no rank applies."""
-    train, loss, steps = Stepper.train, Stepper._loss, []
+    train, loss, steps = Stepper.train, Stepper.micro_batch_loss, []
 
     def counted(stepper, batches):
         steps.append(None)
@@ -76,7 +76,7 @@ def train_with_a_step_not_applied(argv, initial):
         is_here = len(steps) == 3 and os.environ["RANK"] == "1"
         return tuple(value * (torch.nan if is_here else 1) for value in loss(stepper, rows, global_weight))
 
-    Stepper.train, Stepper._loss = counted, poisoned
+    Stepper.train, Stepper.micro_batch_loss = counted, poisoned
     return train_layout(argv, initial)
 
 

@@ -34,8 +34,8 @@ def no_data(argv):
 
 
 def shorter_data(argv):
-    sizes = preflight._data_sizes
-    preflight._data_sizes = lambda config: [(path, size - 1) for path, size in sizes(config)]
+    sizes = preflight.data_sizes
+    preflight.data_sizes = lambda config: [(path, size - 1) for path, size in sizes(config)]
 
 
 def late_clock(argv):
@@ -57,12 +57,12 @@ def no_place(argv):
 
 
 def broken_network(argv):
-    preflight._all_reduce_speed = lambda *_: "unhandled system error"
+    preflight.all_reduce_speed = lambda *_: "unhandled system error"
 
 
 def slow_network(argv):
-    speed = preflight._all_reduce_speed
-    preflight._all_reduce_speed = lambda *args: min(speed(*args), 1e-9)
+    speed = preflight.all_reduce_speed
+    preflight.all_reduce_speed = lambda *args: min(speed(*args), 1e-9)
 
 
 def absent(argv):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from megatron_tst.checkpoint.load import _sharing
+from megatron_tst.checkpoint.load import shared_reading
 from megatron_tst.distributed import ParallelSizes, destroy_parallel_state, init_parallel_state
 from megatron_tst.megatron_patches.safe_checkpoint import safe_loading
 from megatron_tst.megatron_patches.shard_writer import ShardWriting, planning_for_threads
@@ -83,9 +83,9 @@ def load_bomb(folder: Path, place: str, is_guarded: bool) -> str:
     try:
         if is_guarded:
             with safe_loading():
-                loaded = load(content(ranks.rank), str(folder), _sharing(ranks))
+                loaded = load(content(ranks.rank), str(folder), shared_reading(ranks))
         else:
-            loaded = load(content(ranks.rank), str(folder), _sharing(ranks))
+            loaded = load(content(ranks.rank), str(folder), shared_reading(ranks))
         outcome = "loaded" if (loaded["tensor"].tolist(), loaded["entry"]) == ([1.0] * 3, ["text"]) else f"got {loaded}"
     except BaseException as error:
         outcome = f"{type(error).__name__}: {error}"

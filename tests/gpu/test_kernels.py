@@ -77,7 +77,7 @@ def test_attention_matches_float64(rank, device, mode, record_property, monkeypa
 
     def compute():
         leaves = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
-        output = module._attend(*leaves)
+        output = module.attend(*leaves)
         output.backward(upstream.to(device))
         return output.detach(), *(leaf.grad for leaf in leaves)
 

@@ -59,8 +59,8 @@ def test_contiguous_host_tensors_are_planned_without_a_copy(rank, tmp_path: Path
 @pytest.mark.parametrize("keep_training", [True, False])
 def test_training_does_not_change_what_is_being_written(rank, tmp_path: Path, monkeypatch, keep_training):
     """Negative control: without the copy, the values after training are written."""
-    changed, write = threading.Event(), shard_writer._write
-    monkeypatch.setattr(shard_writer, "_write", lambda *args: changed.wait(60) and write(*args))
+    changed, write = threading.Event(), shard_writer.write_shard
+    monkeypatch.setattr(shard_writer, "write_shard", lambda *args: changed.wait(60) and write(*args))
     buffer = BUFFER.clone()
     writing = ShardWriting(plan(buffer, tmp_path / "c"), keep_training)
     buffer.fill_(-1)

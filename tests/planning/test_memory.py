@@ -62,7 +62,7 @@ def measure(argv):
     batches = run.read_step(reader, phase)
     gc.collect()
     with Allocations(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)) as allocations:
-        run.stepper._run(batches, forward_only=False)
+        run.stepper.forward_backward(batches, forward_only=False)
     chunks = run.stepper.train_state.chunks
     weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
     buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]

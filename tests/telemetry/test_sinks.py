@@ -73,7 +73,7 @@ def test_a_service_that_fails_at_the_end_does_not_block_the_close(caplog):
     sink.offer({"step": 1})
     sink.close()
     assert "test: the network is gone" in caplog.text
-    assert not sink._thread.is_alive()
+    assert not sink.is_running
     assert "missed" not in caplog.text
 
 

@@ -23,7 +23,7 @@ MOMENTS = {
     "an index": (samples, "GPTDataset"),
     "a step": (Stepper, "train"),
     "an evaluation": (loop, "evaluate"),
-    "a save": (CheckpointSaver, "_publish"),
+    "a save": (CheckpointSaver, "publish"),
 }
 
 

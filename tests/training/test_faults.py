@@ -130,7 +130,7 @@ class Poison:
 
     def __init__(self, monkeypatch, steps, what):
         self.step, self.weights = 0, {}
-        train, loss = Stepper.train, Stepper._loss
+        train, loss = Stepper.train, Stepper.micro_batch_loss
 
         def poisoned_train(stepper, batches):
             self.step += 1
@@ -147,7 +147,7 @@ class Poison:
             return differentiated * torch.inf, reported
 
         monkeypatch.setattr(Stepper, "train", poisoned_train)
-        monkeypatch.setattr(Stepper, "_loss", poisoned_loss)
+        monkeypatch.setattr(Stepper, "micro_batch_loss", poisoned_loss)
 
 
 @pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer", "--bf16"])

@@ -124,7 +124,7 @@ def test_the_previous_checkpoint_is_kept_if_the_next_does_not_fit(here, argv, sm
 
 def test_a_full_disk_during_publication_leaves_no_checkpoint(here, argv, small_disk: Path, tmp_path: Path, monkeypatch):
     with monkeypatch.context() as patches:
-        fill_before(patches, CheckpointSaver, "_publish", small_disk)
+        fill_before(patches, CheckpointSaver, "publish", small_disk)
         with pytest.raises(UserError, match=rf"^--save: {small_disk}/.* cannot be written: {FULL}$"):
             train_here(argv(tmp_path / "run", f"--save {small_disk / 'saved'}"))
     assert list((small_disk / "saved").iterdir()) == []

@@ -58,7 +58,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(here, argv, kind, stop):
 
 def test_hours_are_counted_over_all_starts(here, argv, monkeypatch):
     """The run logs every other step and is stopped after the third; the patched timer reports one hour per step."""
-    monkeypatch.setattr(StepTimer, "seconds", property(lambda timer: 3600.0 * timer._steps))
+    monkeypatch.setattr(StepTimer, "seconds", property(lambda timer: 3600.0 * timer.steps))
     train_here(argv("stopped", "--exit-interval 3 --log-interval 2"))
     run = train_here(argv("stopped", "--log-interval 2", load="stopped"))
     hours = {line["step"]: line["gpu_hours"] for line in read_metrics(run.directory.metrics) if "loss" in line}

@@ -70,7 +70,7 @@ def signal_within(monkeypatch, owner, name: str) -> None:
 MOMENTS = {
     "a step": (Stepper, "train", 1),
     "an evaluation": (loop, "evaluate", 4),
-    "a save": (CheckpointSaver, "_publish", 3),
+    "a save": (CheckpointSaver, "publish", 3),
 }
 
 
