@@ -1,6 +1,5 @@
 """Whether Megatron-LM's trainer is installed."""
 
-import importlib.metadata
 import importlib.util
 
 from megatron_tst.config import UserError
@@ -13,8 +12,7 @@ def check_available() -> None:
         UserError: if the installed megatron-core does not have it.
     """
     if importlib.util.find_spec("megatron.training") is None:
-        installed = importlib.metadata.version("megatron-core")
         raise UserError(
-            f"--tst-trainer megatron-lm: megatron-core {installed} comes without megatron.training; it is in 0.19.2, "
-            "on Python 3.12 or later"
+            "--tst-trainer megatron-lm: the installed megatron-core has no megatron.training; 0.19.2 has it, on "
+            "Python 3.12 or later"
         )

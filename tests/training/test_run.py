@@ -86,7 +86,7 @@ def test_each_variant_of_the_paper_takes_one_setting(here, corpus, tokenizer, tm
 
 
 MISTAKES = {
-    "--tst-bag-size 0": "--tst-bag-size 0: must be at least 1",
+    "--tst-bag-size 0": "--tst-bag-size 0: must be above 0",
     "--seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel": "--seq-length 15",
     "--reset-attention-mask": "--reset-attention-mask: is not supported",
     "--tensor-model-parallel-size 2": "1 ranks cannot hold --tensor-model-parallel-size 2",
