@@ -115,7 +115,7 @@ def test_without_the_trainer_one_line_says_so(tmp_path: Path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "--tst-trainer megatron-lm: megatron-core" in line
-    assert "comes without megatron.training" in line
+    assert "has no megatron.training" in line
 
 
 @needs_trainer
