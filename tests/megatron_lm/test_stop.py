@@ -114,7 +114,7 @@ def test_without_the_trainer_one_line_says_so(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "--tst-trainer megatron-lm: megatron-core" in line
+    assert "--tst-trainer megatron-lm: the installed megatron-core" in line
     assert "has no megatron.training" in line
 
 
