@@ -60,7 +60,9 @@ def main() -> None:
     check_transformer_engine(recorded["transformer-engine"])
     imported = {name: import_compiled(name) for name in COMPILED}
     for module in pkgutil.walk_packages(megatron_tst.__path__, "megatron_tst."):
-        importlib.import_module(module.name)
+        # Megatron-LM's trainer asks for a card as soon as it is imported, and not every megatron-core has it.
+        if not module.name.startswith("megatron_tst.megatron_lm."):
+            importlib.import_module(module.name)
     print(write_json({**recorded, "imported": imported}, indent=2))
 
 
