@@ -19,6 +19,8 @@ warnings.filterwarnings(
     module=r"megatron\.core\.",
 )
 warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
+# It uses Python's own logging instead.
+warnings.filterwarnings("ignore", message="absl.logging is not installed")
 
 # What newer versions of megatron-core write to the log, or make torch write, that a user can do nothing about: the
 # logger, and how the line begins.

@@ -63,3 +63,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> str:
     folder = tmp_path_factory.mktemp("corpus")
     documents = read_documents(list_inputs(real_text(folder / "text")), "text", Skipped())
     return str(write_indexed(documents, tokenizer, folder / "corpus").prefix)
+
+
+@pytest.fixture
+def here(rank: ParallelState) -> ParallelState:
+    """The ranks that this process has joined, for runs that are built in it."""
+    return rank

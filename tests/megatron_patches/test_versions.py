@@ -4,6 +4,8 @@ import importlib.metadata
 import inspect
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,10 @@ def test_log_filter_drops_only_its_line(name: str, caplog):
         logger.warning("%s and so on", megatron_tst._UNWANTED_LINES[name])
         logger.warning("another line")
     assert [record.getMessage() for record in caplog.records if record.name == name] == ["another line"]
+
+
+def test_the_import_prints_nothing_without_optional_packages():
+    """The test environment has absl from TensorBoard, a user's may not."""
+    code = "import sys; sys.modules['absl'] = None; import megatron_tst.training"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

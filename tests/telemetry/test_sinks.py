@@ -95,11 +95,6 @@ def test_a_missing_package_is_named(monkeypatch):
         check_sinks(LoggingSettings(wandb_project="p"))
 
 
-@pytest.fixture
-def here(rank):
-    return rank
-
-
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -5,12 +5,6 @@ import pytest
 
 
 @pytest.fixture
-def here(rank):
-    """The parallel state that all tests share, because process groups can be built only once."""
-    return rank
-
-
-@pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of one megabyte."""
     place = tmp_path / "disk"
