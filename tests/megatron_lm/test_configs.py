@@ -81,7 +81,7 @@ def test_the_later_file_wins_setting_by_setting(tmp_path):
     ("extra", "rule"),
     [
         ({"nonsense": 1}, "megatron_lm.nonsense: is not a flag of the installed Megatron-LM"),
-        ({"num_layers": 1}, "megatron_lm.num_layers: stands in the section model"),
+        ({"num_layers": 1}, "megatron_lm.num_layers: belongs in the section model"),
         ({"log_throughput": 1}, "megatron_lm.log_throughput 1: must be true or false"),
         ({"timing_log_level": True}, "megatron_lm.timing_log_level True: needs a value"),
     ],
@@ -95,7 +95,7 @@ def test_a_wrong_setting_of_megatron_lms_is_named(corpus, tokenizer, tmp_path, e
 @pytest.mark.distributed
 def test_mistakes_are_one_line_that_names_the_flag(corpus, tokenizer, tmp_path):
     config = write(tmp_path / "run.yaml", settings(corpus, str(tokenizer.path), training={"max_nan_steps": 2}))
-    assert refused(["--config", config], tmp_path / "run").startswith("training.max_nan_steps 2: is not taken")
+    assert refused(["--config", config], tmp_path / "run").startswith("training.max_nan_steps 2: cannot be used")
     config = write(tmp_path / "run.yaml", settings(corpus, str(tokenizer.path)))
     for flags, rule in {
         "--nonsense 3": "unrecognized arguments: --nonsense 3",

@@ -123,7 +123,7 @@ def test_another_run_is_refused_by_name(whole, tmp_path, flags, rule, tokenizer)
 def test_weights_alone_are_taken_of_a_foreign_checkpoint(whole, tmp_path):
     argv, _ = whole
     reason = refused([*argv, "--load", str(STOCK / "0.19.2")], tmp_path / "run")
-    assert "only its weights can be used, add --finetune" in reason
+    assert "only its weights can be used, with --finetune" in reason
 
 
 def test_a_used_place_is_refused(whole, tmp_path):
