@@ -53,7 +53,7 @@ class LinearLossOptions(NamedTuple):
     Attributes:
         objective: function that combines the targets' cross-entropies into the row loss.
         ignore_index: value of targets that carry neither loss nor gradient.
-        tp_group: ranks that share the vocabulary.
+        tp_group: ranks over which the vocabulary is split.
         num_real: number of this shard's columns that stand for tokens; the columns after them get no probability.
         fuse_gradient: whether the weight's gradient is added to its ``main_grad`` here, as megatron-core's layers do
             with gradient accumulation fusion.
@@ -91,7 +91,7 @@ def vocab_parallel_linear_multi_hot_cross_entropy(
         weight: ``[Vp, D]`` of the same dtype, this rank's rows.
         targets: ``[B, L, S]`` token ids, or ``ignore_index``; each rank passes all of them.
         weights: ``[S]`` float32 bag weights.
-        tp_group: ranks that share the vocabulary.
+        tp_group: ranks over which the vocabulary is split.
         objective: ``mce``, or ``mce_alt`` for the total probability of the bag's distinct tokens.
         ignore_index: value of targets that carry neither loss nor gradient.
         num_real: number of rows of ``weight`` that stand for tokens; the default is all. The rows after them are

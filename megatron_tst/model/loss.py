@@ -51,7 +51,7 @@ def vocab_parallel_multi_hot_cross_entropy(
             their memory, unless they are a leaf or the operation that made them needs its result for its own gradient.
         targets: ``[B, L, S]`` token ids, or ``ignore_index``; each rank passes all of them.
         weights: ``[S]`` float32 bag weights.
-        tp_group: ranks that share the vocabulary.
+        tp_group: ranks over which the vocabulary is split.
         implementation: ``te`` for Transformer Engine's fused kernel, ``native`` for torch operations. (``linear`` takes
             hidden states in place of logits: :func:`vocab_parallel_linear_multi_hot_cross_entropy`.)
         objective: ``mce``, or ``mce_alt`` for the total probability of the bag's distinct tokens.

@@ -90,7 +90,7 @@ def compute_row_losses(
         weights_NS: float32 weight of each target, 0 where it is ignored.
         objective: function that combines the targets' cross-entropies into the row loss.
         ignore_index: value of targets that carry neither loss nor gradient.
-        tp_group: ranks that share the vocabulary.
+        tp_group: ranks over which the vocabulary is split.
         leave_exponentials: whether exp(z - maximum) replaces float32 logits, as :func:`write_row_gradients` needs it.
     """
     is_valid_NS = targets_NS != ignore_index
@@ -175,7 +175,7 @@ def _work(logits_NVp: Tensor) -> Tensor:
 
 
 def _operand(chunk: Tensor, work: Tensor) -> Tensor:
-    """Return the chunk in its fastest form: a GPU converts bfloat16 while it reads, a CPU is faster in advance."""
+    """Return the chunk in the form that is read fastest: unchanged on a GPU, converted to float32 on a CPU."""
     return chunk if chunk.is_cuda or chunk.dtype == torch.float32 else work.copy_(chunk)
 
 

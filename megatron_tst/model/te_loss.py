@@ -37,7 +37,8 @@ class Kernel:
     Attributes:
         function: Transformer Engine's function.
         rounds_once: whether the gradient stays in float32 until it is rounded once, and the logits are overwritten only
-            on request. Up to 2.17 it is first stored in the logits' dtype, which loses that of a confident target.
+            on request. Up to 2.17 the gradient is first stored in the logits' dtype, which loses it for a confident
+            target.
     """
 
     function: Callable[..., Tensor]

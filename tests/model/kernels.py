@@ -68,7 +68,7 @@ class KeepsFloat32(torch.autograd.Function):
 
 
 class OverwritesInBackward(torch.autograd.Function):
-    """From 2.19 on, with overwrite_input, the forward pass keeps the logits and a single backward overwrites them."""
+    """From 2.19 on, with overwrite_input, the logits are kept until the one backward pass, which overwrites them."""
 
     @staticmethod
     def forward(ctx, inp, target, group, ignore_index):
