@@ -37,7 +37,7 @@ CONFLICTS = (
     Conflict("--reset-attention-mask", "reset_attention_mask", f"the end of a document {_IN_TOKENS}"),
     Conflict("--hybrid-context-parallel", "hybrid_context_parallel", f"the length of a sequence, by which sequences are distributed, {_IN_TOKENS}"),
     Conflict("--cuda-graph-impl full_iteration", "cuda_graph_impl", "the graph's input has the shape of the first phase; use local or transformer_engine, which capture layers, whose shapes do not change", lambda value: value == "full_iteration"),
-    Conflict("--overlap-moe-expert-parallel-comm", "overlap_moe_expert_parallel_comm", "its schedule does not support bags"),
+    Conflict("--overlap-moe-expert-parallel-comm", "overlap_moe_expert_parallel_comm", "its schedule plan does not support bags"),
     Conflict("--tensor-parallel-num-weight-shards", "tensor_parallel_num_weight_shards", "a weight-sharded embedding does not take bags", lambda value: value not in (None, 1)),
     Conflict("--expert-tensor-parallel-num-weight-shards", "expert_tensor_parallel_num_weight_shards", "weight shards are not tested with bags", lambda value: value not in (None, 1)),
     Conflict("--step-batch-size-schedule", "step_batch_size_schedule", "the split of the text among the phases assumes a constant batch size"),

@@ -1,7 +1,7 @@
 """Turns a command line and YAML files into Megatron-LM's arguments.
 
 Megatron-LM's own parser reads the flags. The settings of a YAML file become flags that precede those of the command
-line; of two equal flags, the later one wins.
+line; if a flag is given twice, the later one wins.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _PREFLIGHT = ("preflight", "preflight_only", "preflight_timeout", "preflight_min
 
 
 def read_arguments(argv: Sequence[str], libraries: Libraries, has_cuda: bool) -> Namespace:
-    """Read a run's settings into Megatron-LM's ``args``; this project's settings are attributes named ``tst_``.
+    """Read a run's settings into Megatron-LM's ``args``; names of this project's own attributes start with ``tst_``.
 
     Args:
         argv: command-line arguments after the program's name.

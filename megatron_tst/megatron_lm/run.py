@@ -118,7 +118,7 @@ class Run:
         if self._data.valid is None:
             args.eval_iters = 0
         else:
-            # Each evaluation reads the same samples, so it has at most as many batches as there are samples for.
+            # Each evaluation reads the same samples, so their number limits the number of batches.
             args.eval_iters = len(self._data.valid.phases[0]) // args.global_batch_size
             args.consumed_valid_samples = 0
             valid = ValidSamples(self._data.valid.phases[0], vocabulary, is_read)

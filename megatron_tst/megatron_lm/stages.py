@@ -19,7 +19,7 @@ from megatron_tst.megatron_patches.shard_writer import planning_for_threads
 
 
 class Stages(Protocol):
-    """The methods of a run that the trainer calls at each stage."""
+    """The methods of a run that are called at the stages of training."""
 
     def set_up(self) -> None:
         """Set up the run, after the ranks have joined and before the model is built."""
