@@ -6,17 +6,17 @@
     OMP_NUM_THREADS=1 python benchmarks/loss.py --hidden 256 --rows 8192 --vocab 151936 --repeats 2    with output layer
     python benchmarks/loss.py --te-wheel FOLDER    the kernel's Python files from an unpacked wheel, on a CUDA device
 
-Forward and backward on the same logits, one rank. Variants: ``te`` (Transformer Engine's kernel, where it is installed
-or given as a wheel, and there is a CUDA device), ``native`` (torch operations), ``loop`` (one megatron-core
-cross-entropy per target, as the paper does it), ``torch, 1 target``. Each is a ratio to an ordinary one-target
-cross-entropy: Transformer Engine's own for ``te``, megatron-core's for the others, which overwrites its float32 logits.
-Times are the process's own on a CPU and the wall clock's on a CUDA device, medians of ratios of neighbouring runs;
-memory is the peak above the logits, on a CPU of each variant in its own process.
+It runs forward and backward passes on the same logits, on one rank. The variants are ``te`` (Transformer Engine's
+kernel, if it is installed or given as a wheel and there is a CUDA device), ``native`` (torch operations), ``loop`` (one
+megatron-core cross-entropy per target, as in the paper) and ``torch, 1 target``. Each is compared with an ordinary
+one-target cross-entropy: ``te`` with Transformer Engine's own, the others with megatron-core's, which overwrites its
+float32 logits. Times are CPU time on a CPU and wall-clock time on a CUDA device, as medians of the ratios of
+neighbouring runs; memory is the peak above the logits, on a CPU measured in a separate process for each variant.
 
-With ``--hidden`` the output layer takes part: hidden states and weight in, their gradients out. ``native`` (a matrix
-product, then the native loss) is then what the others are compared with: ``linear``, which never holds the logits,
-``loop``, which takes gigabytes at large vocabularies, and ``megatron-core, 1 target``. Memory is the peak beside weight
-and hidden states and the weight's gradient.
+With ``--hidden`` the output layer is included: inputs are hidden states and weight, and their gradients are computed.
+The others are then compared with ``native`` (a matrix product, then the native loss): ``linear``, which never holds the
+logits, ``loop``, which takes gigabytes at large vocabularies, and ``megatron-core, 1 target``. Memory is the peak above
+the weight, the hidden states and the weight's gradient.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from megatron_tst.superposition import bag_weights
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 ONE_TARGET = "megatron-core, 1 target"
-# From logits or, with the output layer, hidden states and weight; and targets.
+# Function of the logits or, with the output layer, of hidden states and weight; and of the targets.
 Loss = Callable[..., torch.Tensor]
 Memory = Callable[["Case", str, int], int]
 
@@ -122,7 +122,7 @@ class Case:
 
     def _inputs(self) -> tuple[torch.Tensor, ...]:
         self.logits.grad = None
-        # As in a model, the logits are an operation's output: they may be overwritten.
+        # As in a model, the logits are the output of an operation, so the loss may overwrite them.
         return (self.logits * 1.0,)
 
     def _wait(self) -> None:
@@ -131,10 +131,10 @@ class Case:
 
 
 class CaseWithOutputLayer(Case):
-    """One size: hidden states and the output layer's weight."""
+    """The sizes of a measurement, which runs a loss on random hidden states and an output layer's weight."""
 
     def __init__(self, rows: int, vocab: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Fix the size."""
+        """Store the sizes."""
         self.rows, self.vocab, self.dtype, self.device = rows, vocab, dtype, device
         self.hidden = torch.randn(rows, 1, hidden, device=device, dtype=dtype).requires_grad_()
         self.weight = (torch.randn(vocab, hidden, device=device, dtype=dtype) * hidden**-0.5).requires_grad_()
@@ -146,13 +146,13 @@ class CaseWithOutputLayer(Case):
 
 
 def measure_memory(case: Case, loss: Loss, bag_size: int) -> int:
-    """Return the peak bytes of one pass above what is held before it and a weight's gradient."""
+    """Return the peak bytes of one pass, without the memory in use before it and the weight's gradient."""
     if case.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         case.run(loss, bag_size)
         return torch.cuda.max_memory_allocated() - before - case.weight_gradient_bytes
-    # Linux: resets the high-water mark of resident memory to what is resident now.
+    # On Linux this resets the high-water mark of resident memory to the current value.
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident_bytes("VmRSS")
     case.run(loss, bag_size)
@@ -227,7 +227,7 @@ def main() -> None:
     if arguments.memory_of:
         rows, vocab, bag_size = (int(number) for number in arguments.memory_of[1:])
         loss = losses[arguments.memory_of[0]]
-        # Two rows first: kernels, threads and small buffers are not part of the peak.
+        # A run of two rows first excludes kernels, threads and small buffers from the peak.
         make(2, vocab).run(loss, bag_size)
         print(measure_memory(make(rows, vocab), loss, bag_size))
         return

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Draw the peak memory of output layer and loss against bag size and vocabulary, each way to compute them a line.
+"""Draw the peak memory of output layer and loss against bag size and vocabulary, with a line for each implementation.
 
     OMP_NUM_THREADS=1 python benchmarks/loss_memory.py --picture docs/images/loss_memory.png
 
-Each point is a forward and backward pass in a process of its own, measured by ``benchmarks/loss.py --hidden``: the peak
-of resident memory above weight, hidden states and the weight's gradient, on the CPU in float32. Needs the ``plot``
-extra.
+``benchmarks/loss.py --hidden`` measures each point as a forward and backward pass in a separate process: the peak of
+resident memory above the weight, the hidden states and the weight's gradient, on the CPU in float32. The ``plot`` extra
+is required.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import matplotlib
 import matplotlib.figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-# Okabe and Ito's palette, told apart by colour-blind readers.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 LINES = {
     "loop": ("loop over targets", "#D55E00", "^"),
     "megatron-core, 1 target": ("megatron-core, 1 target", "#009E73", "s"),
@@ -25,7 +25,7 @@ LINES = {
     "linear": ("linear", "#CC79A7", "D"),
 }
 BAG_SIZES, VOCABULARIES = (1, 2, 4, 8, 16), (4096, 8192, 16384, 32768)
-VOCABULARY, BAG_SIZE = 8192, 4  # what the panel of bag sizes and that of vocabularies hold fixed
+VOCABULARY, BAG_SIZE = 8192, 4  # fixed in the panel of bag sizes and in that of vocabularies
 
 
 def measure_mib(name: str, rows: int, vocab: int, bag_size: int) -> float:
@@ -37,8 +37,8 @@ def measure_mib(name: str, rows: int, vocab: int, bag_size: int) -> float:
 
 
 def draw(panels: list[tuple[str, tuple[int, ...], dict[str, list[float]]]], path: Path) -> None:
-    """Draw each panel's lines over its axis, both logarithmic."""
-    # Letters as large as a page's text where the picture is 800 pixels wide.
+    """Draw the lines of each panel on logarithmic axes."""
+    # The letters are as large as the text of a page on which the picture is 800 pixels wide.
     with matplotlib.rc_context({"font.size": 12.0, "savefig.dpi": 200}):
         figure = matplotlib.figure.Figure(figsize=(8.0, 4.2), layout="constrained")
         plots = figure.subplots(1, len(panels), sharey=True)

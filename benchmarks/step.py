@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Step time: our loop against megatron-core's classes and the stock trainer, superposed steps against ordinary ones.
+"""Compare step times: our loop with megatron-core's classes and the stock trainer, superposed with ordinary steps.
 
     OMP_NUM_THREADS=1 python benchmarks/step.py [--steps 30] [--vocab 512 4096 32768] [--json step.json]
     python benchmarks/step.py --tst-preset 270m --seq-length 1024 --bf16    another model: flags of pretrain_tst.py
 
-The compared steps run in turn; each row is the median of the ratios of neighbouring steps, in the process's own time
-on a CPU and the wall clock's on a CUDA device. Steps read random text, train (forward, backward, optimizer), and, in
-our loop and the stock trainer, log a line. ``bare megatron-core loop`` is a loop over megatron-core's schedule and
-optimizer with megatron-core's own loss. ``stock trainer`` is Megatron-LM's, unchanged, in a process of its own, where
-it can be started on the CPU: ``megatron.training`` of 0.19, or for 0.16.1 Megatron-LM's folder in PYTHONPATH.
+The compared steps alternate; each row is the median of the ratios of neighbouring steps, in CPU time on a CPU and in
+wall-clock time on a CUDA device. Steps read random text, train (forward, backward, optimizer), and, in our loop and the
+stock trainer, log a line. ``bare megatron-core loop`` is a loop over megatron-core's schedule and optimizer with
+megatron-core's own loss. ``stock trainer`` is Megatron-LM's unmodified trainer in a separate process, if it can be
+started on the CPU: ``megatron.training`` of 0.19, or for 0.16.1 Megatron-LM's folder in PYTHONPATH.
 """
 
 import argparse
@@ -55,17 +55,17 @@ TRAINING = (
     "--micro-batch-size 8 --lr 1e-3 --eval-iters 0 --log-interval 1 --num-workers 0 "
     "--split 1,0,0 --tst-bag-size 16 --tst-step-ratio 0.5"
 )
-# The recorded model's settings of tests/checkpoint/stock_trainer.py that MODEL leaves to defaults.
+# Flags that override the settings of tests/checkpoint/stock_trainer.py with the defaults that MODEL relies on.
 STOCK = (
     "--max-position-embeddings 128 --kv-channels 32 --num-query-groups 4 --norm-epsilon 1e-5 --rotary-base 10000 "
     "--init-method-std 0.02 --micro-batch-size 8 --global-batch-size 8 --lr 1e-3"
 )
-# Takes a step and returns its seconds.
+# Function that runs a step and returns its seconds.
 Side = Callable[[], float]
 
 
 def clocked(step: Callable[[], None]) -> Side:
-    """Return a step that tells its seconds: while other processes have a CPU's core, the wall clock goes on."""
+    """Return a step that measures its seconds: CPU time on a CPU, since the wall clock includes other processes."""
 
     def side() -> float:
         clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -120,7 +120,7 @@ class _Cut(torch.utils.data.Dataset):
 
 
 def bare_step(run: Run, steps: int) -> Side:
-    """Return one step of a loop that megatron-core's own classes and its loss make, on ordinary batches."""
+    """Return one step of a loop of megatron-core's own classes and its loss, on ordinary batches."""
     sequence, batch_size = run.config.model.seq_length, run.config.training.micro_batch_size
     chunks = build_model(run.config, run.shape, run.ranks, find_libraries())
     for chunk in chunks:
@@ -157,13 +157,13 @@ def bare_step(run: Run, steps: int) -> Side:
 
 
 def has_stock_trainer() -> bool:
-    """Whether Megatron-LM's own trainer can be started, which takes the CPU for its card."""
+    """Return whether Megatron-LM's own trainer can be started, with the CPU in place of its GPU."""
     found = importlib.util.find_spec("pretrain_gpt") or importlib.util.find_spec("megatron.training")
     return found is not None and not torch.cuda.is_available()
 
 
 def stock_step(vocab_size: int, steps: int, log: Path) -> Side:
-    """Start the stock trainer and return one step of it, in its process's own time."""
+    """Start the stock trainer and return one step of it, measured in CPU time of its process."""
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=run_stock_trainer, args=(theirs, vocab_size, steps + 1, log), daemon=True)
@@ -181,7 +181,7 @@ def stock_step(vocab_size: int, steps: int, log: Path) -> Side:
 
 
 def run_stock_trainer(gate: Connection, vocab_size: int, steps: int, log: Path) -> None:
-    """Train with the stock trainer; each step waits at the gate, and tells the seconds that the last one took."""
+    """Train with the stock trainer; each step waits at the gate and sends the seconds of the previous one."""
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -204,7 +204,7 @@ def run_stock_trainer(gate: Connection, vocab_size: int, steps: int, log: Path) 
 
         def gated(*args: Any, **kwargs: Any) -> Any:
             if started:
-                # From one gate to the next: what the trainer does between its steps counts too.
+                # The time from one gate to the next includes the trainer's work between its steps.
                 gate.send(time.process_time() - started[-1])
             gate.recv()
             started.append(time.process_time())
@@ -226,7 +226,7 @@ def compare(first: Side, second: Side, steps: int) -> dict[str, float]:
 
 
 def compare_all(flags: list[str], vocab_size: int | None, steps: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Build a run, of the flags' own vocabulary where none is given, and compare its steps with the others."""
+    """Build a run, with the flags' vocabulary if ``vocab_size`` is None, and compare its steps with the others."""
     with tempfile.TemporaryDirectory() as name:
         files = f"--data-path {name}/corpus --tokenizer-model {name}/tokenizer.json --tst-run-dir {name}/run"
         size = ["--vocab-size", str(vocab_size)] if vocab_size else []
@@ -256,8 +256,8 @@ def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=1, help="of all steps; their median is printed")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[512], help="sizes, for the model without --tst-preset")
+    parser.add_argument("--rounds", type=int, default=1, help="repetitions of all steps; medians are printed")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[512], help="sizes for the model without --tst-preset")
     parser.add_argument("--json", type=Path)
     arguments, flags = parser.parse_known_args()
     torch.set_num_threads(1)

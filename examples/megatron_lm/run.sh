@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The same run with the own trainer and with Megatron-LM's, and how far their losses are apart; Python 3.12.
+# Trains the same run with the own trainer and with Megatron-LM's and compares their losses; needs Python 3.12.
 #   bash examples/megatron_lm/run.sh
-#   STEPS=20 bash examples/megatron_lm/run.sh     shorter; DATA=, RUNS=: folders; PYTHON=, VENV=: another interpreter
+#   STEPS=20 bash examples/megatron_lm/run.sh     shorter runs; DATA=, RUNS= set folders, PYTHON=, VENV= an interpreter
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-python3.12} VENV=${VENV:-.venv-3.12} OMP_NUM_THREADS=1
@@ -24,7 +24,7 @@ train() {
 }
 echo "== training with the own trainer"
 train own
-echo "== training with Megatron-LM's, which has flags of its own"
+echo "== training with Megatron-LM's trainer and two of its own flags"
 train megatron-lm --log-throughput --timing-log-level 1
 
 echo "== comparing"

@@ -1,7 +1,7 @@
-"""Megatron-LM's own trainer with bags, through its hooks: every flag it has, and Token Superposition Training.
+"""Token Superposition Training with Megatron-LM's own trainer and all its flags, through its hooks.
 
-This room alone imports ``megatron.training``, which megatron-core has from 0.19 on. Its modules are imported only once
-the device is entered, since they ask for a card when they are.
+Only this room imports ``megatron.training``, which megatron-core contains from 0.19 on. Its modules look for a GPU when
+they are imported, so they are imported only after the device is entered.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ __all__ = ["check_available", "train"]
 
 
 def train(argv: Sequence[str]) -> bool:
-    """Train a run as a command line says; return whether its end was reached.
+    """Train the run that a command line describes; return whether the end of its schedule was reached.
 
     Args:
-        argv: the arguments after the program's name.
+        argv: command-line arguments after the program's name.
 
     Raises:
         UserError: if Megatron-LM's trainer is not installed, or a setting, a checkpoint or a file cannot be used.

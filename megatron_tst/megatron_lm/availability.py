@@ -1,4 +1,4 @@
-"""Whether Megatron-LM's trainer is installed."""
+"""Checks that Megatron-LM's trainer is installed."""
 
 import importlib.util
 
@@ -6,10 +6,10 @@ from megatron_tst.config import UserError
 
 
 def check_available() -> None:
-    """Look for Megatron-LM's trainer without importing it.
+    """Check that Megatron-LM's trainer is installed, without importing it.
 
     Raises:
-        UserError: if the installed megatron-core does not have it.
+        UserError: if the installed megatron-core does not contain it.
     """
     if importlib.util.find_spec("megatron.training") is None:
         raise UserError(

@@ -1,6 +1,6 @@
-"""Where a run starts: from scratch, or from a checkpoint of either trainer that it goes on from.
+"""Finds where a run starts: from scratch, or from a checkpoint of either trainer.
 
-What a run knows beside tensors rides in Megatron-LM's ``args``, which every checkpoint holds.
+The state of a run besides its tensors is stored in Megatron-LM's ``args``, which every checkpoint contains.
 """
 
 import logging
@@ -29,14 +29,14 @@ _STATE, _CONFIG = "tst_run_state", "tst_run_config"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts.
+    """The start of a run.
 
     Attributes:
-        schedule: the phases to run.
-        step: optimizer steps done already.
-        gpu_hours: that these took.
-        splits: how the documents are split among the phases, where that is to be continued.
-        state: of the checkpoint to go on from, or None.
+        schedule: schedule of the phases to run.
+        step: number of optimizer steps already done.
+        gpu_hours: GPU-hours that these steps took.
+        splits: split of the documents among the phases, to be continued; None if the documents are split anew.
+        state: run state of the checkpoint to continue from; None without one.
     """
 
     schedule: Schedule
@@ -47,10 +47,10 @@ class Start:
 
 
 def find_start(args: Namespace, config: RunConfig) -> Start:
-    """Find the checkpoint to start from, and check that this run may go on from it.
+    """Find the checkpoint to start from, and check that this run may continue from it.
 
     Raises:
-        UserError: if the checkpoint is not of a run, or was made with settings that this run may not change.
+        UserError: if the checkpoint is not a run's, or was made with settings that this run may not change.
     """
     fresh = Start(config.schedule)
     if args.load is None or args.finetune:
@@ -68,33 +68,33 @@ def find_start(args: Namespace, config: RunConfig) -> Start:
         splits = [DocumentSplit.from_saved(source) for source in state.sources]
         start = Start(prolonged(state.schedule, args.train_iters), state.iteration, state.gpu_hours, splits, state)
     if start.schedule.num_steps < state.iteration:
-        raise UserError(f"--train-iters {args.train_iters}: {folders.of(step)} has {state.iteration} steps done")
+        raise UserError(f"--train-iters {args.train_iters}: {folders.of(step)} already has {state.iteration} steps")
     return start
 
 
 def _read(folder: Path) -> tuple[RunState, RunConfig]:
     if not folder.is_dir():
-        raise UserError(f"--load {folder.parent}: {folder.name} is not there")
-    if (folder / RUN_STATE).exists():  # the own trainer's
+        raise UserError(f"--load {folder.parent}: {folder.name} does not exist")
+    if (folder / RUN_STATE).exists():  # the own trainer writes this file
         return read_run_state(folder), read_saved_config(folder)
     arguments = read_saved_arguments(folder) or {}
     if _STATE not in arguments:
         raise UserError(
-            f"--load {folder}: was not saved by a run with --tst-trainer: only its weights can be used, add --finetune"
+            f"--load {folder}: was not saved by a run with --tst-trainer; only its weights can be used, with --finetune"
         )
     return parse_run_state(arguments[_STATE], str(folder)), load_config_text(arguments[_CONFIG], str(folder))
 
 
 def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: int, vocab_size: int) -> None:
-    """Check that the text of a run that goes on is dealt as before.
+    """Check that a continued run splits the same text among the phases as before.
 
     Raises:
-        UserError: naming the first thing that differs.
+        UserError: if something differs; it names the first difference.
     """
     state = start.state
     if state is None or start.splits is None:
         return
-    instead = "to go on nevertheless, add --override-run-config"
+    instead = "to continue nevertheless, add --override-run-config"
     if state.vocab_size != vocab_size:
         raise UserError(f"--vocab-size {vocab_size}: the checkpoint's vocabulary has {state.vocab_size} tokens")
     if state.global_batch_size != global_batch_size:
@@ -102,10 +102,10 @@ def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: in
             f"--global-batch-size {global_batch_size}: the checkpoint has {state.global_batch_size}; {instead}"
         )
     if state.tokenizer_sha256 != tokenizer_sha256:
-        raise UserError(f"--tokenizer-model: is not the checkpoint's ({state.tokenizer}); {instead}")
+        raise UserError(f"--tokenizer-model: is not the checkpoint's tokenizer ({state.tokenizer}); {instead}")
 
 
 def remember(args: Namespace, state: RunState, config: RunConfig) -> None:
-    """Put what a run knows into the arguments, which the next checkpoint holds."""
+    """Store a run's state and settings in the arguments, which the next checkpoint contains."""
     setattr(args, _STATE, dump_run_state(state))
     setattr(args, _CONFIG, dump_config(config))

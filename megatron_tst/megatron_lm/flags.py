@@ -1,7 +1,7 @@
-"""From a command line and YAML files to Megatron-LM's arguments.
+"""Turns a command line and YAML files into Megatron-LM's arguments.
 
-Flags are Megatron-LM's, read by its own parser; the settings of a YAML file become flags that stand before those of the
-command line, where the later wins.
+Megatron-LM's own parser reads the flags. The settings of a YAML file become flags that precede those of the command
+line; if a flag is given twice, the later one wins.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from megatron_tst.config.parse import PROGRAM
 from megatron_tst.megatron_lm.conflicts import refuse_conflicts
 from megatron_tst.megatron_patches import Libraries
 
-# Settings of the own trainer that have no counterpart here: what to say of a value other than the default.
+# The own trainer's settings without a counterpart here, and the reason to give if the value is not the default.
 NOT_TAKEN = {
     "max_nan_steps": "Megatron-LM stops at the first loss or gradient that is not finite",
     "no_verify_checkpoint": "Megatron-LM's checkpoints have no checksums",
@@ -32,15 +32,15 @@ _PREFLIGHT = ("preflight", "preflight_only", "preflight_timeout", "preflight_min
 
 
 def read_arguments(argv: Sequence[str], libraries: Libraries, has_cuda: bool) -> Namespace:
-    """Read a run's settings as Megatron-LM keeps them, ``args``; the run's own are there too, under ``tst_`` names.
+    """Read a run's settings into Megatron-LM's ``args``; names of this project's own attributes start with ``tst_``.
 
     Args:
-        argv: the arguments after the program's name.
-        libraries: what can be computed with; what cannot is turned off.
-        has_cuda: whether there are cards.
+        argv: command-line arguments after the program's name.
+        libraries: installed libraries; options that need a missing one are turned off.
+        has_cuda: whether there are CUDA devices.
 
     Raises:
-        UserError: for an unknown, refused or malformed setting, or one that Megatron-LM refuses.
+        UserError: if a setting is unknown, refused, malformed or refused by Megatron-LM.
         SystemExit: with code 0 after ``--help``.
     """
     named, others = find_named(argv)
@@ -54,13 +54,13 @@ def read_arguments(argv: Sequence[str], libraries: Libraries, has_cuda: bool) ->
         *_extra_flags(config.megatron_lm, parser, ", ".join(named.config)),
         *others,
     ]
-    # Twice: Megatron-LM's own function reads a file in place of the command line if it is told to.
+    # The flags are parsed twice, since Megatron-LM's own function reads a file in place of the command line on request.
     parser.set_defaults(cross_entropy_fusion_impl=None)
     typed = _parse(lambda: parser.parse_args(flags), flags)
     refuse_conflicts(typed)
     args = _parse(lambda: parse_args(_add_flags), flags)
-    # The loss is this project's, and its kernel the best there is unless one is named. Megatron-LM's check refuses `te`
-    # on account of its own.
+    # The loss is this project's, with the best available kernel unless one is given. Megatron-LM's check would refuse
+    # `te` because of its own loss.
     args.tst_loss = typed.cross_entropy_fusion_impl
     args.cross_entropy_loss_fusion, args.cross_entropy_fusion_impl = False, "native"
     args.tst_phases = [dataclasses.asdict(phase) for phase in config.phases]
@@ -69,16 +69,16 @@ def read_arguments(argv: Sequence[str], libraries: Libraries, has_cuda: bool) ->
 
 
 def flag_parser() -> argparse.ArgumentParser:
-    """Return a parser that knows all flags: those of the installed Megatron-LM, and the run's own."""
+    """Return a parser of all flags: those of the installed Megatron-LM and those of this project."""
     parser = _add_flags(add_megatron_arguments(argparse.ArgumentParser(prog=PROGRAM, allow_abbrev=False)))
     for action in parser._actions:
-        # Megatron-LM's own --help fails at a percent sign that stands for itself.
+        # Megatron-LM's own --help fails at an unescaped percent sign.
         action.help = re.sub(r"%%|%(?!\()", "%%", action.help or "")
     return parser
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags that Megatron-LM does not have, and the kernel of the loss."""
+    """Add the flags that Megatron-LM does not have, and this project's choices of the loss kernel."""
     parser._option_string_actions["--cross-entropy-fusion-impl"].choices = KERNELS
     group = parser.add_argument_group(title="token superposition")
     hints = get_type_hints(SuperpositionSettings)
@@ -105,7 +105,7 @@ def _add_flag(group: Any, name: str, hint: Any, default: Any) -> None:
 
 
 def _platform_flags(libraries: Libraries, has_cuda: bool) -> list[str]:
-    """Return what makes Megatron-LM do without what is not there, and save for any layout."""
+    """Return flags that turn off what is not installed, and that save checkpoints for any layout."""
     flags = ["--ckpt-format", "torch_dist", "--dist-ckpt-optim-fully-reshardable"]
     if not libraries.gradient_accumulation_fusion:
         flags.append("--no-gradient-accumulation-fusion")
@@ -113,14 +113,14 @@ def _platform_flags(libraries: Libraries, has_cuda: bool) -> list[str]:
         flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"]
         flags += ["--no-rope-fusion"]
     if not has_cuda:
-        # Fused by torch.compile.
+        # torch.compile makes these fusions.
         flags += ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"]
         flags += ["--distributed-backend", "gloo"]
     return flags
 
 
 def _flags_of(config: RunConfig, libraries: Libraries) -> list[str]:
-    """Return the settings of both trainers as flags, with what the own trainer makes of those that are not given."""
+    """Return the settings that both trainers have as flags, with the own trainer's values for those not given."""
     flags: list[str] = []
     has_engine = libraries.transformer_engine is not None
     config = dataclasses.replace(
@@ -147,7 +147,7 @@ def _flag(setting: str, value: Any, default: Any) -> list[str]:
     name = setting.rpartition(".")[2]
     if name in NOT_TAKEN:
         if value != default:
-            raise UserError(f"{setting} {value}: is not taken with --tst-trainer megatron-lm: {NOT_TAKEN[name]}")
+            raise UserError(f"{setting} {value}: cannot be used with --tst-trainer megatron-lm: {NOT_TAKEN[name]}")
         return []
     if name in ("tst_preset", "tst_trainer") or value is None or value is False or value == ():
         return []
@@ -164,7 +164,7 @@ def _extra_flags(settings: Mapping[str, Any], parser: argparse.ArgumentParser, s
     """Return the settings of the section ``megatron_lm`` as flags.
 
     Raises:
-        UserError: if Megatron-LM has no such flag, another section has it, or the value does not suit it.
+        UserError: if Megatron-LM has no such flag, if it belongs to another section, or if its value is wrong.
     """
     sections = {
         field.name: section.name
@@ -176,7 +176,7 @@ def _extra_flags(settings: Mapping[str, Any], parser: argparse.ArgumentParser, s
     for name, value in settings.items():
         where = f"{source}: megatron_lm.{name}"
         if name in sections:
-            raise UserError(f"{where}: stands in the section {sections[name]}")
+            raise UserError(f"{where}: belongs in the section {sections[name]}")
         options = parser._option_string_actions
         flag = next((f for f in (f"--{name.replace('_', '-')}", f"--{name}") if f in options), None)
         if flag is None:
@@ -189,7 +189,7 @@ def _extra_flags(settings: Mapping[str, Any], parser: argparse.ArgumentParser, s
 
 
 def _parse(parse: Callable[[], Namespace], flags: list[str]) -> Namespace:
-    """Have a parser read flags, from ``sys.argv`` if need be, and tell what is wrong in a line."""
+    """Call a parser, with the flags in ``sys.argv``, and turn its complaint into a one-line error."""
     complaint = io.StringIO()
     given, sys.argv = sys.argv, [PROGRAM, *flags]
     try:
@@ -205,10 +205,10 @@ def _parse(parse: Callable[[], Namespace], flags: list[str]) -> Namespace:
 
 
 def complete(args: Namespace) -> None:
-    """Have Megatron-LM check the arguments and fill in those that follow from others.
+    """Let Megatron-LM check the arguments and fill in those that follow from others.
 
     Raises:
-        UserError: with what it says.
+        UserError: if Megatron-LM refuses them; it quotes the reason.
     """
     try:
         validate_args(args)

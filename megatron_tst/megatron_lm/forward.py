@@ -1,10 +1,10 @@
-"""The forward step that Megatron-LM's schedules call, with a loss that is exact whatever is masked.
+"""The forward step that Megatron-LM's schedules call, with a loss that is exact for any masking.
 
-The loss of a step is the sum of all row losses over the sum of all target weights, over micro-batches and
-data-parallel ranks alike, as in the own trainer. A step's text is read before its first forward pass, so the global
+The loss of a step is the sum of all row losses divided by the sum of all target weights, both over all micro-batches
+and data-parallel ranks, as in the own trainer. A step's text is read before its first forward pass, so the global
 weight is known when the first loss is divided by it.
 
-Shape letters: B sequences, L positions, P = L / cp of them on this context-parallel rank.
+Shape letters: B sequences, L positions, P = L / cp positions of this context-parallel rank.
 """
 
 from collections import deque
@@ -28,11 +28,11 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class StepSizes:
-    """How a global batch is cut.
+    """Sizes of a global batch and its parts.
 
     Attributes:
-        num_microbatches: of each rank.
-        num_positions: of the whole batch, over all ranks.
+        num_microbatches: number of micro-batches of each rank.
+        num_positions: number of positions of the whole batch, over all ranks.
     """
 
     num_microbatches: int
@@ -41,12 +41,12 @@ class StepSizes:
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """One micro-batch and what its loss is divided by.
+    """One micro-batch and the quantities that scale its loss.
 
     Attributes:
-        batch: of this rank; None on stages that own no text.
-        global_weight: of all valid targets of the step; None where no loss is computed.
-        num_positions: of the step, over all ranks.
+        batch: batch of this rank; None on pipeline stages that need no text.
+        global_weight: total weight of all valid targets of the step; None on stages that compute no loss.
+        num_positions: number of positions of the step, over all ranks.
     """
 
     batch: Batch | None
@@ -55,7 +55,7 @@ class _MicroBatch:
 
 
 class ForwardStep:
-    """Makes batches of text and runs them through the model; Megatron-LM's ``forward_step_func``."""
+    """Turns text into batches and runs them through the model; this is Megatron-LM's ``forward_step_func``."""
 
     def __init__(
         self,
@@ -65,24 +65,24 @@ class ForwardStep:
         sizes: Callable[[bool], StepSizes],
         check: Callable[[Tensor], None],
     ) -> None:
-        """Tie it to a run.
+        """Store the parts of a run that the forward step uses.
 
         Args:
-            schedule: the phases.
-            ranks: this rank's place.
-            batch_shape: what text is turned into in a phase.
-            sizes: how the global batch is cut now, given whether the model trains.
-            check: looks at each row of losses of training, such as for one that is not finite.
+            schedule: schedule of the phases.
+            ranks: parallel state of this rank.
+            batch_shape: function from a phase to the shape of its batches.
+            sizes: function from whether the model is training to the current sizes of the global batch.
+            check: function that checks the row losses of training, for example that they are finite.
         """
         self._schedule, self._ranks = schedule, ranks
         self._batch_shape, self._sizes, self._check = batch_shape, sizes, check
-        # What was read ahead, by the iterator it is from: each chunk of an interleaved pipeline has its own.
+        # Micro-batches that were read ahead, by iterator; each chunk of an interleaved pipeline has its own iterator.
         self._waiting: dict[int, deque[_MicroBatch]] = {}
 
     def __call__(self, samples: Iterator[dict[str, Any]], model: torch.nn.Module, *_: Any) -> tuple[Tensor, Any]:
-        """Return the model's output for the next micro-batch, and the function that makes a loss of it.
+        """Return the model's output for the next micro-batch, and the function that turns it into a loss.
 
-        Collective: every rank of the data-parallel group calls it where the loss is computed.
+        Collective: on the stage that computes the loss, every rank of the data-parallel group calls it.
         """
         micro_batch = self._next(samples, model)
         batch = micro_batch.batch
@@ -98,7 +98,7 @@ class ForwardStep:
         return waiting.popleft()
 
     def _read(self, samples: Iterator[dict[str, Any]], model: torch.nn.Module) -> Iterator[_MicroBatch]:
-        """Read a step and weigh it."""
+        """Read the micro-batches of a step and sum the weights of its targets over the ranks."""
         sizes = self._sizes(model.training)
         read = read_step(samples, sizes.num_microbatches)
         is_first, is_last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
@@ -121,11 +121,11 @@ class ForwardStep:
     def _loss(
         self, row_loss_BP: Tensor, micro_batch: _MicroBatch, is_training: bool
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the loss to differentiate, the positions it is of, and what is reported.
+        """Return the loss to differentiate, its number of positions, and the values to report.
 
-        Megatron-LM divides a loss by the positions, an integer, and averages over micro-batches and ranks, or sums and
-        divides by all positions (--calculate-per-token-loss). Times the positions of the whole step, either leaves
-        this micro-batch's part of the step's loss.
+        Megatron-LM divides a loss by its number of positions, an integer, and averages over micro-batches and ranks, or
+        it sums and divides by all positions (--calculate-per-token-loss). Since the loss is multiplied by the positions
+        of the whole step, the result in both cases is this micro-batch's part of the step's loss.
         """
         assert micro_batch.global_weight is not None
         if is_training:

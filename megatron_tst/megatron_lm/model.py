@@ -1,4 +1,4 @@
-"""The model that Megatron-LM builds, and how it comes to take bags."""
+"""The configuration of the model that Megatron-LM builds, with a hook that gives it the bag axis."""
 
 from argparse import Namespace
 from typing import Any
@@ -12,7 +12,7 @@ from megatron_tst.model import LossChoice, superpose_model
 from megatron_tst.model.build import reduce_experts_apart
 from megatron_tst.model.layers import block_spec
 
-# Settings of layers and their values in the models that the own trainer builds too.
+# Layer settings and their values in the models that the own trainer can build, too.
 _PLAIN_LAYERS: dict[str, Any] = {
     "attention_output_gate": False,
     "experimental_attention_variant": None,
@@ -25,12 +25,12 @@ _PLAIN_LAYERS: dict[str, Any] = {
 
 
 def model_config(args: Namespace, vocab_size: int, loss: LossChoice) -> Any:
-    """Return what Megatron-LM builds its model from, with a hook that lets the model take bags.
+    """Return the configuration from which Megatron-LM builds its model, with a hook that lets the model take bags.
 
     Args:
-        args: Megatron-LM's, completed.
-        vocab_size: tokens of the vocabulary before padding.
-        loss: which loss to compute from labels.
+        args: Megatron-LM's arguments, completed.
+        vocab_size: number of tokens of the vocabulary, without padding.
+        loss: loss to compute from labels.
     """
     is_hybrid = args.hybrid_layer_pattern is not None
     config = hybrid_config_from_args(args) if is_hybrid else gpt_config_from_args(args)
@@ -38,7 +38,7 @@ def model_config(args: Namespace, vocab_size: int, loss: LossChoice) -> Any:
         config.transformer_layer_spec = _local_layers
 
     def superpose(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Let the chunks of this rank take bags, before they are wrapped."""
+        """Let this rank's model chunks take bags, before they are wrapped."""
         for chunk in chunks:
             superpose_model(chunk, vocab_size, loss)
             if args.expert_tensor_parallel_size != args.tensor_model_parallel_size:
@@ -50,10 +50,10 @@ def model_config(args: Namespace, vocab_size: int, loss: LossChoice) -> Any:
 
 
 def _has_own_layers(args: Namespace, transformer: TransformerConfig) -> bool:
-    """Whether the model is one that the own trainer's local layers are for, without Transformer Engine.
+    """Return whether the model uses no Transformer Engine and can be built from the own trainer's local layers.
 
-    They bring torch's attention and norms, sequence and context parallelism on any device, and Transformer Engine's
-    names in checkpoints. Other models have Megatron-LM's local layers.
+    These layers have torch's attention and norms, sequence and context parallelism on any device, and Transformer
+    Engine's names in checkpoints. Other models use Megatron-LM's local layers.
     """
     is_plain = all(getattr(transformer, name, plain) == plain for name, plain in _PLAIN_LAYERS.items())
     is_gpt = args.spec is None and args.hybrid_layer_pattern is None

@@ -1,4 +1,4 @@
-"""Metrics of a run, in the file and with the names of the own trainer's."""
+"""Writes the metrics of a run, in the same file and with the same names as the own trainer."""
 
 import math
 import time
@@ -28,18 +28,18 @@ from megatron_tst.telemetry.switch import SwitchWatch
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What metrics are computed from.
+    """Constants of a run from which metrics are computed.
 
     Attributes:
-        schedule: the phases.
-        objective: of the loss with bags.
-        positions_per_step: over all ranks.
-        flops_per_step: over all ranks.
-        epochs_per_step: per phase, how much of its share a step reads.
-        log_interval: steps between lines.
-        first_step: steps done already.
-        gpu_hours: that these took.
-        bytes_per_target: of the validation text; None where it is not known. The main rank's alone counts.
+        schedule: schedule of the phases.
+        objective: objective of the loss in the superposition phase.
+        positions_per_step: number of positions per step, over all ranks.
+        flops_per_step: FLOPs per step, over all ranks.
+        epochs_per_step: for each phase, number of epochs of its documents that a step reads.
+        log_interval: number of steps between lines of metrics.
+        first_step: number of steps already done.
+        gpu_hours: GPU-hours that these steps took.
+        bytes_per_target: bytes of validation text per target; None if unknown. Only the main rank's value is used.
     """
 
     schedule: Schedule
@@ -54,10 +54,10 @@ class RunFacts:
 
 
 class Monitor:
-    """Turns what Megatron-LM reports of steps and evaluations into metrics; the main rank writes them.
+    """Turns Megatron-LM's reports of steps and evaluations into metrics; the main rank writes them.
 
     Attributes:
-        step: steps done.
+        step: number of steps done.
     """
 
     def __init__(self, facts: RunFacts, directory: RunDirectory, ranks: ParallelState, device: Device) -> None:
@@ -66,7 +66,7 @@ class Monitor:
         Collective: every rank of the world calls it.
 
         Raises:
-            UserError: if it cannot be opened.
+            UserError: if the file cannot be written.
         """
         self.step = facts.first_step
         self._facts, self._ranks, self._device = facts, ranks, device
@@ -88,22 +88,22 @@ class Monitor:
 
     @property
     def gpu_hours(self) -> float:
-        """Hours of training over all ranks and all starts of the run."""
+        """GPU-hours of training, over all ranks and all starts of the run."""
         return self._gpu_hours + self._seconds * self._ranks.world_size / 3600
 
     def record(
         self, step: int, losses: dict[str, Tensor], grad_norm: float, lr_by_group: dict[str, float], started_s: float
     ) -> None:
-        """Count a step that was applied, and log it if a line is due.
+        """Count a step whose update was applied, and log it if a line is due.
 
         Collective: every rank of a pipeline calls it.
 
         Args:
-            step: 1-based.
-            losses: as the last pipeline stage reports them; empty elsewhere.
-            grad_norm: before clipping.
-            lr_by_group: learning rate of the step.
-            started_s: when the step began, in seconds of ``time.perf_counter``.
+            step: 1-based number of the step.
+            losses: losses as the last pipeline stage reports them; empty on the other stages.
+            grad_norm: gradient norm before clipping.
+            lr_by_group: learning rate of the step for each kind of parameters.
+            started_s: start of the step, in seconds of ``time.perf_counter``.
         """
         loss = self._share(losses)
         self.step = step
@@ -120,7 +120,7 @@ class Monitor:
             self._record_step(step, loss, grad_norm, lr_by_group)
 
     def _share(self, losses: dict[str, Tensor]) -> float:
-        """Return the loss on every rank of the pipeline."""
+        """Return the last stage's loss on every rank of the pipeline."""
         loss = losses.get("lm loss", torch.zeros((), device=torch.cuda.current_device())).detach().clone()
         if self._ranks.groups.pp.size() > 1:
             dist.broadcast(loss, self._ranks.last_stage_rank, group=self._ranks.groups.pp)
@@ -163,12 +163,12 @@ class Monitor:
         self._last_tokens, self._seconds, self._steps = tokens, 0.0, 0
 
     def record_valid(self, losses: dict[str, Any]) -> None:
-        """Log an evaluation, once per step: the end of a run evaluates again what the last step may have.
+        """Log an evaluation, once per step: at the end of a run Megatron-LM may evaluate the last step again.
 
         Collective: every rank of a pipeline calls it.
 
         Args:
-            losses: as the last pipeline stage reports them; empty elsewhere.
+            losses: losses as the last pipeline stage reports them; empty on the other stages.
         """
         loss, facts = self._share(losses), self._facts
         if self._file is None or self._evaluated_at == self.step:
@@ -197,7 +197,7 @@ class Monitor:
             ) from error
 
     def sync(self) -> None:
-        """Wait until the metrics are on disk: a checkpoint must not know more than they do."""
+        """Wait until the metrics are on disk: a checkpoint must not be ahead of the metrics file."""
         if self._file is not None:
             self._file.sync()
 

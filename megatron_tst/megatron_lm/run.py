@@ -46,17 +46,17 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A run, from its arguments to its last checkpoint; takes part in Megatron-LM's :class:`Stages`.
+    """A run, from its arguments to its last checkpoint; it implements :class:`Stages`.
 
     Attributes:
-        args: Megatron-LM's, completed.
-        config: the settings that they come to.
+        args: Megatron-LM's arguments, completed.
+        config: settings of the run that correspond to the arguments.
     """
 
     def __init__(
         self, args: Namespace, config: RunConfig, tokenizer: RunTokenizer, device: Device, libraries: Libraries
     ) -> None:
-        """Hold what is known before the ranks join."""
+        """Store everything that is known before the ranks join."""
         self.args, self.config = args, config
         self._tokenizer, self._device, self._libraries = tokenizer, device, libraries
         self._signals = StopSignals()
@@ -66,17 +66,17 @@ class Run:
         self._data: RunData | None = None
 
     def set_up(self) -> None:
-        """Take the run's folders, and find where it starts.
+        """Occupy the run's folders and find its start.
 
         Raises:
-            UserError: if a folder is another run's, or the checkpoint is not one to go on from.
+            UserError: if a folder belongs to another run, or the run cannot continue from the checkpoint.
             StoppedInSetUp: if a signal asks to stop.
         """
         self._signals.listen()
         self._ranks = get_parallel_state()
         if self._ranks.is_main:
             start_log_screen()
-            # Megatron-LM sends every line that reaches the root to the screen.
+            # Megatron-LM prints every line that reaches the root logger.
             logging.getLogger("megatron_tst").propagate = False
         self._start = run_on_main_rank(self._take_place)
         self._signals.check()
@@ -101,7 +101,7 @@ class Run:
         return start
 
     def provide_data(self, _: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
-        """Return the samples of training and validation; Megatron-LM's ``train_valid_test_datasets_provider``.
+        """Return the training and validation datasets; this is Megatron-LM's ``train_valid_test_datasets_provider``.
 
         Collective: every rank of the world calls it.
         """
@@ -118,14 +118,14 @@ class Run:
         if self._data.valid is None:
             args.eval_iters = 0
         else:
-            # Each evaluation reads the same text, as far as it goes.
+            # Each evaluation reads the same samples, so their number limits the number of batches.
             args.eval_iters = len(self._data.valid.phases[0]) // args.global_batch_size
             args.consumed_valid_samples = 0
             valid = ValidSamples(self._data.valid.phases[0], vocabulary, is_read)
         return train, valid, None
 
     def begin(self) -> None:
-        """Open the metrics, and say what is trained."""
+        """Open the metrics file and log the data of each phase."""
         self._signals.hold()
         assert self._data is not None
         schedule, args = self._start.schedule, self.args
@@ -153,7 +153,7 @@ class Run:
             )  # fmt: skip
 
     def _bytes_per_target(self) -> float | None:
-        """Count the validation text, on the main rank."""
+        """Return the bytes of validation text per target, on the main rank; None elsewhere or if they are unknown."""
         assert self._data is not None
         sizes, text = self._tokenizer.token_bytes, self._data.valid
         if not self._ranks.is_main or sizes is None or text is None:
@@ -165,7 +165,7 @@ class Run:
         return self._tokenizer.eod if self.args.eod_mask_loss else None
 
     def _flops_per_step(self) -> float:
-        """Return what a step takes: as the own trainer counts it where it has such models, else as Megatron-LM does."""
+        """Return the FLOPs of a step: the own trainer's count if it has such models, else Megatron-LM's."""
         args = self.args
         if args.hybrid_layer_pattern is None and not find_foreign(vars(args)):
             return step_flops(resolve_shape(self.config.model, parallel=self.config.parallel), args.global_batch_size)
@@ -174,27 +174,27 @@ class Run:
     def stepped(
         self, step: int, losses: dict[str, Tensor], grad_norm: float, lr_by_group: dict[str, float], started_s: float
     ) -> None:
-        """Tell of a step."""
+        """Record the metrics of a step."""
         self._monitor.record(step, losses, grad_norm, lr_by_group, started_s)
 
     def evaluated(self, losses: dict[str, Any]) -> None:
-        """Tell of an evaluation."""
+        """Record the metrics of an evaluation."""
         self._monitor.record_valid(losses)
 
     def is_save_due(self, step: int) -> bool:
-        """Whether a phase ends: the checkpoint of a switch is always kept."""
+        """Return whether a phase ends after ``step`` steps, since the checkpoint of a switch is always kept."""
         ends: tuple[int, ...] = self._start.schedule.ends
-        return step in ends[:-1]  # after the last one Megatron-LM saves by itself
+        return step in ends[:-1]  # at the end of the last phase Megatron-LM itself saves a checkpoint
 
     def is_stop_asked(self) -> bool:
-        """Whether a signal reached any rank.
+        """Return whether a signal reached any rank.
 
         Collective: every rank of the world calls it.
         """
         return any(any_rank(self._signals.request is not None))
 
     def saving(self, step: int) -> None:
-        """Put what the run knows into the checkpoint that is about to be written."""
+        """Store the state of the run in the checkpoint that is about to be written."""
         assert self._data is not None
         self._monitor.sync()
         schedule = self._start.schedule
@@ -215,7 +215,7 @@ class Run:
         remember(self.args, state, self.config)
 
     def saved(self, step: int) -> None:
-        """Delete what --keep-last does not keep."""
+        """Delete the checkpoints that --keep-last does not keep."""
         keep = self.config.checkpoint.keep_last
         if keep is not None and self._ranks.is_main:
             passing = [s for s in self._folders.steps() if s < step and s not in self._start.schedule.ends]
@@ -224,11 +224,11 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all steps are done."""
+        """Whether all steps of the schedule are done."""
         return bool(self._monitor.step >= self._start.schedule.num_steps)
 
     def forward_step(self, samples: Any, model: torch.nn.Module, *_: Any) -> Any:
-        """Run the next micro-batch through the model; Megatron-LM's ``forward_step_func``."""
+        """Run the next micro-batch through the model; this is Megatron-LM's ``forward_step_func``."""
         return self._forward(samples, model)
 
     def _batch_shape(self, phase: Phase) -> BatchShape:
@@ -262,7 +262,7 @@ class Run:
             )
 
     def train(self) -> bool:
-        """Train to the end, or until asked to stop; return whether the end was reached.
+        """Train to the end of the schedule, or until asked to stop; return whether the end was reached.
 
         Raises:
             UserError: if a setting, a checkpoint or a file cannot be used.
@@ -270,14 +270,14 @@ class Run:
         loss = loss_choice(self.config, self._libraries)
         model = model_config(self.args, self.config.model.vocab_size or 0, loss)
         container = pretrain_cfg_container_from_args(self.args, model)
-        # Megatron-LM reads these attributes of the provider: each rank reads its own samples.
+        # Megatron-LM reads this attribute of the provider: it states that every rank builds its datasets.
         self.provide_data.__func__.is_distributed = True  # type: ignore[attr-defined]
         try:
             with taking_part(self, has_cuda=self._device.torch_device.type == "cuda"):
                 training.pretrain(
                     container, self.provide_data, ModelType.encoder_or_decoder, self.forward_step, store=_own_store()
                 )
-        except SystemExit as stop:  # how Megatron-LM ends a run before its end
+        except SystemExit as stop:  # Megatron-LM raises this to stop a run early
             if stop.code:
                 raise
         finally:
@@ -286,15 +286,15 @@ class Run:
 
 
 def _own_store() -> dist.Store | None:
-    """Return where a process without torchrun's environment meets itself."""
+    """Return the store of a single process without torchrun's environment; None under torchrun."""
     return None if "RANK" in os.environ else dist.HashStore()
 
 
 def prepare(argv: Sequence[str], device: Device) -> Run:
-    """Read a run's settings and all that is known before the ranks join.
+    """Create a run from its command line, before the ranks join.
 
     Raises:
-        UserError: if a setting cannot be used, or cannot be combined with bags.
+        UserError: if a setting cannot be used or cannot be combined with bags.
         SystemExit: with code 0 after ``--help``.
     """
     libraries = find_libraries()
@@ -319,7 +319,7 @@ def prepare(argv: Sequence[str], device: Device) -> Run:
 
 
 def _fill_in(args: Namespace) -> None:
-    """Give the arguments that Megatron-LM wants values for the ones that the own trainer would take."""
+    """Set arguments that Megatron-LM requires to the values that the own trainer would use."""
     args.tst_run_dir = args.tst_run_dir or args.save
     if args.tst_run_dir is None:
         raise UserError("--tst-run-dir None: must be given, or --save")
@@ -327,6 +327,6 @@ def _fill_in(args: Namespace) -> None:
         raise UserError("--train-iters None: must be given")
     args.save = args.save or str(RunDirectory(Path(args.tst_run_dir)).checkpoints)
     args.save_interval = args.save_interval or args.train_iters
-    # Rates follow from this run's settings, as in the own trainer: a longer run need not say so.
+    # Learning rates follow from the current settings, as in the own trainer, so a prolonged run needs no extra flag.
     args.override_opt_param_scheduler = not args.use_checkpoint_opt_param_scheduler
     args.eval_interval = args.eval_interval or RunConfig().training.eval_interval

@@ -1,7 +1,7 @@
-"""The samples of a run as Megatron-LM's loaders want them: one dataset whose index alone says what is read.
+"""The samples of a run as Megatron-LM's dataloaders expect them: one dataset whose index alone determines the sample.
 
-Sample k of training is the sample that the own trainer reads k-th, so the samples that a checkpoint has consumed say
-where to go on, in which phase and with which bag size.
+Sample k of the training dataset is the k-th sample that the own trainer reads. The number of consumed samples in a
+checkpoint therefore determines the position in the data, the phase and the bag size to continue with.
 """
 
 from collections.abc import Iterator
@@ -17,60 +17,60 @@ from megatron_tst.config import UserError
 from megatron_tst.data.samples import PhaseDataset, RunDataset
 from megatron_tst.superposition import Phase, Schedule
 
-# Validation is read from its start at every evaluation, as often as there are any.
+# Every evaluation reads the validation samples from the start, and there may be any number of evaluations.
 ENDLESS = 1 << 60
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which tokens there may be.
+    """Check of token ids against the vocabulary.
 
     Attributes:
-        size: of the vocabulary; larger ids are refused.
+        size: number of tokens of the vocabulary; ids from ``size`` on are refused.
     """
 
     size: int
 
     def check(self, text: NDArray[Any]) -> None:
-        """Refuse text of another vocabulary.
+        """Check that all token ids are in the vocabulary.
 
         Raises:
-            UserError: if a token id lies beyond it.
+            UserError: if a token id is beyond the vocabulary.
         """
         if text.max() >= self.size:
             raise UserError(
-                f"--data-path: holds token id {text.max()}, but the vocabulary has {self.size}: the data was made with "
+                f"--data-path: holds token id {text.max()}, but the vocabulary has {self.size}; the data was made with "
                 "another tokenizer than --tokenizer-model",
                 own_rank=True,
             )
 
 
 class TrainSamples(torch.utils.data.Dataset[dict[str, Any]]):
-    """All samples of training, in the order they are read."""
+    """All training samples, in the order in which they are read."""
 
     split = Split.train
 
     def __init__(
         self, text: RunDataset, schedule: Schedule, global_batch_size: int, vocabulary: Vocabulary, is_read: bool
     ) -> None:
-        """Hold the text.
+        """Store the text and its schedule.
 
         Args:
-            text: of each phase.
-            schedule: the phases.
-            global_batch_size: sequences per step.
-            vocabulary: which tokens there may be.
-            is_read: whether this rank needs text at all.
+            text: text of each phase.
+            schedule: schedule of the phases.
+            global_batch_size: number of sequences per step.
+            vocabulary: check of token ids.
+            is_read: whether this rank needs text.
         """
         self._text, self._schedule, self._batch_size = text, schedule, global_batch_size
         self._vocabulary, self._is_read = vocabulary, is_read
 
     def __len__(self) -> int:
-        """Return the samples of the run."""
+        """Return the number of samples of the run."""
         return self._schedule.num_steps * self._batch_size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return ``text``, ``[T + 1]`` int32, and ``phase``, its number; a rank that needs no text gets none."""
+        """Return ``text``, ``[T + 1]`` int32, and ``phase``, its index; on a rank that needs no text, it is empty."""
         step, place = divmod(index, self._batch_size)
         point = self._schedule.phase_at(step)
         key = (point.index, point.step * self._batch_size + place)
@@ -78,22 +78,22 @@ class TrainSamples(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class ValidSamples(torch.utils.data.Dataset[dict[str, Any]]):
-    """The validation samples over and over: each evaluation reads all of them from the first on."""
+    """The validation samples, repeated endlessly: each evaluation reads all of them from the first one on."""
 
     split = Split.valid
 
     def __init__(self, text: PhaseDataset, vocabulary: Vocabulary, is_read: bool) -> None:
-        """Hold the text.
+        """Store the text.
 
         Args:
-            text: of one evaluation.
-            vocabulary: which tokens there may be.
-            is_read: whether this rank needs text at all.
+            text: text of one evaluation.
+            vocabulary: check of token ids.
+            is_read: whether this rank needs text.
         """
         self._text, self._vocabulary, self._is_read = text, vocabulary, is_read
 
     def __len__(self) -> int:
-        """Return more samples than any run evaluates on."""
+        """Return a number that exceeds the validation samples of any run."""
         return ENDLESS
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _sample(text: NDArray[Any] | None, phase: int, vocabulary: Vocabulary) -> di
 
 
 def phase_of(micro_batch: dict[str, Any], schedule: Schedule) -> Phase:
-    """Return the phase that the samples of a micro-batch belong to: ordinary tokens where it is validation."""
+    """Return the phase of a micro-batch's samples; that of validation samples has bag size 1."""
     number = int(micro_batch["phase"][0])
     return Phase(1, 1) if number < 0 else schedule.phases[number]
 
@@ -121,12 +121,12 @@ def read_step(samples: Iterator[dict[str, Any]], num_microbatches: int) -> list[
 
 
 def bytes_per_target(text: PhaseDataset, token_bytes: list[int], masked_after: int | None) -> float | None:
-    """Return the bytes of text that a target of these samples stands for on average; None where there are none.
+    """Return the average number of bytes of text per target of these samples; None if there are no bytes.
 
     Args:
-        text: ordinary samples.
-        token_bytes: of each id.
-        masked_after: the token after which nothing is predicted, or None.
+        text: samples with bag size 1.
+        token_bytes: bytes of text of each token id.
+        masked_after: token after which the target is masked, or None.
     """
     sizes, num_targets, num_bytes = numpy.array(token_bytes), 0, 0
     for index in range(len(text)):

@@ -1,4 +1,4 @@
-"""From Megatron-LM's arguments back to a run's settings, which the other rooms and the run directory know."""
+"""Turns Megatron-LM's arguments back into a run's settings, which the rest of the package and the run directory use."""
 
 import argparse
 import dataclasses
@@ -13,12 +13,12 @@ _PLAIN = (bool, int, float, str)
 
 
 def run_config(args: Namespace, parser: argparse.ArgumentParser, vocab_size: int | None = None) -> RunConfig:
-    """Return the settings that arguments come to: those that both trainers have, and the others by Megatron-LM's names.
+    """Return the settings that correspond to arguments; those that only Megatron-LM has keep its names.
 
     Args:
-        args: Megatron-LM's, checked and completed.
-        parser: of all flags.
-        vocab_size: tokens of the vocabulary, before padding, where it is known.
+        args: Megatron-LM's arguments, checked and completed.
+        parser: parser of all flags.
+        vocab_size: number of tokens of the vocabulary, without padding; None if unknown.
     """
     config = RunConfig()
     known: set[str] = set()
@@ -40,7 +40,7 @@ def run_config(args: Namespace, parser: argparse.ArgumentParser, vocab_size: int
 
 
 def _values(settings: Any, args: Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Return the fields of a section that arguments give a value that the own trainer could have too."""
+    """Return the fields of a section for which the arguments have a value that the own trainer accepts, too."""
     values: dict[str, Any] = {}
     for name, hint in get_type_hints(type(settings)).items():
         action = parser._option_string_actions.get(f"--{name.replace('_', '-')}")
@@ -50,13 +50,13 @@ def _values(settings: Any, args: Namespace, parser: argparse.ArgumentParser) -> 
         value = not value if action.const is False else value
         try:
             values |= read_fields({name: hint}, {name: value}, "")
-        except UserError:  # only Megatron-LM knows this value, or it was not given
+        except UserError:  # only Megatron-LM accepts this value, or the value was not given
             continue
     return values
 
 
 def _others(args: Namespace, parser: argparse.ArgumentParser, known: set[str]) -> dict[str, Any]:
-    """Return the flags that only Megatron-LM has and that were given another value than their default."""
+    """Return the flags that only Megatron-LM has and whose given value is not the default."""
     given: dict[str, Any] = {}
     for action in parser._actions:
         flag = action.option_strings[0]
@@ -68,7 +68,7 @@ def _others(args: Namespace, parser: argparse.ArgumentParser, known: set[str]) -
 
 
 def given_values(args: Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Return by name the plain arguments, as they were parsed, that differ from their defaults."""
+    """Return the plain arguments, as they were parsed, that differ from their defaults, by name."""
     found: dict[str, Any] = {}
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)

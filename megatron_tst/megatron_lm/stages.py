@@ -1,8 +1,8 @@
-"""Where a run takes part in what Megatron-LM's trainer does: around functions that it calls by name.
+"""Calls the stages of a run from within Megatron-LM's trainer, around functions that the trainer calls by name.
 
-Megatron-LM hands its ``pretrain`` a model, data and a forward step. For what happens between them it has no argument,
-so the names below are replaced in ``megatron.training.training`` for as long as a run lasts, each by a function that
-calls the original.
+Megatron-LM's ``pretrain`` takes a model, data and a forward step as arguments, but no hooks for the stages of a run.
+So during a run the functions below are replaced in ``megatron.training.training``, each by a function that calls the
+original.
 """
 
 import contextlib
@@ -19,38 +19,38 @@ from megatron_tst.megatron_patches.shard_writer import planning_for_threads
 
 
 class Stages(Protocol):
-    """What a run does at each of them."""
+    """The methods of a run that are called at the stages of training."""
 
     def set_up(self) -> None:
-        """Ranks have joined; no model is built."""
+        """Set up the run, after the ranks have joined and before the model is built."""
 
     def begin(self) -> None:
-        """The first step is next."""
+        """Begin the run, before the first step."""
 
     def stepped(
         self, step: int, losses: dict[str, Tensor], grad_norm: float, lr_by_group: dict[str, float], started_s: float
     ) -> None:
-        """A step is done and was applied."""
+        """React to a step whose update was applied."""
 
     def evaluated(self, losses: dict[str, Any]) -> None:
-        """An evaluation is done."""
+        """React to an evaluation."""
 
     def is_save_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written though no interval ends."""
+        """Return whether a checkpoint must be written although no save interval ends."""
 
     def is_stop_asked(self) -> bool:
-        """Whether to save and stop; the same on every rank."""
+        """Return whether to save and stop; the answer is the same on every rank."""
 
     def saving(self, step: int) -> None:
-        """A checkpoint is about to be written."""
+        """Prepare for a checkpoint that is about to be written."""
 
     def saved(self, step: int) -> None:
-        """A checkpoint was written."""
+        """React to a checkpoint that was written."""
 
 
 @contextlib.contextmanager
 def taking_part(stages: Stages, has_cuda: bool) -> Iterator[None]:
-    """Replace the names for as long as the context lasts."""
+    """Replace the functions of the trainer within the context."""
     replacements: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
         "initialize_megatron": lambda stock: _initialize(stock, stages, has_cuda),
         "get_megatron_optimizer": _build_optimizer,
@@ -64,7 +64,7 @@ def taking_part(stages: Stages, has_cuda: bool) -> Iterator[None]:
     compile_helpers = utils.compile_helpers
     for name, replace in replacements.items():
         setattr(training, name, replace(stocks[name]))
-    # The wheel has them compiled, and no makefile.
+    # The wheel contains the compiled helpers, and no makefile to compile them with.
     utils.compile_helpers = _do_nothing
     try:
         yield
@@ -80,7 +80,7 @@ def _do_nothing() -> None:
 
 def _initialize(stock: Callable[..., Any], stages: Stages, has_cuda: bool) -> Callable[..., Any]:
     def initialize(*args: Any, **kwargs: Any) -> Any:
-        """Join the ranks, on the CPU too."""
+        """Join the ranks, on the CPU if there is no CUDA device, and set up the run."""
         result = stock(*args, **kwargs, allow_no_cuda=not has_cuda)
         stages.set_up()
         return result
@@ -90,7 +90,7 @@ def _initialize(stock: Callable[..., Any], stages: Stages, has_cuda: bool) -> Ca
 
 def _build_optimizer(stock: Callable[..., Any]) -> Callable[..., Any]:
     def build(*args: Any, **kwargs: Any) -> Any:
-        """Build the optimizer, and mend what saving and resuming a sharded one needs mended."""
+        """Build the optimizer, and patch it so that a sharded one can be saved and resumed."""
         optimizer = stock(*args, **kwargs)
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             make_resumable(part)
@@ -101,7 +101,7 @@ def _build_optimizer(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _train(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
     def train(*args: Any, **kwargs: Any) -> Any:
-        """Train."""
+        """Begin the run and train."""
         stages.begin()
         return stock(*args, **kwargs)
 
@@ -110,7 +110,7 @@ def _train(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
 
 def _train_step(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
     def train_step(forward: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Take a step, and tell of it."""
+        """Take a step and report it."""
         started_s = time.perf_counter()
         lr_by_group = learning_rates(optimizer)
         result = stock(forward, data, model, optimizer, *args, **kwargs)
@@ -124,7 +124,7 @@ def _train_step(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]
 
 def _evaluate(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
     def evaluate(*args: Any, **kwargs: Any) -> Any:
-        """Evaluate, and tell of it."""
+        """Evaluate and report the result."""
         result = stock(*args, **kwargs)
         losses, _, is_out_of_time = result
         if not is_out_of_time:
@@ -136,10 +136,10 @@ def _evaluate(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
 
 def _save(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
     def save(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        """Save, with what the run knows."""
+        """Save a checkpoint with the state of the run."""
         stages.saving(iteration)
-        # A save that nothing goes on beside is written by threads, which need no manager process: that would be spawned
-        # for the results alone, import the program again, and outlive a run that is killed.
+        # Threads write a synchronous save, so no manager process is needed. It would be spawned only to return the
+        # results, import the program again, and outlive a run that is killed.
         waits_for_it = not get_args().async_save
         with planning_for_threads() if waits_for_it else contextlib.nullcontext():
             result = stock(iteration, *args, **kwargs)
@@ -151,7 +151,7 @@ def _save(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
 
 def _decide(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]:
     def decide(model: Any, optimizer: Any, scheduler: Any, iteration: int, flops: Any, context: Any, data: Any) -> bool:
-        """Save where an interval or a phase ends or the run is asked to stop, and say whether to stop."""
+        """Save if an interval or a phase ends or the run is asked to stop, and return whether to stop."""
         arguments = (model, optimizer, scheduler, iteration, flops, context)
         saves: list[int] = []
         with _noting_saves(saves):
@@ -169,7 +169,7 @@ def _noting_saves(saves: list[int]) -> Iterator[None]:
     save = training.save_checkpoint_and_time
 
     def noting(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        """Save, and note that it was done."""
+        """Save a checkpoint and note its step."""
         saves.append(iteration)
         return save(iteration, *args, **kwargs)
 
@@ -181,7 +181,7 @@ def _noting_saves(saves: list[int]) -> Iterator[None]:
 
 
 def learning_rates(optimizer: Any) -> dict[str, float]:
-    """Return the learning rate of each kind of parameters: matrices are decayed, vectors (norms, biases) are not."""
+    """Return the learning rate of each kind of parameters: matrices have weight decay, vectors (norms, biases) none."""
     rates = {}
     for group in optimizer.param_groups:
         kind = "matrices" if group.get("wd_mult", 1.0) else "vectors"

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: this project's for a ``tokenizer.json``, else the one that Megatron-LM builds."""
+"""The tokenizer of a run: this project's for a ``tokenizer.json``, otherwise the one that Megatron-LM builds."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from megatron_tst.data.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class RunTokenizer:
-    """What a run asks of its tokenizer.
+    """The properties of a tokenizer that a run uses.
 
     Attributes:
-        name: of its file or kind.
-        sha256: by which it is known again.
-        vocab_size: one more than the largest id.
-        eod: id of the end-of-document token; None where it has none.
-        unique_identifiers: what megatron-core puts into the names of cached indices.
-        token_bytes: bytes of text that each id stands for; None where they are not known.
+        name: path of the tokenizer's file, or its kind.
+        sha256: digest that identifies the tokenizer.
+        vocab_size: one more than the largest token id.
+        eod: id of the end-of-document token; None if there is none.
+        unique_identifiers: identifiers that megatron-core puts into the names of cached indices.
+        token_bytes: number of bytes of text of each token id; None if unknown.
     """
 
     name: str
@@ -37,7 +37,7 @@ def find_tokenizer(args: Namespace) -> RunTokenizer:
     """Return the tokenizer that the arguments name.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if the tokenizer is not given or cannot be read.
     """
     name = args.tokenizer_model
     if args.tokenizer_type in (None, "HuggingFaceTokenizer") and (name is None or Path(name).exists()):
@@ -51,7 +51,7 @@ def find_tokenizer(args: Namespace) -> RunTokenizer:
     args.tokenizer_type = kind
     try:
         stock = build_tokenizer(args)
-    except Exception as error:  # each kind of tokenizer fails in its own way
+    except Exception as error:  # each kind of tokenizer raises its own exceptions
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--tokenizer-type {kind}: cannot be built: {reason}") from error
     description = repr((kind, stock.vocab_size, _file_digests(args)))

@@ -1,4 +1,4 @@
-"""GPTModel with bags at both ends, and how it is built."""
+"""GPTModel with a bag axis in its inputs and labels, and the functions that build it."""
 
 from megatron_tst.model.build import build_gpt, build_model, loss_choice, transformer_config
 from megatron_tst.model.embedding import VocabParallelBagEmbedding

@@ -1,4 +1,4 @@
-"""Core attention through torch's scaled_dot_product_attention, which keeps no score matrix.
+"""Core attention through torch's scaled_dot_product_attention, which does not store the score matrix.
 
 Shape letters: L positions, P = L / cp of them on this context-parallel rank, B sequences, H local query heads, K local
 key-value heads, E head width.
@@ -18,8 +18,8 @@ from torch.nn.attention.bias import causal_lower_right
 class ScaledDotProductAttention(torch.nn.Module):
     """Causal attention with the interface of megatron-core's ``DotProductAttention``; it has no parameters.
 
-    With context parallelism each rank gathers the keys and values of the whole sequence, so they take memory in
-    proportion to L on every rank, not to L / cp as in Transformer Engine's ring. Queries and scores stay apart.
+    With context parallelism each rank gathers the keys and values of the whole sequence, so their memory on every rank
+    is proportional to L, not to L / cp as in Transformer Engine's ring. Queries and scores stay distributed.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
-        """Keep what the call needs; only causal self-attention is offered."""
+        """Store the settings of the attention; only causal self-attention is supported."""
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.cp_group = pg_collection.cp
@@ -42,7 +42,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """Attend each position to itself and those before it.
+        """Attend from each position to itself and to the positions before it.
 
         Collective: every rank of the context-parallel group calls it, with its part of the sequence.
 
@@ -50,7 +50,7 @@ class ScaledDotProductAttention(torch.nn.Module):
             query: ``[P, B, H, E]``.
             key: ``[P, B, K, E]``, K a divisor of H.
             value: ``[P, B, K, E]``.
-            attention_mask: must be None: causality is all there is.
+            attention_mask: must be None, since the only mask is the causal one.
 
         Returns:
             ``[P, B, H E]``.
@@ -63,22 +63,22 @@ class ScaledDotProductAttention(torch.nn.Module):
             return self.attend_in_context(query, key, value)
 
     def attend_in_context(self, query_PBHE: Tensor, key_PBKE: Tensor, value_PBKE: Tensor) -> Tensor:
-        """Attend to the keys of the context-parallel group's sequence."""
+        """Attend to the keys of the whole sequence of the context-parallel group."""
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
             return self.attend(query_PBHE, key_PBKE, value_PBKE)
         # The backward pass sums the gradients of all ranks' queries and returns each rank its part.
         both = gather_from_sequence_parallel_region(torch.cat((key_PBKE, value_PBKE), dim=-1), group=self.cp_group)
         key_LBKE, value_LBKE = in_text_order(both, size).chunk(2, dim=-1)
-        # Each of this rank's two chunks sees the text up to its own end: together, the same amount on every rank.
+        # Each of this rank's two chunks sees the sequence up to its own end; together they cost the same on every rank.
         length = query_PBHE.shape[0] // 2
         ends = ((rank + 1) * length, (2 * size - rank) * length)
         parts = zip(query_PBHE.chunk(2), ends, strict=True)
         return torch.cat([self.attend(chunk, key_LBKE[:end], value_LBKE[:end]) for chunk, end in parts])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend queries ``[Q, B, H, E]`` to keys and values ``[T, B, K, E]`` of the T positions that end with them."""
-        # torch cannot make the mask inside every mode (one that counts FLOPs, say), and a square one needs none.
+        """Attend from queries ``[Q, B, H, E]``, the last Q of T positions, to keys and values ``[T, B, K, E]``."""
+        # torch cannot build the mask object in every mode (such as one that counts FLOPs); a square mask needs none.
         is_square = query.shape[0] == key.shape[0]
         context = torch.nn.functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
@@ -98,7 +98,7 @@ def in_text_order(gathered: Tensor, cp_size: int) -> Tensor:
 
     Args:
         gathered: ``[L, ...]``, the ranks' parts one after another; rank r holds chunks r and 2 cp - 1 - r of 2 cp.
-        cp_size: how many ranks they are from.
+        cp_size: number of context-parallel ranks.
 
     Returns:
         ``[L, ...]``.

@@ -1,4 +1,4 @@
-"""From settings to the model chunks of this rank, wrapped for mixed precision and data parallelism."""
+"""Builds the model chunks of this rank from the settings, wrapped for mixed precision and data parallelism."""
 
 from typing import Any
 
@@ -29,11 +29,11 @@ def transformer_config(
     """Translate settings into megatron-core's configuration.
 
     Args:
-        model: its settings.
-        shape: the sizes that follow from them.
-        training: precision, recomputation, initialisation.
-        parallel: the layout.
-        libraries: what fused kernels can come from.
+        model: settings of the model.
+        shape: sizes that follow from the settings.
+        training: settings of precision, recomputation and initialisation.
+        parallel: parallel layout.
+        libraries: installed libraries with fused kernels.
     """
     has_te = libraries.transformer_engine is not None
     dtype = torch.bfloat16 if training.bf16 else torch.float32
@@ -58,7 +58,7 @@ def transformer_config(
         expert_tensor_parallel_size=1,
         deallocate_pipeline_outputs=True,
         **without_cuda_graphs(),
-        # Kernels that only the accelerator libraries have.
+        # Only the accelerator libraries have these kernels.
         gradient_accumulation_fusion=libraries.gradient_accumulation_fusion,
         bias_activation_fusion=has_te,
         bias_dropout_fusion=has_te,
@@ -125,14 +125,14 @@ def build_gpt(
 
     Args:
         config: megatron-core's configuration.
-        model: how positions enter.
-        shape: vocabulary, positions and head.
-        loss: which loss to compute from labels.
-        use_transformer_engine: whether to use its layers.
-        pre_process: whether the stage embeds.
-        post_process: whether the stage predicts.
-        vp_stage: the virtual stage, where stages are interleaved.
-        model_class: the class to build.
+        model: settings of the position embedding.
+        shape: sizes of the vocabulary and the positions, and whether the output layer is tied.
+        loss: loss to compute from labels.
+        use_transformer_engine: whether to use Transformer Engine's layers.
+        pre_process: whether the stage holds the embedding.
+        post_process: whether the stage holds the output layer.
+        vp_stage: index of the virtual pipeline stage; None if stages are not interleaved.
+        model_class: class to build.
     """
     stage: TSTGPTModel = model_class(
         config=config,
@@ -153,11 +153,11 @@ def build_gpt(
 
 
 def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
-    """Return the loss that the settings ask for; Transformer Engine's kernel where it is installed and none is named.
+    """Return the loss that the settings ask for; the default is Transformer Engine's kernel if it is installed.
 
     Raises:
-        UserError: if Transformer Engine's kernel is asked for and it is missing or of an unsupported version, or the
-            linear loss and torch is too old for it.
+        UserError: if the loss is ``te`` and Transformer Engine is missing or of an unsupported version, or the loss is
+            ``linear`` and torch is too old for it.
     """
     default: LossImplementation = "native" if libraries.transformer_engine is None else "te"
     implementation = run.training.cross_entropy_fusion_impl or default
@@ -169,10 +169,10 @@ def loss_choice(run: RunConfig, libraries: Libraries) -> LossChoice:
 
 
 def reduce_experts_apart(chunk: torch.nn.Module) -> None:
-    """Have the experts' gradients summed over the ranks that hold the same experts, on every layout.
+    """Mark the experts so that their gradients are summed over the ranks that hold the same experts, on every layout.
 
-    megatron-core marks experts for that only if they are spread over ranks. Tensor-parallel ranks hold them whole
-    (expert tensor parallelism is 1) and route different positions through them, so they are data-parallel there too.
+    megatron-core marks experts only if expert parallelism distributes them. Tensor-parallel ranks hold whole experts
+    (expert tensor parallelism is 1) and route different positions to them, so experts are data-parallel there too.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
@@ -187,13 +187,13 @@ def build_model(
     Collective: every rank of the world calls it.
 
     Args:
-        run: the settings.
-        shape: the sizes of its model on this layout.
-        ranks: this rank's place.
-        libraries: what fused kernels can come from.
+        run: settings of the run.
+        shape: sizes of the model on this layout.
+        ranks: parallel state of this rank.
+        libraries: installed libraries with fused kernels.
 
     Returns:
-        Chunks wrapped in megatron-core's Float16Module (with bf16) and DistributedDataParallel.
+        The chunks, wrapped in megatron-core's Float16Module (with bf16) and DistributedDataParallel.
     """
     config = transformer_config(run.model, shape, run.training, run.parallel, libraries)
     virtual = config.virtual_pipeline_model_parallel_size
@@ -218,13 +218,13 @@ def build_model(
         grad_reduce_in_fp32=run.training.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         overlap_param_gather=run.parallel.overlap_param_gather,
-        # Interleaved stages begin to gather together, as the schedule says, not as each one's modules are run.
+        # Interleaved stages start to gather together, when the schedule says so, not when each stage's modules run.
         align_param_gather=run.parallel.overlap_param_gather and virtual is not None,
         bucket_size=run.parallel.ddp_bucket_size,
         use_distributed_optimizer=run.optimizer.use_distributed_optimizer,
     )
     return [
-        # Bucketing serves overlap from the first chunk's backward pass on; later chunks keep one bucket.
+        # Buckets serve the overlap only from the first chunk's backward pass on, so the later chunks have one bucket.
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]

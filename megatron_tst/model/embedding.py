@@ -1,4 +1,4 @@
-"""Embedding of bags: the mean of the token embeddings of each bag, summed in the shard and reduced once.
+"""Embedding of bags: the mean of each bag's token embeddings, summed within the shard and reduced once over the ranks.
 
 Shape letters: B sequences, L positions, S bag size, N = B L bags, D hidden, Vp local vocabulary.
 """
@@ -15,16 +15,16 @@ from torch import Tensor
 
 
 class _BagSum(torch.autograd.Function):
-    """Sum the embeddings of the bag's tokens that live in this shard, in float32 both ways.
+    """Sum the embeddings of each bag's tokens that are in this shard; both passes accumulate in float32.
 
-    Tokens are added one place of the bag at a time, so neither pass holds a tensor of all tokens' embeddings.
+    Each pass handles one place of the bag at a time, so neither holds a tensor of all tokens' embeddings.
     """
 
     @staticmethod
     def forward(ctx: Any, weight_VpD: Tensor, rows_NS: Tensor, is_whole: bool) -> Tensor:
         """Return ``[N, D]`` float32; rows below 0 or from Vp on belong to other shards and add nothing.
 
-        ``is_whole`` says that there are no other shards, and spares a pass over each place's embeddings.
+        ``is_whole`` states that there are no other shards, which saves a masking pass over each place's embeddings.
         """
         num_rows = weight_VpD.shape[0]
         sum_ND = weight_VpD.new_zeros(rows_NS.shape[0], weight_VpD.shape[1], dtype=torch.float32)
@@ -36,7 +36,7 @@ class _BagSum(torch.autograd.Function):
             for rows_N, outside_N in zip(rows_NS.unbind(1), outside_NS.unbind(1), strict=True):
                 term_ND = weight_VpD.index_select(0, rows_N.masked_fill(outside_N, 0))
                 sum_ND += term_ND.masked_fill_(outside_N.unsqueeze(1), 0.0)
-            # One row more than the shard has collects the gradient of the tokens outside it.
+            # An extra row after the shard's last one collects the gradient of the tokens outside the shard.
             rows_NS = rows_NS.masked_fill(outside_NS, num_rows)
         ctx.save_for_backward(rows_NS)
         ctx.weight_shape, ctx.weight_dtype = weight_VpD.shape, weight_VpD.dtype
@@ -44,12 +44,12 @@ class _BagSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        """Return the shard's gradient, ``[Vp, D]`` in the weight's dtype: one rounding of the float32 sum."""
+        """Return the shard's gradient, ``[Vp, D]`` in the weight's dtype: the float32 sum, rounded once."""
         (rows_NS,) = ctx.saved_tensors
         num_rows, width = ctx.weight_shape
         grad_weight = grad_ND.new_zeros(num_rows + 1, width)
         for rows_N in rows_NS.unbind(1):
-            # On CUDA this adds with atomics, in any order; in deterministic mode torch sorts the rows instead.
+            # On CUDA this adds with atomics in an arbitrary order; in deterministic mode torch sorts the rows instead.
             grad_weight.index_add_(0, rows_N, grad_ND)
         return grad_weight[:num_rows].to(ctx.weight_dtype), None, None
 
@@ -57,8 +57,8 @@ class _BagSum(torch.autograd.Function):
 class VocabParallelBagEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
     """megatron-core's vocabulary-parallel embedding that also takes bags of tokens.
 
-    Tokens ``[B, L]`` go the ordinary way. Bags ``[B, L, S]`` come back as the means of their tokens' embeddings in
-    the same layout: ``[B, L, D]``, or ``[L / tp, B, D]`` where the embedding is reduce-scattered for sequence
+    Tokens ``[B, L]`` are embedded by megatron-core. Bags ``[B, L, S]`` become the means of their tokens' embeddings in
+    the same layout: ``[B, L, D]``, or ``[L / tp, B, D]`` if the embedding is reduce-scattered for sequence
     parallelism. Collective: with tensor parallelism every rank of the group calls it.
     """
 
@@ -70,7 +70,7 @@ class VocabParallelBagEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
         rows_NS = input_.reshape(-1, bag_size) - self.vocab_start_index
         sum_ND = _BagSum.apply(self.weight, rows_NS, self.tp_group.size() == 1)
         sum_BLD = cast(Tensor, sum_ND).view(batch, positions, -1)
-        # The sum stays in float32 across the ranks' partial sums: the mean is then rounded once, whatever tp is.
+        # The ranks' partial sums are added in float32, so the mean is rounded once at any tensor-parallel size.
         if self.reduce_scatter_embeddings:
             sum_LBD = sum_BLD.transpose(0, 1).contiguous()
             reduced = reduce_scatter_to_sequence_parallel_region(sum_LBD, group=self.tp_group)

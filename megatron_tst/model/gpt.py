@@ -12,18 +12,18 @@ from megatron_tst.model.superposed import Superposed
 
 
 class TSTGPTModel(Superposed, GPTModel):  # type: ignore[misc]
-    """megatron-core's GPTModel with a bag axis at both ends.
+    """megatron-core's GPTModel with a bag axis in its inputs and labels.
 
     ``forward`` takes ``input_ids`` as tokens ``[B, L]`` or bags ``[B, L, S]`` and ``labels`` as ``[B, L]`` or
     ``[B, L, S]``, and returns row losses ``[B, L]`` in nats, the sum over a row's valid targets weighted by the bag
-    weights. A label of -100 carries neither loss nor gradient. With tokens and labels ``[B, L]`` this is GPTModel,
-    loss for loss; parameters and checkpoint keys are GPTModel's at any bag size.
+    weights. A label of -100 carries neither loss nor gradient. With tokens and labels ``[B, L]`` the losses equal
+    GPTModel's; parameters and checkpoint keys are GPTModel's at any bag size.
 
     Args:
-        vocab_size: columns of embedding and head, padding included.
-        real_vocab_size: columns that stand for tokens; the rest are never predicted. ``vocab_size`` where not given.
-        loss: which loss to compute from labels.
-        kwargs: GPTModel's own.
+        vocab_size: number of rows of embedding and output layer, padding included.
+        real_vocab_size: number of tokens; the rows after them are never predicted. The default is ``vocab_size``.
+        loss: loss to compute from labels.
+        kwargs: further arguments of GPTModel.
     """
 
     def __init__(
@@ -34,6 +34,6 @@ class TSTGPTModel(Superposed, GPTModel):  # type: ignore[misc]
         loss: LossChoice | None = None,
         **kwargs: Any,
     ) -> None:
-        """Build GPTModel, then let it take bags."""
+        """Build GPTModel, then give it the bag axis."""
         super().__init__(*args, vocab_size=vocab_size, **kwargs)
         self.superpose(vocab_size if real_vocab_size is None else real_vocab_size, loss or LossChoice())

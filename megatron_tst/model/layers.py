@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of."""
+"""The modules that a transformer layer consists of."""
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -14,15 +14,15 @@ from megatron_tst.model.norm import LayerNorm, RMSNorm
 def block_spec(
     config: TransformerConfig, use_transformer_engine: bool, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """Return the layers that this pipeline stage holds.
+    """Return the specification of the layers that this pipeline stage holds.
 
-    Transformer Engine's layers where it is used; else megatron-core's local ones with torch's attention and norms.
-    Both have the same parameters under the same checkpoint keys.
+    The layers are Transformer Engine's, or else megatron-core's local ones with torch's attention and norms. Both have
+    the same parameters under the same checkpoint keys.
 
     Args:
-        config: the model.
-        use_transformer_engine: whether its layers are wanted.
-        vp_stage: the virtual pipeline stage, where stages are interleaved.
+        config: megatron-core's configuration of the model.
+        use_transformer_engine: whether to use Transformer Engine's layers.
+        vp_stage: index of the virtual pipeline stage; None if stages are not interleaved.
     """
     if use_transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(
@@ -42,7 +42,7 @@ def block_spec(
         attention.q_layernorm = attention.k_layernorm = norm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     if config.num_moe_experts is not None:
-        # No expert can hold the norm, so Transformer Engine's spec leaves it under its own key.
+        # Experts cannot contain the norm, so Transformer Engine's spec keeps the norm under its own key.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

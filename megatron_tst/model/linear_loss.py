@@ -1,9 +1,9 @@
-"""Output layer and multi-hot cross-entropy in one: the logits exist a chunk of rows at a time.
+"""Output layer and multi-hot cross-entropy in one function: the logits exist for one chunk of rows at a time.
 
-The forward pass makes the gradients of the hidden states and of the weight as it goes, as if each row's loss had an
-upstream gradient of one. Row losses that are summed have the same upstream gradient, and the backward pass multiplies
-by it: three matrix products in all, as with whole logits. Other upstream gradients are as exact, but have the backward
-pass go through the chunks again.
+The forward pass also computes the gradients of the hidden states and of the weight, as if each row's loss had an
+upstream gradient of one. If the row losses are summed, all have the same upstream gradient, and the backward pass
+multiplies by it: three matrix products in all, as with whole logits. Other upstream gradients are handled as exactly,
+but make the backward pass go through the chunks again.
 
 Shape letters: L positions, B sequences, N = L B rows, R rows of a chunk, S bag size, D hidden, Vp local vocabulary.
 """
@@ -24,21 +24,21 @@ from megatron_tst.model.native_loss import compute_row_losses, write_row_gradien
 from megatron_tst.shape.loss_chunks import chunk_rows
 from megatron_tst.superposition import OBJECTIVES, Objective, target_weights
 
-# Columns that are converted to float32 at once, where no product of bfloat16 matrices adds to a float32 one.
+# Number of columns to convert to float32 at once on devices that cannot add bfloat16 products to a float32 matrix.
 CONVERTED_COLUMNS = 512
 
 
-OLDEST_TORCH = Version("2.10")  # the first whose addmm adds a product of bfloat16 matrices to a float32 one
+OLDEST_TORCH = Version("2.10")  # the first version whose addmm adds a product of bfloat16 matrices to a float32 matrix
 
 
 def check_torch(version: str) -> None:
     """Check that torch can accumulate the weight's gradient on a GPU in bfloat16.
 
     Args:
-        version: of torch.
+        version: version of torch.
 
     Raises:
-        UserError: if it is too old.
+        UserError: if torch is too old.
     """
     if Version(version) < OLDEST_TORCH:
         raise UserError(
@@ -48,16 +48,16 @@ def check_torch(version: str) -> None:
 
 
 class LinearLossOptions(NamedTuple):
-    """What the loss of a chunk depends on besides tensors.
+    """Options of the loss of a chunk, besides its tensors.
 
     Attributes:
-        objective: which loss.
-        ignore_index: marks targets that carry neither loss nor gradient.
-        tp_group: the ranks that share the vocabulary.
-        num_real: columns of this shard that stand for tokens; those after them get no probability.
+        objective: function that combines the targets' cross-entropies into the row loss.
+        ignore_index: value of targets that carry neither loss nor gradient.
+        tp_group: ranks over which the vocabulary is split.
+        num_real: number of this shard's columns that stand for tokens; the columns after them get no probability.
         fuse_gradient: whether the weight's gradient is added to its ``main_grad`` here, as megatron-core's layers do
             with gradient accumulation fusion.
-        is_training: whether gradients may be asked for; a weight asks for its own while torch records nothing.
+        is_training: whether gradients are recorded; a parameter requires its gradient even while torch records none.
     """
 
     objective: Objective
@@ -83,31 +83,31 @@ def vocab_parallel_linear_multi_hot_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Compute each row's multi-hot cross-entropy from the hidden states, without holding the logits.
 
-    Equal to the output layer and :func:`vocab_parallel_multi_hot_cross_entropy` after it. Collective: every rank of
-    ``tp_group`` calls it, and its backward pass.
+    The result equals the output layer followed by :func:`vocab_parallel_multi_hot_cross_entropy`. Collective: every
+    rank of ``tp_group`` calls it and its backward pass.
 
     Args:
         hidden: ``[L, B, D]`` float32 or bfloat16; ``[L / tp, B, D]`` with sequence parallelism.
         weight: ``[Vp, D]`` of the same dtype, this rank's rows.
         targets: ``[B, L, S]`` token ids, or ``ignore_index``; each rank passes all of them.
         weights: ``[S]`` float32 bag weights.
-        tp_group: the ranks that share the vocabulary.
+        tp_group: ranks over which the vocabulary is split.
         objective: ``mce``, or ``mce_alt`` for the total probability of the bag's distinct tokens.
-        ignore_index: marks targets that carry neither loss nor gradient.
-        num_real: rows of ``weight`` that stand for tokens, all where not given; the rest is neither predicted nor
-            trained.
-        sequence_parallel: whether the ranks share the positions of ``hidden``.
+        ignore_index: value of targets that carry neither loss nor gradient.
+        num_real: number of rows of ``weight`` that stand for tokens; the default is all. The rows after them are
+            neither predicted nor trained.
+        sequence_parallel: whether the positions of ``hidden`` are distributed over the ranks.
         fuse_gradient: whether the weight's gradient is added to its ``main_grad`` directly.
 
     Returns:
-        ``(row_loss, row_weight)``, ``[B, L]`` float32: nats per position, and the weight of its valid targets.
+        ``(row_loss, row_weight)``, ``[B, L]`` float32: nats per position, and the total weight of its valid targets.
 
     Raises:
         ValueError: if the objective is unknown.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}")
-    # On the way back they add up, or add up and scatter, the ranks' parts of the gradient.
+    # In the backward pass these regions all-reduce, or reduce-scatter, the ranks' parts of the gradient.
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp_group)
     else:
@@ -124,7 +124,7 @@ def vocab_parallel_linear_multi_hot_cross_entropy(
 
 
 class LinearMultiHotCrossEntropy(torch.autograd.Function):
-    """Row losses from hidden states and the output layer's weight."""
+    """Autograd function of the row losses of hidden states and the output layer's weight."""
 
     @staticmethod
     def forward(
@@ -148,7 +148,7 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_LB: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        """Return the gradients of hidden states and weight, each in its dtype."""
+        """Return the gradients of the hidden states and of the weight, each in the dtype of its tensor."""
         hidden_ND, weight_VpD, targets_NS, weights_NS = ctx.saved_tensors
         if is_one_number(grad_LB):
             upstream = grad_LB[0, 0]
@@ -162,7 +162,7 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
         grad_hidden_ND, grad_weight_VpD = ctx.gradients
         ctx.gradients = None
         if grad_hidden_ND is not None:
-            # With dimensions, a number is not rounded to bfloat16 before it is multiplied by.
+            # Given two dimensions, the float32 factor is not rounded to bfloat16 before the multiplication.
             grad_hidden_ND = grad_hidden_ND.mul_(upstream.view(1, 1)).view(ctx.shape)
         if grad_weight_VpD is not None:
             if ctx.options.fuse_gradient:
@@ -176,7 +176,7 @@ Gradients = tuple[Tensor | None, Tensor | None]
 
 
 def new_gradients(hidden_ND: Tensor, weight_VpD: Tensor, needed: list[bool]) -> Gradients:
-    """Return memory for the gradients that are needed: the hidden states' in their dtype, the weight's in float32."""
+    """Allocate the gradients that are needed: the hidden states' in their dtype, the weight's in float32."""
     return (
         torch.empty_like(hidden_ND) if needed[0] else None,
         torch.zeros_like(weight_VpD, dtype=torch.float32) if needed[1] else None,
@@ -192,16 +192,16 @@ def walk_chunks(
     gradients: Gradients,
     upstream_N: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return row losses and weights, ``[N]`` float32, and make the gradients that there is memory for.
+    """Return row losses and row weights, ``[N]`` float32, and compute the gradients that are allocated.
 
     Args:
-        hidden_ND: of all ranks' positions.
-        weight_VpD: this rank's rows.
-        targets_NS: token ids or the ignored index.
+        hidden_ND: hidden states of all ranks' positions.
+        weight_VpD: this rank's rows of the output layer's weight.
+        targets_NS: token ids, or the ignored index.
         weights_NS: float32 weight of each target.
-        options: the rest.
-        gradients: of hidden states, overwritten, and weight, added to.
-        upstream_N: float32 gradient of each row's loss; one where not given.
+        options: the other options of the loss.
+        gradients: gradient of the hidden states, which is overwritten, and of the weight, which is added to.
+        upstream_N: float32 gradient of each row's loss; None stands for ones.
     """
     num_rows = len(hidden_ND)
     step = chunk_rows(num_rows)
@@ -214,7 +214,7 @@ def walk_chunks(
         rows = slice(start, start + step)
         hidden_RD = hidden_ND[rows]
         logits_RVp = torch.mm(hidden_RD, weight_VpD.t(), out=buffer_RVp[: len(hidden_RD)])
-        # The lowest number, not infinity: a whole shard of padding still has a maximum.
+        # With the lowest finite number instead of -infinity, a shard that is all padding still has a finite maximum.
         logits_RVp[:, options.num_real :] = torch.finfo(logits_RVp.dtype).min
         loss_N[rows], row_weight_N[rows], row_gradients = compute_row_losses(
             logits_RVp, targets_NS[rows], weights_NS[rows],
@@ -231,7 +231,7 @@ def walk_chunks(
 
 
 def add_product(total_VpD: Tensor, left_RVp: Tensor, right_RD: Tensor) -> None:
-    """Add ``left^T right`` to a float32 matrix; bfloat16 products are added in float32 too."""
+    """Add ``left^T right`` to a float32 matrix; products of bfloat16 matrices are added in float32, too."""
     if left_RVp.dtype == torch.float32:
         total_VpD.addmm_(left_RVp.t(), right_RD)
     elif left_RVp.is_cuda:
@@ -244,18 +244,18 @@ def add_product(total_VpD: Tensor, left_RVp: Tensor, right_RD: Tensor) -> None:
 
 
 def is_one_number(upstream: Tensor) -> bool:
-    """Whether all elements are one number, as its memory shows: the gradient of a sum is an expanded scalar.
+    """Return whether the tensor is an expanded scalar by its strides, as the gradient of a sum is.
 
-    Asking for the values would wait for the device.
+    Reading the values instead would wait for the device.
     """
     return all(size == 1 or stride == 0 for size, stride in zip(upstream.shape, upstream.stride(), strict=True))
 
 
 def add_to_main_grad(weight: Any, gradient: Tensor, factor: Tensor) -> Tensor:
-    """Add the scaled gradient to the weight's ``main_grad``, and return what megatron-core expects in its place.
+    """Add the scaled gradient to the weight's ``main_grad`` and return the placeholder that megatron-core expects.
 
-    Its hooks look at ``grad_added_to_main_grad``, and need a gradient to be run at all: zeros where it is added once
-    more, else anything.
+    megatron-core's hooks read ``grad_added_to_main_grad``, and run only if there is a gradient: zeros if they add it
+    once more, else uninitialised memory suffices.
     """
     weight.main_grad.addcmul_(gradient, factor)
     if hasattr(weight, "grad_added_to_main_grad"):

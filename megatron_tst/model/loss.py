@@ -1,4 +1,4 @@
-"""The vocabulary-parallel multi-hot cross-entropy, behind one interface.
+"""The vocabulary-parallel multi-hot cross-entropy: one interface to its implementations.
 
 Shape letters: L positions, B sequences, S bag size, Vp local vocabulary.
 """
@@ -19,10 +19,10 @@ LossImplementation = Literal["te", "native", "linear"]
 
 @dataclass(frozen=True)
 class LossChoice:
-    """Which loss a model computes from labels.
+    """The loss that a model computes from labels.
 
     Attributes:
-        bag_weights: name of the weights of a bag's tokens.
+        bag_weights: name of the bag weights.
         objective: ``mce`` or ``mce_alt``.
         implementation: ``te``, ``native`` or ``linear``.
     """
@@ -42,27 +42,27 @@ def vocab_parallel_multi_hot_cross_entropy(
     objective: str = "mce",
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
-    """Compute each row's multi-hot cross-entropy with one softmax, whatever the bag size.
+    """Compute each row's multi-hot cross-entropy with one softmax at any bag size.
 
     Collective: every rank of ``tp_group`` calls it with its columns of the same rows.
 
     Args:
-        logits: ``[L, B, Vp]`` float32 or bfloat16, this rank's columns. Where a gradient is asked for, its memory
-            becomes the gradient's, unless it is a leaf or the result that the operation before needs itself.
+        logits: ``[L, B, Vp]`` float32 or bfloat16, this rank's columns. If they require a gradient, it is written into
+            their memory, unless they are a leaf or the operation that made them needs its result for its own gradient.
         targets: ``[B, L, S]`` token ids, or ``ignore_index``; each rank passes all of them.
         weights: ``[S]`` float32 bag weights.
-        tp_group: the ranks that share the vocabulary.
-        implementation: ``te``, Transformer Engine's fused kernel, or ``native``, torch operations. (``linear`` takes
+        tp_group: ranks over which the vocabulary is split.
+        implementation: ``te`` for Transformer Engine's fused kernel, ``native`` for torch operations. (``linear`` takes
             hidden states in place of logits: :func:`vocab_parallel_linear_multi_hot_cross_entropy`.)
         objective: ``mce``, or ``mce_alt`` for the total probability of the bag's distinct tokens.
-        ignore_index: marks targets that carry neither loss nor gradient.
+        ignore_index: value of targets that carry neither loss nor gradient.
 
     Returns:
-        ``(row_loss, row_weight)``, ``[B, L]`` float32: nats per position, and the weight of its valid targets.
+        ``(row_loss, row_weight)``, ``[B, L]`` float32: nats per position, and the total weight of its valid targets.
 
     Raises:
         ValueError: if implementation or objective is unknown.
-        UserError: if the installed Transformer Engine is missing or not supported.
+        UserError: if Transformer Engine is missing or its version is not supported.
     """
     if implementation not in ("te", "native"):
         raise ValueError(f"cross-entropy implementation {implementation!r} is unknown; choose te or native")
@@ -76,7 +76,7 @@ def vocab_parallel_multi_hot_cross_entropy(
     if implementation == "native":
         loss_LB, weight_LB = NativeMultiHotCrossEntropy.apply(*arguments, ignore_index, tp_group)
     elif targets.shape[-1] == 1 and objective == "mce" and load_kernel().rounds_once:
-        # One target is what the kernel is for.
+        # The kernel itself computes the loss of a single target.
         loss_LB = load_kernel()(logits, targets_LBS.squeeze(-1), ignore_index, tp_group)
         weight_LB = weights_LBS.squeeze(-1)
     else:
@@ -85,24 +85,24 @@ def vocab_parallel_multi_hot_cross_entropy(
 
 
 def _is_ours(logits: Tensor) -> bool:
-    """Whether nobody else reads the logits again: not the caller, nor the operation that made them."""
-    # An operation whose gradient follows from its result, such as the tanh of a soft cap, has it under this name.
+    """Return whether neither the caller nor the operation that made the logits reads them again."""
+    # An operation whose gradient follows from its result, such as the tanh of a soft cap, saves it under this name.
     return not logits.requires_grad or not (logits.is_leaf or hasattr(logits.grad_fn, "_saved_result"))
 
 
 class _PaddingMask(torch.autograd.Function):
-    """Give the columns from ``num_real`` on no probability: in place, and no copy of the gradient on the way back."""
+    """Give the columns from ``num_real`` on no probability, in place and without copying the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, num_real: int) -> Tensor:
-        """Fill the padding with the lowest number: unlike infinity, a whole shard of it still has a maximum."""
+        """Fill the padding with the lowest finite number, so that a shard that is all padding has a finite maximum."""
         ctx.mark_dirty(logits)
         logits[..., num_real:] = torch.finfo(logits.dtype).min
         return logits
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Pass the gradient on: a cross-entropy leaves zero where there is no probability."""
+        """Return the gradient unchanged: that of a cross-entropy is zero where the probability is zero."""
         return grad, None
 
 
@@ -111,8 +111,8 @@ def mask_vocabulary_padding(logits: Tensor, vocab_size: int, tp_rank: int) -> Te
 
     Args:
         logits: ``[..., Vp]``, changed in place.
-        vocab_size: columns that stand for tokens, over all ranks.
-        tp_rank: which Vp columns these are.
+        vocab_size: number of columns that stand for tokens, over all ranks.
+        tp_rank: tensor-parallel rank whose columns these are.
 
     Returns:
         The same logits.
@@ -123,11 +123,11 @@ def mask_vocabulary_padding(logits: Tensor, vocab_size: int, tp_rank: int) -> Te
 
 
 def real_columns(num_columns: int, vocab_size: int, tp_rank: int) -> int:
-    """Return how many of a rank's columns stand for tokens: the first ones.
+    """Return how many of a rank's columns stand for tokens; these are the rank's first columns.
 
     Args:
-        num_columns: of each rank.
-        vocab_size: columns that stand for tokens, over all ranks.
-        tp_rank: which columns these are.
+        num_columns: number of columns of each rank.
+        vocab_size: number of columns that stand for tokens, over all ranks.
+        tp_rank: tensor-parallel rank whose columns these are.
     """
     return min(max(vocab_size - tp_rank * num_columns, 0), num_columns)

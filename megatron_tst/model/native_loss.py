@@ -1,4 +1,4 @@
-"""The multi-hot cross-entropy in torch operations: any device, one softmax whatever the bag size.
+"""The multi-hot cross-entropy in torch operations, on any device, with one softmax at any bag size.
 
 Shape letters: L positions, B sequences, N = L B rows, S bag size, Vp local vocabulary.
 """
@@ -13,17 +13,17 @@ from torch import Tensor
 from megatron_tst.model.target_columns import TargetColumns, name_columns_once
 from megatron_tst.superposition import Objective
 
-# Rows are worked through in float32 chunks of about this many logits: small enough for a CPU's cache, large enough
-# for a GPU to be busy.
+# Rows are processed in float32 chunks of about this many logits, small enough for the cache of a CPU and large enough
+# to keep a GPU busy.
 CHUNK_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 class RowGradients(NamedTuple):
-    """What turns rows of logits into the gradients of their losses.
+    """The tensors that turn rows of logits into the gradients of their losses.
 
     Attributes:
-        columns: ``[N, S]`` int64, the targets' columns of this shard; 0 where a target is not here.
-        removed: ``[N, S]`` float32, what each target takes from its column; 0 where it is not here.
+        columns: ``[N, S]`` int64, the targets' columns in this shard; 0 for a target of another shard.
+        removed: ``[N, S]`` float32, the amount that each target subtracts from its column; 0 for one of another shard.
         maximum: ``[N]`` float32, this shard's largest logit.
         scale: ``[N]`` float32, omega over the sum of exponentials of all shards, relative to this shard's maximum.
     """
@@ -35,11 +35,11 @@ class RowGradients(NamedTuple):
 
 
 class NativeMultiHotCrossEntropy(torch.autograd.Function):
-    """Row losses, whose gradient takes the place of the logits.
+    """Autograd function of the row losses, whose gradient is written into the memory of the logits.
 
-    The forward pass leaves the exponentials of float32 logits where the logits were, so that the backward pass only
-    scales them. Exponentials rounded to bfloat16 would round the gradient twice: there the logits stay, and the
-    backward pass computes the exponentials again. Without a gradient to come, the logits are left unchanged.
+    For float32 logits the forward pass replaces the logits by their exponentials, so that the backward pass only
+    scales them. Exponentials rounded to bfloat16 would round the gradient twice, so bfloat16 logits are kept and the
+    backward pass computes the exponentials again. If no gradient is needed, the logits are left unchanged.
     """
 
     @staticmethod
@@ -80,19 +80,18 @@ def compute_row_losses(
     *,
     leave_exponentials: bool,
 ) -> tuple[Tensor, Tensor, RowGradients]:
-    """Return row losses and row weights, ``[N]`` float32, and what their gradients follow from.
+    """Return row losses and row weights, ``[N]`` float32, and the tensors that their gradients follow from.
 
-    Collective: one gathering over the tensor-parallel group, of S + 2 numbers per row.
+    Collective: one all-gather of S + 2 numbers per row over the tensor-parallel group.
 
     Args:
         logits_NVp: float32 or bfloat16, this rank's columns.
         targets_NS: token ids or ``ignore_index``.
         weights_NS: float32 weight of each target, 0 where it is ignored.
-        objective: which loss.
-        ignore_index: marks targets that carry neither loss nor gradient.
-        tp_group: the ranks that share the vocabulary.
-        leave_exponentials: whether exp(z - maximum) takes the place of float32 logits, as
-            :func:`write_row_gradients` needs it.
+        objective: function that combines the targets' cross-entropies into the row loss.
+        ignore_index: value of targets that carry neither loss nor gradient.
+        tp_group: ranks over which the vocabulary is split.
+        leave_exponentials: whether exp(z - maximum) replaces float32 logits, as :func:`write_row_gradients` needs it.
     """
     is_valid_NS = targets_NS != ignore_index
     columns = TargetColumns.locate(targets_NS, is_valid_NS, logits_NVp.shape[-1], tp_group.rank())
@@ -112,20 +111,20 @@ def compute_row_losses(
     loss_N, row_weight_N, coefficients_NS = objective(cross_entropy_NS, targets_NS, weights_NS, is_valid_NS)
     removed_NS = coefficients_NS * columns.is_here
     if removed_NS.is_cuda:
-        # A GPU adds in any order, a CPU in the targets'.
+        # A GPU adds in an arbitrary order, a CPU in the order of the targets.
         removed_NS = name_columns_once(columns.index, removed_NS)
     scale_N = row_weight_N * to_common_N / sum_exp_N
     return loss_N, row_weight_N, RowGradients(columns.index, removed_NS, local_max_N, scale_N)
 
 
 def write_row_gradients(logits_NVp: Tensor, gradients: RowGradients, upstream_N: Tensor) -> None:
-    """Overwrite what :func:`compute_row_losses` left of the logits with the gradient of the losses.
+    """Overwrite the logits, as :func:`compute_row_losses` left them, with the gradient of the losses.
 
-    A column that several targets name loses the weight of each: added in float32, before the one rounding.
+    The weights of several targets in one column are added in float32, before the gradient is rounded once.
 
     Args:
-        logits_NVp: bfloat16 logits, or the exponentials of float32 ones.
-        gradients: of the same rows.
+        logits_NVp: bfloat16 logits, or the exponentials of float32 logits.
+        gradients: tensors of the same rows, from :func:`compute_row_losses`.
         upstream_N: float32 gradient of each row's loss.
     """
     columns_NS, removed_NS, max_N, scale_N = gradients
@@ -135,7 +134,7 @@ def write_row_gradients(logits_NVp: Tensor, gradients: RowGradients, upstream_N:
         for rows in _chunks(logits_NVp):
             logits_NVp[rows].mul_(scale_N1[rows]).scatter_add_(-1, columns_NS[rows], removed_NS[rows])
         return
-    # exp(z - max + log scale) is omega times the probability: no pass for the scale alone.
+    # exp(z - max + log scale) is omega times the probability, which saves a separate pass for the scale.
     shift_N1 = (max_N - scale_N.log()).unsqueeze(-1)
     work = _work(logits_NVp)
     for rows in _chunks(logits_NVp):
@@ -147,7 +146,7 @@ def write_row_gradients(logits_NVp: Tensor, gradients: RowGradients, upstream_N:
 
 
 def _exponentiate(logits_NVp: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
-    """Return each row's maximum m and sum of exp(z - m), ``[N]`` float32; ``in_place`` leaves the latter in z."""
+    """Return each row's maximum m and sum of exp(z - m), ``[N]`` float32; ``in_place`` replaces z by exp(z - m)."""
     max_N, sum_exp_N = logits_NVp.new_empty((2, len(logits_NVp)), dtype=torch.float32)
     in_place = in_place and logits_NVp.dtype == torch.float32
     work = logits_NVp if in_place else _work(logits_NVp)
@@ -176,12 +175,12 @@ def _work(logits_NVp: Tensor) -> Tensor:
 
 
 def _operand(chunk: Tensor, work: Tensor) -> Tensor:
-    """Return the chunk as it is read fastest: a GPU converts bfloat16 on the way, a CPU does so better beforehand."""
+    """Return the chunk in the form that is read fastest: unchanged on a GPU, converted to float32 on a CPU."""
     return chunk if chunk.is_cuda or chunk.dtype == torch.float32 else work.copy_(chunk)
 
 
 def _multiply(values: Tensor, factor_N1: Tensor, out: Tensor) -> None:
-    """Round ``values * factor`` to the dtype of ``out``; on a CPU ``values`` are overwritten."""
+    """Write ``values * factor`` to ``out``, rounded to its dtype; on a CPU this overwrites ``values``."""
     if out.is_cuda:
         torch.mul(values, factor_N1, out=out)
     else:

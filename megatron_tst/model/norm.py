@@ -1,7 +1,8 @@
-"""torch's norms with the mark that sequence parallelism needs.
+"""torch's norms with the attribute ``sequence_parallel`` on their parameters.
 
-megatron-core's own torch norm refuses sequence parallelism, because each rank then sees only its slice of the
-sequence and the weight's gradient must be summed over the tensor-parallel group: the mark asks for that.
+With sequence parallelism each rank sees only its slice of the sequence, so the gradients of the parameters must be
+summed over the tensor-parallel group. The attribute makes megatron-core do so; its own torch norm does not set it and
+refuses sequence parallelism.
 """
 
 from typing import Any

@@ -1,16 +1,17 @@
-"""The output layer of a model whose loss multiplies by the weight itself."""
+"""The output layer of a model whose loss does the multiplication by the weight itself."""
 
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 
 class LinearLossOutputLayer(ColumnParallelLinear):  # type: ignore[misc]
-    """megatron-core's output layer, which hands its input on where a loss is computed from it.
+    """megatron-core's output layer, which returns its input unchanged if the loss is computed from the hidden states.
 
-    GPTModel calls it before ``compute_language_model_loss`` whatever the loss is, so the hooks that gather parameters
-    and reduce gradients run as ever, and no method of GPTModel beside these two is involved.
+    GPTModel calls it before ``compute_language_model_loss`` for every loss, so the hooks that gather parameters and
+    reduce gradients run as usual, and no method of GPTModel besides ``forward`` and that one is involved.
 
-    It adds no state: an output layer becomes one by its class, and its weight and checkpoint keys stay as they are.
+    The class adds no state: an output layer is converted by assigning its ``__class__``, and its weight and checkpoint
+    keys do not change.
 
     Attributes:
         hands_on: whether ``forward`` returns the hidden states in place of logits.
@@ -21,7 +22,7 @@ class LinearLossOutputLayer(ColumnParallelLinear):  # type: ignore[misc]
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return logits, or the hidden states as they came, and no bias."""
+        """Return the logits, or the unchanged hidden states, and None in place of a bias."""
         if self.hands_on:
             return input_, None
         return super().forward(input_, weight, runtime_gather_output)  # type: ignore[no-any-return]

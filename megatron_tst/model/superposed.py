@@ -1,4 +1,4 @@
-"""What makes a megatron-core language model read and predict bags of tokens, whatever its layers are.
+"""Makes any megatron-core language model read and predict bags of tokens.
 
 Shape letters: B sequences, L positions, S bag size, Vp local vocabulary.
 """
@@ -21,23 +21,24 @@ from megatron_tst.superposition import bag_weights
 
 
 class Superposed:
-    """Stands before a ``LanguageModule`` such as GPTModel among a class's bases and gives it a bag axis at both ends.
+    """Mixin that gives a ``LanguageModule`` such as GPTModel a bag axis; it precedes that class among the bases.
 
     ``forward`` then takes ``input_ids`` as tokens ``[B, L]`` or bags ``[B, L, S]`` and ``labels`` as ``[B, L]`` or
-    ``[B, L, S]``, and returns row losses ``[B, L]``. Parameters, their names and their initial values stay as they are.
+    ``[B, L, S]``, and returns row losses ``[B, L]``. Parameters, their names and their initial values do not change.
 
     Attributes:
-        real_vocab_size: columns that stand for tokens; the rest are never predicted.
-        loss: which loss is computed from labels.
+        real_vocab_size: number of columns that stand for tokens; the columns after them are never predicted.
+        loss: loss to compute from labels.
     """
 
     real_vocab_size: int
     loss: LossChoice
 
     def superpose(self: Any, real_vocab_size: int, loss: LossChoice) -> None:
-        """Let the word embedding, if this pipeline stage has it, take bags, and choose the loss.
+        """Set the loss, and let the word embedding of this pipeline stage, if it has one, take bags.
 
-        Classes change and weights stay: they add no state, and what megatron-core has noted on a weight is kept.
+        Only the classes of the modules change. The new classes add no state, and the weights keep the attributes that
+        megatron-core has set on them.
         """
         self.real_vocab_size, self.loss = real_vocab_size, loss
         if self.pre_process:
@@ -46,7 +47,7 @@ class Superposed:
             self.output_layer.__class__ = LinearLossOutputLayer
 
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Return row losses where there are labels, else logits ``[B, L, V]``, or what the next stage takes."""
+        """Return row losses if labels are given, else logits ``[B, L, V]``; earlier stages return hidden states."""
         if self.post_process and self.loss.implementation == "linear":
             self.output_layer.hands_on = labels is not None
         output: Tensor = super().forward(*args, labels=labels, **kwargs)  # type: ignore[misc]
@@ -55,7 +56,7 @@ class Superposed:
     def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         """Return row losses ``[B, L]`` float32 of labels ``[B, L]`` or ``[B, L, S]`` and logits ``[L, B, Vp]``.
 
-        With the ``linear`` loss the output layer's input takes the place of logits. Collective: every rank of the
+        With the ``linear`` loss, ``logits`` are the output layer's input instead. Collective: every rank of the
         tensor-parallel group calls it.
         """
         targets_BLS = labels.unsqueeze(-1) if labels.dim() == 2 else labels
@@ -87,12 +88,12 @@ class Superposed:
 
 
 def superpose_model(chunk: torch.nn.Module, real_vocab_size: int, loss: LossChoice) -> None:
-    """Turn a built model into one with bags at both ends, in place.
+    """Give a built model the bag axis, in place.
 
     Args:
-        chunk: a ``LanguageModule`` of megatron-core without wrappers: GPTModel, HybridModel.
-        real_vocab_size: columns that stand for tokens.
-        loss: which loss to compute from labels.
+        chunk: ``LanguageModule`` of megatron-core without wrappers, such as GPTModel or HybridModel.
+        real_vocab_size: number of columns that stand for tokens.
+        loss: loss to compute from labels.
     """
     stock = type(chunk)
     chunk.__class__ = type(f"Superposed{stock.__name__}", (Superposed, stock), {})

@@ -1,4 +1,4 @@
-"""The sparse half of the multi-hot loss: reading and writing the logits' columns that targets name.
+"""The sparse part of the multi-hot loss: reads and writes the targets' columns of the logits.
 
 Shape letters: L positions, B sequences, S bag size, Vp local vocabulary.
 """
@@ -14,11 +14,11 @@ from megatron_tst.superposition import target_coefficients
 
 @dataclass(frozen=True)
 class TargetColumns:
-    """Where each target's column lies on this rank.
+    """The targets' columns in this rank's shard.
 
     Attributes:
-        index: ``[..., S]`` int64 columns of this shard; 0 where the target is not here.
-        is_here: ``[..., S]`` bool, whether the target is valid and its column in this shard.
+        index: ``[..., S]`` int64, columns of this shard; 0 where ``is_here`` is false.
+        is_here: ``[..., S]`` bool, whether the target is valid and its column is in this shard.
     """
 
     index: Tensor
@@ -26,16 +26,16 @@ class TargetColumns:
 
     @classmethod
     def locate(cls, targets: Tensor, is_valid: Tensor, num_columns: int, tp_rank: int) -> "TargetColumns":
-        """Find the targets among the columns ``tp_rank * num_columns`` and on."""
+        """Find the targets in the shard of ``num_columns`` columns that starts at ``tp_rank * num_columns``."""
         index = targets - tp_rank * num_columns
         is_here = is_valid & (index >= 0) & (index < num_columns)
         return cls(index.masked_fill(~is_here, 0), is_here)
 
 
 def name_columns_once(columns: Tensor, values: Tensor) -> Tensor:
-    """Give the sum of a column's values to the first target of the row that names it, and zero to the others.
+    """Give the sum of a column's values to the row's first target with this column, and zero to the others.
 
-    Adding the result to the columns is then the same in any order, to the last bit.
+    Adding the result to the columns then gives bitwise the same sums in any order.
 
     Args:
         columns: ``[..., S]`` integers.
@@ -47,9 +47,9 @@ def name_columns_once(columns: Tensor, values: Tensor) -> Tensor:
 
 
 def gather_target_logits(logits: Tensor, columns: TargetColumns, tp_group: dist.ProcessGroup) -> Tensor:
-    """Return every target's logit, ``[L, B, S]`` float32, zero for targets that are not valid.
+    """Return every target's logit, ``[L, B, S]`` float32; it is zero for targets that are not valid.
 
-    One all-reduce over the tensor-parallel group, which all its ranks call.
+    Collective: every rank of the tensor-parallel group calls it; it is one all-reduce.
     """
     target_logits = logits.gather(-1, columns.index).float().masked_fill_(~columns.is_here, 0.0)
     if tp_group.size() > 1:
@@ -58,15 +58,16 @@ def gather_target_logits(logits: Tensor, columns: TargetColumns, tp_group: dist.
 
 
 def write_target_columns(gradient: Tensor, values: Tensor, columns: TargetColumns) -> None:
-    """Overwrite the columns that targets name with their gradients, in place.
+    """Overwrite the targets' columns with their gradients, in place.
 
-    A target that is not here writes what another target of its row writes, or, if the row has none here, what the
-    column holds already: every write to a column carries the same value, so their order does not matter.
+    A target of another shard repeats the write of a target of its row that is in this shard or, if the row has none,
+    writes the value that the column already holds. All writes to a column carry the same value, so their order does
+    not matter.
 
     Args:
         gradient: ``[L, B, Vp]`` of any dtype.
         values: ``[L, B, S]`` float32, equal for targets with equal columns.
-        columns: where the targets are.
+        columns: the targets' columns.
     """
     first_here = columns.is_here.int().argmax(dim=-1, keepdim=True)
     index = torch.where(columns.is_here, columns.index, columns.index.gather(-1, first_here))

@@ -1,11 +1,12 @@
 """The multi-hot cross-entropy through one call of Transformer Engine's fused cross-entropy.
 
-All targets of a row share the softmax, so their losses differ by their logits alone: with one of them, the anchor,
-given to the kernel, ``CE_i = CE_anchor + (z_anchor - z_i)``. The kernel's gradient is right everywhere but in the
-targets' columns, and there ``g (omega exp(-CE_i) - c_i)`` is known in float32 and written over it.
+All targets of a row share the softmax, so their losses differ only by their logits. The kernel computes the loss of
+one target, the anchor; the others follow as ``CE_i = CE_anchor + (z_anchor - z_i)``. The kernel's gradient is correct
+everywhere except in the targets' columns, which are overwritten with ``g (omega exp(-CE_i) - c_i)``, computed in
+float32.
 
-This holds for every kernel of Transformer Engine 2.9 to 2.20, those that overwrite the logits in the forward pass (to
-2.17), in the backward pass (from 2.19 on) or not at all (2.18): the target logits are read before the call.
+This works with every kernel of Transformer Engine 2.9 to 2.20, whether it overwrites the logits in the forward pass
+(to 2.17), in the backward pass (from 2.19 on) or not at all (2.18), since the target logits are read before the call.
 
 Shape letters: L positions, B sequences, S bag size, Vp local vocabulary.
 """
@@ -26,17 +27,18 @@ from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model.target_columns import TargetColumns, gather_target_logits, write_target_columns
 from megatron_tst.superposition import Objective, target_coefficients
 
-OLDEST, NEWEST = Version("2.9"), Version("2.21")  # from the first, before the second
+OLDEST, NEWEST = Version("2.9"), Version("2.21")  # the first is included, the second is not
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Transformer Engine's fused cross-entropy, of any version, behind one signature.
+    """Transformer Engine's fused cross-entropy of any supported version, with one signature.
 
     Attributes:
-        function: as Transformer Engine has it.
-        rounds_once: whether the gradient stays in float32 until its one rounding, and the logits may be overwritten by
-            request. Up to 2.17 it is stored in the logits' type first, where that of a confident target is lost.
+        function: Transformer Engine's function.
+        rounds_once: whether the gradient stays in float32 until it is rounded once, and the logits are overwritten only
+            on request. Up to 2.17 the gradient is first stored in the logits' dtype, which loses it for a confident
+            target.
     """
 
     function: Callable[..., Tensor]
@@ -47,21 +49,21 @@ class Kernel:
         positional = (logits.contiguous(), targets.contiguous(), 0.0, False, group, ignore_index)
         if self.rounds_once:
             return self.function(*positional, overwrite_input=True)
-        # is_cg_capturable: without it the kernel asks the device whether the upstream gradient is one.
+        # Without is_cg_capturable, the last argument, the kernel asks the device whether the upstream gradient is one.
         return self.function(*positional, True)
 
 
 @functools.cache
 def load_kernel() -> Kernel:
-    """Return Transformer Engine's fused cross-entropy behind one signature.
+    """Return Transformer Engine's fused cross-entropy with one signature for all versions.
 
     Raises:
-        UserError: if Transformer Engine is missing or of a version that was not tried.
+        UserError: if Transformer Engine is missing or its version is not supported.
     """
     installed = find_libraries().transformer_engine
     if installed is None or not OLDEST <= Version(installed) < NEWEST:
         raise UserError(
-            f"--cross-entropy-fusion-impl te: Transformer Engine {installed or 'none'} is usable; supported are "
+            f"--cross-entropy-fusion-impl te: Transformer Engine is {installed or 'not usable'}; supported are "
             "2.9 to 2.20, or use --cross-entropy-fusion-impl native"
         )
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
@@ -70,8 +72,8 @@ def load_kernel() -> Kernel:
 
 
 def adapt_kernel(parallel_cross_entropy: Callable[..., Tensor]) -> Kernel:
-    """Hide what changed between versions: keywords, capture and the right to overwrite the logits."""
-    # Version 2.9 is a bare autograd function without a signature of its own, and takes positions only.
+    """Hide the differences between versions: keywords, CUDA graph capture and the overwriting of the logits."""
+    # Version 2.9 is a bare autograd function, which has no signature and takes positional arguments only.
     parameters: Any = {}
     if inspect.isfunction(parallel_cross_entropy):
         parameters = inspect.signature(parallel_cross_entropy).parameters
@@ -79,7 +81,7 @@ def adapt_kernel(parallel_cross_entropy: Callable[..., Tensor]) -> Kernel:
 
 
 class TEMultiHotCrossEntropy(torch.autograd.Function):
-    """Row losses from one kernel call; the logits may be overwritten."""
+    """Autograd function of the row losses with one kernel call, which may overwrite the logits."""
 
     @staticmethod
     def forward(
@@ -96,12 +98,12 @@ class TEMultiHotCrossEntropy(torch.autograd.Function):
         is_valid = targets_LBS != ignore_index
         columns = TargetColumns.locate(targets_LBS, is_valid, logits_LBVp.shape[-1], tp_group.rank())
         target_logits = gather_target_logits(logits_LBVp, columns, tp_group)
-        # The first valid target, or the ignored one of a row that has none.
+        # The anchor is the first valid target; in a row without valid targets it is an ignored one.
         anchor = is_valid.int().argmax(dim=-1, keepdim=True)
         with torch.enable_grad():
             leaf = logits_LBVp.detach().requires_grad_()
             anchor_loss = kernel(leaf, targets_LBS.gather(-1, anchor).squeeze(-1), ignore_index, tp_group)
-        # Differences first: the logits' common size cancels before anything is rounded.
+        # The logits are subtracted first, so that their common magnitude cancels before the sum is rounded.
         cross_entropy = anchor_loss.detach().unsqueeze(-1) + (target_logits.gather(-1, anchor) - target_logits)
         row_loss, row_weight, coefficients = objective(cross_entropy, targets_LBS, weights_LBS, is_valid)
         at_targets = row_weight.unsqueeze(-1) * torch.exp(-cross_entropy)
@@ -113,7 +115,7 @@ class TEMultiHotCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_LB: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        """Return the kernel's gradient with the targets' columns written over."""
+        """Return the kernel's gradient with the targets' columns overwritten."""
         at_targets, row_weight, index, is_here = ctx.saved_tensors
         (gradient,) = torch.autograd.grad(ctx.anchor_loss, ctx.leaf, (grad_LB * row_weight).contiguous())
         ctx.leaf = ctx.anchor_loss = None

@@ -30,7 +30,7 @@ def twice(compute):
 
 
 @pytest.mark.parametrize("is_whole", [False, True], ids=["a shard", "the whole table"])
-def test_the_embedding_of_bags(device, mode, is_whole, record_property):
+def test_the_embedding_of_bags_matches_float64(device, mode, is_whole, record_property):
     num_bags, bag_size, vocab, width = 2048, 8, 40, 128  # each row of the weight collects some 400 gradients
     weight = torch.randn(vocab, width).bfloat16()
     rows, upstream = torch.randint(0, vocab, (num_bags, bag_size)), torch.randn(num_bags, width)
@@ -116,7 +116,7 @@ def test_the_native_loss_matches_float64(rank, device, mode, record_property, ba
 
 
 @pytest.mark.parametrize("bag_size", [1, 16])
-def test_the_linear_loss(rank, device, mode, monkeypatch, record_property, bag_size):
+def test_the_linear_loss_matches_float64(rank, device, mode, monkeypatch, record_property, bag_size):
     monkeypatch.setattr(loss_chunks, "SMALLEST_CHUNK", 5)
     vocab, batch, length, width = 4000, 2, 6, 64
     hidden, weight = torch.randn(length, batch, width).bfloat16(), (torch.randn(vocab, width) / 2).bfloat16()
@@ -137,7 +137,7 @@ def test_the_linear_loss(rank, device, mode, monkeypatch, record_property, bag_s
 
     (loss, *gradients), is_same = twice(compute)
     assert is_same or not mode
-    # Logits are rounded to bfloat16, and so are the gradients at them and the results.
+    # The logits, their gradients and the results are each rounded to bfloat16.
     errors = [
         error(*pair) for pair in zip((loss, *gradients), (wanted_loss, wanted_hidden, wanted_weight), strict=True)
     ]

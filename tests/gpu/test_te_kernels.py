@@ -29,7 +29,7 @@ def wheel(request, cuda) -> Path:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
     if not (request.param / "transformer_engine").is_dir():
-        pytest.skip("needs Transformer Engine's Python wheels: a version's folder each in TST_TE_WHEELS")
+        pytest.skip("needs Transformer Engine's Python wheels, one folder per version in TST_TE_WHEELS")
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""One YAML file drives either trainer: every setting arrives, from files, presets and flags alike."""
+"""One YAML file configures either trainer: Megatron-LM's gets every setting from files, presets and flags."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ CONFIGS = sorted(
     c for folder in ("examples", "launch") for c in (ROOT / folder).rglob("*.yaml") if c.parent.name != "evaluate"
 )
 WORLD_SIZE = 64
-# What Megatron-LM fills in, or what depends on the machine.
+# Settings that Megatron-LM fills in, or that depend on the machine.
 FILLED_IN = {
     "model.tst_preset", "model.max_position_embeddings", "model.ffn_hidden_size", "model.kv_channels",
     "model.num_query_groups", "model.vocab_size", "model.moe_grouped_gemm", "model.moe_ffn_hidden_size",
@@ -27,7 +27,7 @@ FILLED_IN = {
 
 
 def prepared(argv: list[str]) -> RunConfig:
-    """The settings that Megatron-LM's arguments come to, on one of many ranks."""
+    """Return the settings that correspond to Megatron-LM's arguments on one of many ranks."""
     os.environ["WORLD_SIZE"] = str(WORLD_SIZE)
     from megatron_tst.distributed import enter_device
     from megatron_tst.megatron_patches.cpu import enter_cpu_card
@@ -51,7 +51,7 @@ def flat(config: RunConfig) -> dict[str, object]:
 @needs_trainer
 @pytest.mark.distributed
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_setting_of_a_shipped_file_arrives(config: Path, corpus, tokenizer, tmp_path):
+def test_every_setting_of_a_shipped_file_reaches_megatron_lm(config: Path, corpus, tokenizer, tmp_path):
     argv = ["--config", str(config), "--data-path", corpus, "--tokenizer-model", str(tokenizer.path)]
     argv += ["--tst-run-dir", str(tmp_path / "run"), "--global-batch-size", "4096"]
     own = parse_config(argv)
@@ -63,7 +63,7 @@ def test_every_setting_of_a_shipped_file_arrives(config: Path, corpus, tokenizer
     assert ours["optimizer.lr"] != RunConfig().optimizer.lr
 
 
-def test_the_later_file_wins_setting_by_setting(tmp_path):
+def test_each_setting_of_a_later_file_overrides_that_of_an_earlier_one(tmp_path):
     first = write(tmp_path / "first.yaml", {"model": {"num_layers": 2, "hidden_size": 8}, "optimizer": {"lr": 1.0}})
     second = write(tmp_path / "second.yaml", {"model": {"num_layers": 3}, "phases": [{"bag_size": 1, "steps": 2}]})
     assert read_files([first, second]) == {
@@ -81,21 +81,21 @@ def test_the_later_file_wins_setting_by_setting(tmp_path):
     ("extra", "rule"),
     [
         ({"nonsense": 1}, "megatron_lm.nonsense: is not a flag of the installed Megatron-LM"),
-        ({"num_layers": 1}, "megatron_lm.num_layers: stands in the section model"),
+        ({"num_layers": 1}, "megatron_lm.num_layers: belongs in the section model"),
         ({"log_throughput": 1}, "megatron_lm.log_throughput 1: must be true or false"),
         ({"timing_log_level": True}, "megatron_lm.timing_log_level True: needs a value"),
     ],
 )
-def test_a_wrong_setting_of_megatron_lms_is_named(corpus, tokenizer, tmp_path, extra, rule):
+def test_a_wrong_setting_in_the_section_megatron_lm_is_named(corpus, tokenizer, tmp_path, extra, rule):
     config = write(tmp_path / "run.yaml", settings(corpus, str(tokenizer.path), megatron_lm=extra))
     assert refused(["--config", config], tmp_path / "run") == f"{config}: {rule}"
 
 
 @needs_trainer
 @pytest.mark.distributed
-def test_mistakes_are_one_line_that_names_the_flag(corpus, tokenizer, tmp_path):
+def test_a_mistake_gives_one_line_that_names_the_flag(corpus, tokenizer, tmp_path):
     config = write(tmp_path / "run.yaml", settings(corpus, str(tokenizer.path), training={"max_nan_steps": 2}))
-    assert refused(["--config", config], tmp_path / "run").startswith("training.max_nan_steps 2: is not taken")
+    assert refused(["--config", config], tmp_path / "run").startswith("training.max_nan_steps 2: cannot be used")
     config = write(tmp_path / "run.yaml", settings(corpus, str(tokenizer.path)))
     for flags, rule in {
         "--nonsense 3": "unrecognized arguments: --nonsense 3",
@@ -111,7 +111,7 @@ def test_mistakes_are_one_line_that_names_the_flag(corpus, tokenizer, tmp_path):
 
 
 @needs_trainer
-def test_help_lists_the_flags_of_both():
+def test_help_lists_the_flags_of_megatron_lm_and_of_this_project():
     done = start("pretrain_tst.py", "--tst-trainer", "megatron-lm", "--help")
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(flag in done.stdout for flag in ("--tst-bag-size", "--fp8-format", "--keep-last"))

@@ -1,4 +1,4 @@
-"""What bags cannot be combined with is refused by name, with the reason."""
+"""Flags that cannot be combined with bags are refused by name, with the reason."""
 
 from pathlib import Path
 from unittest import mock
@@ -12,7 +12,7 @@ from tests.megatron_lm.trainers import needs_trainer, run_megatron_lm, settings,
 
 pytestmark = [needs_trainer, pytest.mark.distributed]
 
-# A value for each flag that takes one.
+# Values of the flags that take one.
 VALUES = {
     "--mtp-num-layers": "1",
     "--mtp-hybrid-override-pattern": "*-",
@@ -37,7 +37,7 @@ def typed(flag: str) -> list[str]:
 
 
 def ask_all(argv: list[str], cases: list[list[str]]) -> list[str]:
-    """What a rank is told of each command line before anything is started."""
+    """Return the refusal of each command line, before anything is started; it is empty if there is none."""
     from megatron_tst.distributed import enter_device
     from megatron_tst.megatron_patches.cpu import enter_cpu_card
 
@@ -64,7 +64,7 @@ def argv(corpus, tokenizer, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def answers(argv) -> dict[str, str]:
-    """What is said of each conflict's flag."""
+    """Return the refusal of each conflict's flag."""
     flags = [conflict.flag for conflict in CONFLICTS]
     (answers,) = run_distributed(ask_all, 1, argv, [typed(flag) for flag in flags])
     return dict(zip(flags, answers, strict=True))
@@ -78,8 +78,8 @@ def test_a_conflict_is_refused_by_name(answers, conflict):
     assert "\n" not in said
 
 
-def test_nothing_else_is_refused(argv):
-    """Control: the run without any of them is prepared, and so are flags beside them."""
+def test_only_conflicts_are_refused(argv):
+    """Control: a run with other flags is prepared, and two conflicts are refused."""
     ((plain, beside, hybrid),) = run_distributed(
         ask_all,
         1,
@@ -96,7 +96,7 @@ def test_nothing_else_is_refused(argv):
 
 
 def train_unexcluded(argv: list[str]) -> str:
-    """What a rank meets that is not kept from a conflict."""
+    """Return the error of a run in which no conflict is refused."""
     from megatron_tst.megatron_lm import conflicts, train
 
     with mock.patch.object(conflicts, "CONFLICTS", ()):
@@ -107,12 +107,13 @@ def train_unexcluded(argv: list[str]) -> str:
     return ""
 
 
-def test_multi_token_prediction_is_still_not_for_bags(argv, tmp_path: Path):
-    """Upstream may come to shift the sequence's axis: this then fails, and the row can go."""
+def test_multi_token_prediction_fails_with_bags(argv, tmp_path: Path):
+    """If upstream starts to shift the axis of the sequence, this test fails and the conflict can be removed."""
     run = ["--tst-run-dir", str(tmp_path / "run"), "--mtp-num-layers", "1"]
     (met,) = run_distributed(train_unexcluded, 1, [*argv, *run])
-    assert "The size of tensor a (4) must match the size of tensor b (16)" in met  # the bag is taken for the sequence
+    # Multi-token prediction shifts the bag as if it were the sequence.
+    assert "The size of tensor a (4) must match the size of tensor b (16)" in met
 
 
-def test_the_same_run_trains_without_it(argv, tmp_path: Path):
+def test_the_same_run_trains_without_multi_token_prediction(argv, tmp_path: Path):
     assert run_megatron_lm(argv[:2], tmp_path / "run")[-1]["step"] == 8

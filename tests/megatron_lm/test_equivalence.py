@@ -1,4 +1,4 @@
-"""The same run through both trainers: every step's loss, every evaluation."""
+"""Both trainers give the same losses in every step and every evaluation of the same run."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from tests.megatron_lm.trainers import EXPERTS, distance, needs_trainer, run_meg
 pytestmark = [needs_trainer, pytest.mark.distributed]
 TOLERANCE = 5e-6
 
-# What differs from the small run, by section.
+# Settings that differ from those of the small run, by section.
 KINDS: dict[str, dict[str, Any]] = {
     "power-law-masked": {"superposition": {"tst_bag_weights": "power_law"}, "data": {"eod_mask_loss": True}},
     "mce-alt": {"superposition": {"tst_objective": "mce_alt"}},
@@ -46,7 +46,8 @@ def train_both(corpus, tokenizer, folder: Path, kind: dict[str, Any], *flags: st
     model = kind.get("model", {})
     if "num_experts" not in model and "position_embedding_type" not in model:
         return run_own(argv, folder / "own"), run_megatron_lm(argv, folder / "megatron-lm")
-    # Experts and tables of positions are drawn from another stream there: both start from one checkpoint's weights.
+    # Megatron-LM draws experts and position embeddings from another random stream, so both runs start from the weights
+    # of one checkpoint.
     run_own([*argv, "--train-iters", "1", "--tst-steps", "1", "--lr-warmup-iters", "0"], folder / "start")
     load = ["--load", str(folder / "start" / "checkpoints"), "--finetune"]
     return run_own([*argv, *load], folder / "own"), run_megatron_lm([*argv, *load], folder / "megatron-lm")
@@ -70,19 +71,19 @@ def without_experts(lines):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_trainers_compute_the_same(corpus, tokenizer, tmp_path, kind):
+def test_both_trainers_give_the_same_losses(corpus, tokenizer, tmp_path, kind):
     own, theirs = train_both(corpus, tokenizer, tmp_path, KINDS[kind])
     compare(without_experts(own), theirs)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", MORE)
-def test_both_trainers_compute_the_same_in_every_setting(corpus, tokenizer, tmp_path, kind):
+def test_both_trainers_give_the_same_losses_in_every_setting(corpus, tokenizer, tmp_path, kind):
     own, theirs = train_both(corpus, tokenizer, tmp_path, MORE[kind])
     compare(without_experts(own), theirs)
 
 
-def test_another_loss_would_be_seen(corpus, tokenizer, tmp_path):
+def test_another_loss_is_detected(corpus, tokenizer, tmp_path):
     config = write(tmp_path / "run.yaml", settings(corpus, str(tokenizer.path)))
     own = run_own(["--config", config, "--tst-bag-weights", "power_law"], tmp_path / "own")
     theirs = run_megatron_lm(["--config", config], tmp_path / "megatron-lm")

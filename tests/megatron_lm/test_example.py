@@ -1,4 +1,4 @@
-"""The example trains with both trainers and says that they agree."""
+"""The example trains with both trainers and reports that their losses agree."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ from tests.training.runs import ROOT
 def test_the_example_compares_both_trainers(tmp_path: Path):
     script = (ROOT / "examples/megatron_lm/run.sh").read_text()
     assert script.count("bash tools/setup_venv.sh\n") == 1
-    # The environment of the tests stands in for the one that the script would set up.
+    # The environment of the tests replaces the one that the script would set up.
     here = script.replace("bash tools/setup_venv.sh\n", "").replace('cd "$(dirname "$0")/../.."', f"cd {ROOT}")
     environment = {
         "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "VENV": str(Path(sys.prefix)), "STEPS": "10",

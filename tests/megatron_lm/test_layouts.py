@@ -1,4 +1,4 @@
-"""Every parallel layout computes what one rank computes, from the same weights, across the switch."""
+"""Every parallel layout gives the losses of one rank, from the same weights and across the switch."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ MORE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def train(corpus, tokenizer, folder: Path, model: dict[str, Any], flags: str):
-    """The run on one rank and on two, both started from the weights of one checkpoint."""
+    """Train the run on one rank and on two, both from the weights of one checkpoint, and return their metrics."""
     sections = settings(
         corpus, str(tokenizer.path), model={"num_layers": 4, **model}, training={"micro_batch_size": 1},
         data={"eod_mask_loss": True}, superposition={"tst_bag_weights": "power_law"},
@@ -37,7 +37,7 @@ def train(corpus, tokenizer, folder: Path, model: dict[str, Any], flags: str):
     argv = ["--config", write(folder / "run.yaml", sections)]
     run_own([*argv, "--train-iters", "1", "--tst-steps", "1", "--lr-warmup-iters", "0"], folder / "start")
     argv += ["--load", str(folder / "start" / "checkpoints"), "--finetune"]
-    # The vocabulary's padding depends on the layout, and what is loaded must fit: 300 tokens become 384 on both.
+    # The padding of the vocabulary depends on the layout, and loaded weights must fit: both pad 300 tokens to 384.
     two = "64" if "--tensor" in flags else "128"
     return (
         run_megatron_lm([*argv, "--make-vocab-size-divisible-by", "128"], folder / "one"),
@@ -46,19 +46,19 @@ def train(corpus, tokenizer, folder: Path, model: dict[str, Any], flags: str):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_computes_what_one_rank_does(corpus, tokenizer, tmp_path, layout):
+def test_a_layout_gives_the_losses_of_one_rank(corpus, tokenizer, tmp_path, layout):
     one, two = train(corpus, tokenizer, tmp_path, *LAYOUTS[layout])
     assert distance(one, two) <= TOLERANCE
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", MORE)
-def test_every_layout_computes_what_one_rank_does(corpus, tokenizer, tmp_path, layout):
+def test_every_layout_gives_the_losses_of_one_rank(corpus, tokenizer, tmp_path, layout):
     one, two = train(corpus, tokenizer, tmp_path, *MORE[layout])
     assert distance(one, two) <= TOLERANCE
 
 
-def test_another_run_would_be_seen(corpus, tokenizer, tmp_path):
+def test_another_run_is_detected(corpus, tokenizer, tmp_path):
     config = write(tmp_path / "run.yaml", settings(corpus, str(tokenizer.path)))
     one = run_megatron_lm(["--config", config], tmp_path / "one")
     two = run_megatron_lm(["--config", config, "--seed", "5"], tmp_path / "two", ranks=2)

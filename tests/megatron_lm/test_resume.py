@@ -1,4 +1,4 @@
-"""A run that was stopped goes on to the same bits, on either side of the switch and at it; another run is refused."""
+"""A resumed run gives the same bits as a run without a stop, before, at and after the switch; others are refused."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ SWITCH, STEPS = 4, 8
 
 @pytest.fixture(scope="module")
 def whole(corpus, tokenizer, tmp_path_factory) -> tuple[list[str], Path]:
-    """The settings of a run that was not stopped and kept every second checkpoint, and its directory."""
+    """Train a run without a stop that saves a checkpoint every second step; return its flags and its directory."""
     folder = tmp_path_factory.mktemp("whole")
     argv = ["--config", write(folder / "run.yaml", settings(corpus, str(tokenizer.path)))]
     run_megatron_lm([*argv, "--save-interval", "2"], folder / "run")
@@ -33,7 +33,7 @@ def whole(corpus, tokenizer, tmp_path_factory) -> tuple[list[str], Path]:
 
 
 def copy_up_to(run: Path, step: int, target: Path) -> Path:
-    """A run directory as it was after a step."""
+    """Copy a run directory and remove the checkpoints after a step from the copy."""
     shutil.copytree(run, target, symlinks=True)
     folders = CheckpointFolders(target / "checkpoints")
     for later in folders.steps():
@@ -52,7 +52,7 @@ def last_of(run: Path):
 
 
 @pytest.mark.parametrize("step", [SWITCH - 2, SWITCH, SWITCH + 2])
-def test_it_goes_on_to_the_same_bits(whole, tmp_path, step):
+def test_a_resumed_run_gives_the_same_bits(whole, tmp_path, step):
     argv, run = whole
     resumed = copy_up_to(run, step, tmp_path / "run")
     lines = resume(argv, resumed)
@@ -62,13 +62,13 @@ def test_it_goes_on_to_the_same_bits(whole, tmp_path, step):
     assert differing(last_of(resumed), last_of(run)) == []
 
 
-def test_a_difference_of_the_bits_would_be_seen(whole):
+def test_a_difference_of_bits_is_detected(whole):
     _, run = whole
     before = stored(CheckpointFolders(run / "checkpoints").of(STEPS - 2))
     assert len(differing(before, last_of(run))) > 20
 
 
-def test_it_is_prolonged(whole, tmp_path):
+def test_a_run_can_be_prolonged(whole, tmp_path):
     argv, run = whole
     resumed = copy_up_to(run, SWITCH, tmp_path / "run")
     lines = resume(argv, resumed, "--train-iters", "10", "--lr-decay-iters", "8")
@@ -76,7 +76,7 @@ def test_it_is_prolonged(whole, tmp_path):
     assert steps == [(step, 4 if step <= SWITCH else 1) for step in range(1, 11)]
 
 
-def test_the_own_trainers_run_goes_on_here(whole, tmp_path):
+def test_a_run_of_the_own_trainer_can_be_continued(whole, tmp_path):
     argv, run = whole
     own = run_own([*argv, "--exit-interval", str(SWITCH)], tmp_path / "run")
     lines = resume(argv, tmp_path / "run")
@@ -84,12 +84,12 @@ def test_the_own_trainers_run_goes_on_here(whole, tmp_path):
     assert losses(lines) == pytest.approx(losses(read_metrics(run / "metrics.jsonl")), abs=5e-6)
 
 
-def test_the_own_trainer_takes_its_weights(whole, tmp_path):
+def test_the_own_trainer_can_start_from_its_weights(whole, tmp_path):
     argv, run = whole
     flags = ["--load", str(run / "checkpoints"), "--finetune", "--tst-bag-size", "1", "--tst-steps", "0"]
     lines = run_own([*argv, *flags], tmp_path / "next")
     last = [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line][-1]
-    assert lines[0]["loss"] < last + 0.3 < 5.7  # where it had come to, not where it began
+    assert lines[0]["loss"] < last + 0.3 < 5.7  # near the last loss of the run, not its first one
     fresh = ["--tst-bag-size", "1", "--tst-steps", "0"]
     assert run_own([*argv, *fresh], tmp_path / "fresh")[0]["loss"] > last + 0.5
 
@@ -120,13 +120,13 @@ def test_another_run_is_refused_by_name(whole, tmp_path, flags, rule, tokenizer)
     assert rule.format(**names) in refused([*argv, *load], resumed)
 
 
-def test_weights_alone_are_taken_of_a_foreign_checkpoint(whole, tmp_path):
+def test_a_foreign_checkpoint_is_refused_without_finetune(whole, tmp_path):
     argv, _ = whole
     reason = refused([*argv, "--load", str(STOCK / "0.19.2")], tmp_path / "run")
-    assert "only its weights can be used, add --finetune" in reason
+    assert "only its weights can be used, with --finetune" in reason
 
 
-def test_a_used_place_is_refused(whole, tmp_path):
+def test_used_folders_are_refused(whole, tmp_path):
     argv, run = whole
     assert "already holds a run" in refused(argv, run)
     reason = refused([*argv, "--save", str(run / "checkpoints")], tmp_path / "run")

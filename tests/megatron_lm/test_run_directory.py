@@ -1,4 +1,4 @@
-"""A run directory of Megatron-LM's trainer serves the tools as one of the own trainer's does."""
+"""The tools read a run directory of Megatron-LM's trainer like one of the own trainer."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ pytestmark = [needs_trainer, pytest.mark.distributed]
 
 @pytest.fixture(scope="module")
 def runs(corpus, tokenizer, tmp_path_factory) -> Path:
-    """A folder with a baseline and a run with superposition, the latter started as a user does."""
+    """Return a folder with a baseline and a run with superposition, which is started from the command line."""
     folder = tmp_path_factory.mktemp("runs")
     config = write(folder / "run.yaml", settings(corpus, str(tokenizer.path)))
     run_megatron_lm(["--config", config, "--tst-bag-size", "1", "--tst-steps", "0"], folder / "baseline")
@@ -47,19 +47,19 @@ def test_the_recorded_settings_start_the_same_run(runs, tmp_path):
     assert "training:" in dump_config(load_config(Path(recorded[1])))
 
 
-def test_only_megatron_lms_settings_are_refused_by_the_own_trainer(runs, tmp_path):
+def test_the_own_trainer_refuses_settings_that_only_megatron_lm_has(runs, tmp_path):
     config = write(tmp_path / "run.yaml", {"megatron_lm": {"log_throughput": True}})
     with pytest.raises(UserError, match=r"megatron_lm: log_throughput: only .* use --tst-trainer megatron-lm"):
         parse_config(["--config", config])
 
 
-def test_its_state_is_told(runs):
+def test_run_status_reads_the_run(runs):
     done = start("tools/run_status.py", str(runs / "tst"))
     assert done.returncode == 0, done.stderr
     assert "8" in done.stdout
 
 
-def test_runs_are_compared(runs):
+def test_compare_runs_reads_the_runs(runs):
     done = start("tools/compare_runs.py", str(runs / "baseline"), str(runs / "tst"), COLUMNS="160")
     assert done.returncode == 0, done.stderr
     assert "4 then 1" in done.stdout
@@ -69,7 +69,7 @@ def test_runs_are_compared(runs):
     )
 
 
-def test_it_converts_to_hugging_face(runs, tokenizer, tmp_path):
+def test_a_checkpoint_is_converted_to_hugging_face(runs, tokenizer, tmp_path):
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     argv = (
         "--load",

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves, says by its exit code that it can be resumed, and goes on to the same bits."""
+"""A run that is asked to stop saves, ends with the exit code of a resumable run, and resumes to the same bits."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ STOPPED_AT = 3
 
 
 def stop_in_a_step(argv: list[str], number: int, signalled_rank: int) -> int:
-    """Have one rank signalled in its third step; returns the exit code of the program."""
+    """Send one rank a signal in its third step; return the exit code of the program."""
     import pretrain_tst
     from megatron_tst.distributed import enter_device
     from megatron_tst.megatron_patches.cpu import enter_cpu_card
@@ -40,7 +40,7 @@ def stop_in_a_step(argv: list[str], number: int, signalled_rank: int) -> int:
 
 
 def stop_in_the_set_up(argv: list[str], number: int) -> str:
-    """Have the rank signalled while it builds its samples; returns what the user is told."""
+    """Send the rank a signal while it builds its samples; return the message for the user."""
     from megatron_tst.config import StoppedInSetUp
     from megatron_tst.distributed import enter_device
     from megatron_tst.megatron_lm import train
@@ -85,14 +85,14 @@ def test_a_signal_in_a_step_saves_and_stops(argv, tmp_path, number, ranks):
 
 @needs_trainer
 @pytest.mark.distributed
-def test_a_signal_in_the_set_up_stops_at_once(argv, tmp_path):
+def test_a_signal_in_the_set_up_stops_the_run_before_the_first_step(argv, tmp_path):
     (said,) = run_distributed(stop_in_the_set_up, 1, [*argv, "--tst-run-dir", str(tmp_path / "run")], signal.SIGTERM)
     assert said == "stopped by SIGTERM before the first step; start the same command again"
 
 
 @needs_trainer
 @pytest.mark.distributed
-def test_an_exit_interval_is_resumable_too(argv, tmp_path):
+def test_a_run_ended_by_exit_interval_is_resumable(argv, tmp_path):
     code = (
         "import sys; sys.argv = ['pretrain_tst.py'] + sys.argv[1:]; "
         "import runpy; runpy.run_path('pretrain_tst.py', run_name='__main__')"
@@ -103,8 +103,8 @@ def test_an_exit_interval_is_resumable_too(argv, tmp_path):
     assert CheckpointFolders(tmp_path / "run" / "checkpoints").steps() == [4, 5]
 
 
-def test_without_the_trainer_one_line_says_so(tmp_path: Path):
-    """As with megatron-core 0.16.1, whatever is installed here."""
+def test_a_missing_trainer_is_reported_in_one_line(tmp_path: Path):
+    """The module is hidden, so that any installed megatron-core behaves like 0.16.1."""
     code = (
         "import importlib.util as util, runpy, sys; find = util.find_spec\n"
         "util.find_spec = lambda name, *args: None if name == 'megatron.training' else find(name, *args)\n"
@@ -120,6 +120,6 @@ def test_without_the_trainer_one_line_says_so(tmp_path: Path):
 
 @needs_trainer
 @pytest.mark.distributed
-def test_the_preflight_comes_before_the_run(argv, tmp_path):
+def test_a_run_with_preflight_trains_to_the_end(argv, tmp_path):
     lines = run_megatron_lm([*argv, "--preflight"], tmp_path / "run", 2)
     assert lines[-1]["step"] == 8

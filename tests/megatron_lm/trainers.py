@@ -1,4 +1,4 @@
-"""The same run with either trainer, each in ranks of its own."""
+"""Runs of either trainer, each in ranks of its own."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,8 @@ from megatron_tst.telemetry import read_metrics
 from tests.distributed.launch import run_distributed
 
 needs_trainer = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.training") is None, reason="megatron-core has Megatron-LM's trainer from 0.19 on"
+    importlib.util.find_spec("megatron.training") is None,
+    reason="needs Megatron-LM's trainer, which megatron-core contains from 0.19 on",
 )
 
 MODEL = {
@@ -31,7 +32,7 @@ EXPERTS = {
 
 
 def settings(corpus: str, tokenizer: str, **sections: Any) -> dict[str, dict[str, Any]]:
-    """The sections of a small run's YAML file; those given are laid over them, setting by setting."""
+    """Return the sections of a small run's YAML file; each setting in ``sections`` overrides the default."""
     base: dict[str, dict[str, Any]] = {
         "model": MODEL,
         "superposition": {"tst_bag_size": 4, "tst_steps": 4},
@@ -55,7 +56,7 @@ def write(path: Path, sections: Mapping[str, Any]) -> str:
 
 
 def train_own(argv: list[str]) -> None:
-    """What a rank of the own trainer does."""
+    """Train on a rank with the own trainer."""
     from megatron_tst.config import parse_config
     from megatron_tst.distributed import destroy_parallel_state
     from megatron_tst.distributed.signals import StopSignals
@@ -67,7 +68,7 @@ def train_own(argv: list[str]) -> None:
 
 
 def train_megatron_lm(argv: list[str]) -> tuple[bool | str, str]:
-    """What a rank of Megatron-LM's trainer does: whether it came to the end, or why it is refused; and what it said."""
+    """Train on a rank with Megatron-LM's trainer; return whether it reached the end, or its error, and its output."""
     from megatron_tst.megatron_lm import train
 
     said = io.StringIO()
@@ -79,31 +80,31 @@ def train_megatron_lm(argv: list[str]) -> tuple[bool | str, str]:
 
 
 def run_own(argv: list[str], run_dir: Path, ranks: int = 1) -> list[Mapping[str, Any]]:
-    """Train with the own trainer; returns the lines of metrics."""
+    """Train with the own trainer; return the lines of metrics."""
     run_distributed(train_own, ranks, [*argv, "--tst-run-dir", str(run_dir)])
     return read_metrics(run_dir / "metrics.jsonl")
 
 
 def run_megatron_lm(argv: list[str], run_dir: Path, ranks: int = 1) -> list[Mapping[str, Any]]:
-    """Train with Megatron-LM's trainer to the end; returns the lines of metrics."""
+    """Train with Megatron-LM's trainer to the end; return the lines of metrics."""
     (ended, _), *_ = run_distributed(train_megatron_lm, ranks, [*argv, "--tst-run-dir", str(run_dir)])
     assert ended is True, ended
     return read_metrics(run_dir / "metrics.jsonl")
 
 
 def refused(argv: list[str], run_dir: Path) -> str:
-    """What the user is told of a run that is refused."""
+    """Return the error message of a run that is refused."""
     ((reason, _),) = run_distributed(train_megatron_lm, 1, [*argv, "--tst-run-dir", str(run_dir)])
-    assert isinstance(reason, str), "it was not refused"
+    assert isinstance(reason, str), "the run was not refused"
     return reason
 
 
 def losses(lines: list[Mapping[str, Any]]) -> list[float]:
-    """Losses of all steps, then of all evaluations."""
+    """Return the losses of all steps, then those of all evaluations."""
     return [line[name] for name in ("loss", "valid_loss") for line in lines if name in line]
 
 
 def distance(ours: list[Mapping[str, Any]], theirs: list[Mapping[str, Any]]) -> float:
-    """The largest difference of a loss."""
+    """Return the largest difference between corresponding losses."""
     pairs = zip(losses(ours), losses(theirs), strict=True)
     return max(abs(a - b) for a, b in pairs)

@@ -1,7 +1,7 @@
-"""Transformer Engine's fused cross-entropy without a GPU: pure-torch stand-ins, and the real kernels interpreted.
+"""Transformer Engine's fused cross-entropy without a GPU: stand-ins in pure torch, and the interpreted real kernels.
 
-The stand-ins behave as its versions do towards the logits they are given; the real ones are the Triton kernels of the
-PyPI wheels, run by Triton's interpreter, which must be chosen (TRITON_INTERPRET=1) before Triton is first imported.
+Each stand-in treats its logits as some versions of Transformer Engine do. The real kernels are the Triton kernels of
+the PyPI wheels; Triton's interpreter runs them if TRITON_INTERPRET=1 is set before Triton is first imported.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def loss_and_gradient(logits: Tensor, targets: Tensor, group: Any, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Plain vocabulary-parallel cross-entropy in float32: loss, and softmax less one-hot."""
+    """Return the vocabulary-parallel cross-entropy in float32 and its gradient, softmax minus one-hot."""
     z, columns = logits.float(), logits.shape[-1]
     maximum = z.amax(-1)
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
@@ -35,7 +35,7 @@ def loss_and_gradient(logits: Tensor, targets: Tensor, group: Any, ignore_index:
 
 
 class OverwritesInForward(torch.autograd.Function):
-    """To 2.17: the forward pass leaves the gradient, in the logits' dtype, where the logits were."""
+    """Up to 2.17 the forward pass overwrites the logits with the gradient, in the logits' dtype."""
 
     @staticmethod
     def forward(ctx, inp, target, smoothing, reduce_loss, group, ignore_index, is_cg_capturable):
@@ -52,7 +52,7 @@ class OverwritesInForward(torch.autograd.Function):
 
 
 class KeepsFloat32(torch.autograd.Function):
-    """2.18: the logits stay, a float32 gradient is kept beside them."""
+    """In 2.18 the forward pass keeps the logits and saves a float32 gradient."""
 
     @staticmethod
     def forward(ctx, inp, target, smoothing, reduce_loss, group, ignore_index, is_cg_capturable):
@@ -68,7 +68,7 @@ class KeepsFloat32(torch.autograd.Function):
 
 
 class OverwritesInBackward(torch.autograd.Function):
-    """From 2.19 with overwrite_input: the logits serve until the one backward pass, which writes over them."""
+    """From 2.19 on, with overwrite_input, the logits are kept until the one backward pass, which overwrites them."""
 
     @staticmethod
     def forward(ctx, inp, target, group, ignore_index):
@@ -89,7 +89,7 @@ def new_signature(
     inp, target, label_smoothing=0.0, reduce_loss=False, dist_process_group=None, ignore_idx=-100,
     is_cg_capturable=False, *, overwrite_input=False, _input=None,
 ):  # fmt: skip
-    """From 2.19: ``is_cg_capturable`` warns, ``overwrite_input`` spares the copy."""
+    """From 2.19 on ``is_cg_capturable`` causes a warning, and ``overwrite_input`` saves a copy."""
     assert not is_cg_capturable and overwrite_input
     return OverwritesInBackward.apply(inp, target, dist_process_group, ignore_idx)
 
@@ -111,7 +111,7 @@ STAND_INS: dict[str, Callable[..., Tensor]] = {
 
 
 def load_wheel(folder: Path) -> Callable[..., Tensor]:
-    """Import the fused cross-entropy of an unpacked Transformer Engine wheel, and nothing else of it."""
+    """Import only the fused cross-entropy of an unpacked Transformer Engine wheel."""
     for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
         del sys.modules[name]
     for name in ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton"):
@@ -128,10 +128,10 @@ def load_wheel(folder: Path) -> Callable[..., Tensor]:
 
 
 def compute_bfloat16(monkeypatch: Any) -> None:
-    """Let Triton's interpreter compute with bfloat16 as a card does.
+    """Patch Triton's interpreter to compute with bfloat16 as a GPU does.
 
-    As it is, it has no constants of that type, adds the bits of two numbers for the numbers, and cuts float32 off
-    where a card rounds to the nearest.
+    Without the patch it has no bfloat16 constants, adds the bits of two numbers instead of the numbers, and truncates
+    float32 where a GPU rounds to the nearest.
     """
     import numpy
     from triton import language

@@ -1,4 +1,4 @@
-"""A small model of each kind, built as a run builds it."""
+"""Small models of each kind, built like the model of a run."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""Compile Transformer Engine's cross-entropy for a card that is not there, as the loss would call it.
+"""Compile Transformer Engine's cross-entropy for an absent GPU, with the arguments that the loss passes.
 
 ``python -m tests.model.te_compiled FOLDER`` calls the fused cross-entropy of the unpacked wheel in FOLDER with
-logits of each type, alone and as one of two tensor-parallel ranks. Each launch of a kernel ends once Triton has
-compiled it for a compute capability. What came out is printed as JSON.
+logits of each dtype, on a single rank and on one of two tensor-parallel ranks. Each kernel launch ends after Triton has
+compiled the kernel for a compute capability. The compiled kernels are described as JSON on standard output.
 """
 
 import itertools
@@ -26,7 +26,7 @@ CAPABILITIES = (90, 100)  # H100 and H200; B200
 
 
 class AbsentCard:
-    """What Triton's compiler asks of a driver."""
+    """The part of a driver that Triton's compiler uses."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
@@ -35,14 +35,14 @@ class AbsentCard:
         return self._target
 
     def get_current_device(self) -> int:
-        return self._target.arch  # Triton keeps a device's kernels by its number.
+        return self._target.arch  # Triton caches kernels by the number of the device.
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def describe(kernel: Any) -> dict[str, Any]:
-    """Say what the compiler made: for which target, and whether the binary is an ELF file, which ptxas writes."""
+    """Describe a compiled kernel: its target, and whether its binary is an ELF file, as ptxas writes it."""
     (target,) = (line.split()[1].rstrip(",") for line in kernel.asm["ptx"].splitlines() if line.startswith(".target"))
     return {
         "kernel": kernel.metadata.name,
@@ -53,7 +53,7 @@ def describe(kernel: Any) -> dict[str, Any]:
 
 
 def main(folder: str) -> None:
-    """Print what was compiled for each capability, type of logits and number of tensor-parallel ranks."""
+    """Print the kernels compiled for each capability, dtype of the logits and number of tensor-parallel ranks."""
     made: list[Any] = []
     run = JITFunction.run
     JITFunction.run = lambda *args, **named: made.append(run(*args, **{**named, "warmup": True}))

@@ -1,9 +1,9 @@
-"""Describe what each rank's checkpoint holds of the models of all presets, without a card and without memory.
+"""Describe the checkpoint contents of single ranks for the models of all presets, without a GPU and without memory.
 
-``python -m tests.model.te_layers FOLDER`` builds them of Transformer Engine's layers, from its own Python code in the
-folder of an unpacked wheel; without a folder, of megatron-core's own layers. What Transformer Engine would load from
-compiled libraries is replaced by :class:`CompiledLibrary`. Their tensors are on torch's meta device, and the
-other ranks do not exist. The descriptions are printed as JSON.
+``python -m tests.model.te_layers FOLDER`` builds the models from Transformer Engine's layers, whose Python code is in
+the unpacked wheel in FOLDER; without a folder it builds them from megatron-core's own layers. The compiled libraries
+that Transformer Engine would load are replaced by :class:`CompiledLibrary`. The tensors are on torch's meta device, and
+the other ranks do not exist. The descriptions are printed as JSON.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ MIXTURE = {
     "pipeline_model_parallel_size": 2,
     "expert_model_parallel_size": 4,
 }
-# Tensor parallelism divides the attention's groups; experts are shared where there are any.
+# Each tensor-parallel size divides the number of query groups; models with experts also use expert parallelism.
 PARALLEL = {
     "270m": {"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2},
     "600m": {"tensor_model_parallel_size": 5, "pipeline_model_parallel_size": 2},
@@ -33,7 +33,7 @@ VOCAB = 64
 
 
 class Compiled(type):
-    """A name of a compiled library: a function or class that is never called, or an enumeration of any members."""
+    """A name in a compiled library: a function or class that is never called, or an enumeration with any members."""
 
     def __getattr__(cls, name: str) -> int:
         if name.startswith("__"):
@@ -42,11 +42,11 @@ class Compiled(type):
         return cls.__members__[name]
 
     def __call__(cls, *_: Any, **__: Any) -> Any:
-        raise AssertionError(f"{cls.__name__} of a compiled library is called")
+        raise AssertionError(f"{cls.__name__} of a compiled library was called")
 
 
 class CompiledLibrary(types.ModuleType):
-    """A module that has every name."""
+    """A module that contains every name."""
 
     def __getattr__(self, name: str) -> Compiled:
         if name.startswith("__"):
@@ -56,14 +56,14 @@ class CompiledLibrary(types.ModuleType):
 
 
 def make_importable(folder: Path) -> None:
-    """Import the wheel's ``transformer_engine`` before megatron_tst is, which hides it where there is no card."""
-    # The last two stand for Python packages that come with an installation, and that building a model does not use.
+    """Import the wheel's ``transformer_engine`` before megatron_tst, which hides it if there is no GPU."""
+    # The last two stand for Python packages that an installation includes but that building a model does not use.
     for name in ("transformer_engine_torch", "transformer_engine.pytorch.onnx_extensions", "einops"):
         sys.modules[name] = CompiledLibrary(name)
-    # The one function that is called: 9.14.0.
+    # This is the only function that is called; it returns version 9.14.0.
     sys.modules["transformer_engine_torch"].get_cudnn_version = lambda: 91400
     sys.path.insert(0, str(folder))
-    # Its own switch for its build: no library is loaded.
+    # With Transformer Engine's own switch for its build, no library is loaded.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     source = folder / "transformer_engine" / "common" / "__init__.py"
     spec = importlib.util.spec_from_file_location("transformer_engine.common", source)
@@ -72,12 +72,12 @@ def make_importable(folder: Path) -> None:
     common.load_framework_extension = lambda framework: None
     import transformer_engine.pytorch
 
-    # An import sets this, had it loaded the module itself.
+    # A regular import would have set this attribute.
     transformer_engine.common = common
 
 
 def join_as(rank: int, world_size: int, sizes: Any) -> Any:
-    """Join a world in which no other rank exists and nothing is sent."""
+    """Join a world in which no other rank exists and nothing is communicated."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -94,7 +94,7 @@ def join_as(rank: int, world_size: int, sizes: Any) -> Any:
 
 
 def describe_checkpoint(chunk: Any) -> Any:
-    """Name each tensor with its type and its place in the whole, and what else there is."""
+    """List each tensor with its dtype and its place in the global tensor, and the names of all other entries."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
@@ -111,7 +111,7 @@ def describe_checkpoint(chunk: Any) -> Any:
 
 
 def describe_gradients(chunk: Any) -> dict[str, int]:
-    """Count the parameters of each type by the ranks over which their gradients are summed."""
+    """Count the parameters of each dtype by the ranks over which their gradients are summed."""
     sizes: dict[str, int] = {}
     for parameter in chunk.parameters():
         kind = f"{parameter.dtype} " + ("shared" if getattr(parameter, "allreduce", True) else "experts")
@@ -122,7 +122,7 @@ def describe_gradients(chunk: Any) -> dict[str, int]:
 
 
 def describe_model(shape: dict[str, Any], device: str, rank: int, world_size: int, sizes: dict[str, int]) -> Any:
-    """Build one rank's part of a model of four layers, as a run does, and describe it."""
+    """Build one rank's part of a model of four layers as a run does, and describe it."""
     import torch
 
     from megatron_tst.config import ModelSettings, ParallelSettings, RunConfig, TrainingSettings
@@ -137,7 +137,7 @@ def describe_model(shape: dict[str, Any], device: str, rank: int, world_size: in
     parallel = ParallelSettings(**sizes, sequence_parallel=world_size > 1)
     run = RunConfig(model=model, parallel=parallel, training=TrainingSettings(bf16=True))
     with (
-        # Its modules ask for a card and what it can do.
+        # Transformer Engine's modules ask for a GPU and its compute capability.
         mock.patch.object(torch.cuda, "is_available", lambda: True),
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         mock.patch.object(torch.cuda, "current_device", lambda: torch.device(device)),
@@ -146,9 +146,9 @@ def describe_model(shape: dict[str, Any], device: str, rank: int, world_size: in
         (chunk,) = build_model(run, resolve_shape(model, model.vocab_size or VOCAB, parallel), ranks, find_libraries())
         described = {"checkpoint": describe_checkpoint(chunk.module)}
         if device == "cpu":
-            # On the meta device parameters lose these marks when they are moved.
+            # On the meta device, parameters lose these attributes when they are moved.
             described["gradients"] = describe_gradients(chunk)
-        # What a checkpoint of other layers lacks is given as None.
+        # Loading passes None for an extra state that a checkpoint of other layers lacks.
         for module in chunk.modules():
             if type(module).set_extra_state is not torch.nn.Module.set_extra_state:
                 module.set_extra_state(None)
@@ -157,7 +157,7 @@ def describe_model(shape: dict[str, Any], device: str, rank: int, world_size: in
 
 
 def main(folder: str | None = None) -> None:
-    """Print the descriptions of one rank alone, and of the first and the last of many."""
+    """Print the descriptions of a single rank, and of the first and the last of many ranks."""
     if folder is not None:
         make_importable(Path(folder))
     from megatron_tst.config import PRESETS
@@ -168,7 +168,7 @@ def main(folder: str | None = None) -> None:
     descriptions = {}
     for name, (shape, device) in models.items():
         sizes = PARALLEL[name]
-        # Twice data parallel. The experts are shared by tensor- and data-parallel ranks.
+        # The data-parallel size is two. The experts are distributed over tensor- and data-parallel ranks.
         world_size = 2 * sizes["tensor_model_parallel_size"] * sizes["pipeline_model_parallel_size"]
         descriptions[name] = {
             "alone": describe_model(shape, device, 0, 1, {}),

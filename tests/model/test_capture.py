@@ -1,4 +1,4 @@
-"""Nothing in the loss may wait for the device or depend on what tensors hold: else no CUDA graph can hold it."""
+"""The loss never waits for the device or depends on the values of tensors; otherwise no CUDA graph could capture it."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ L, B, VOCAB = 6, 2, 41
 @pytest.mark.parametrize("bag_size", [1, 6])
 @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
 @pytest.mark.parametrize("implementation", ["native", *STAND_INS])
-def test_tensors_without_content_are_enough(rank, monkeypatch, implementation, objective, bag_size):
+def test_the_loss_does_not_read_the_values_of_tensors(rank, monkeypatch, implementation, objective, bag_size):
     if implementation != "native":
         kernel = adapt_kernel(STAND_INS[implementation])
         monkeypatch.setattr(loss_module, "load_kernel", lambda: kernel)
@@ -33,7 +33,7 @@ def test_tensors_without_content_are_enough(rank, monkeypatch, implementation, o
 
 @pytest.mark.parametrize("bag_size", [1, 6])
 @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
-def test_the_linear_loss_needs_no_content_either(rank, objective, bag_size):
+def test_the_linear_loss_does_not_read_the_values_of_tensors(rank, objective, bag_size):
     with FakeTensorMode():
         hidden = torch.empty(L, B, 16, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(VOCAB, 16, dtype=torch.bfloat16, requires_grad=True)
@@ -45,6 +45,6 @@ def test_the_linear_loss_needs_no_content_either(rank, objective, bag_size):
     assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
 
 
-def test_asking_for_content_is_told_apart():
+def test_reading_the_values_of_tensors_is_detected():
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         (torch.empty(3) > 0).any().item()

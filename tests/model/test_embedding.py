@@ -15,19 +15,19 @@ def positions(batch=3):
 
 
 def means(weight, bags_BLS):
-    """Means of the tokens' embeddings in float64, position first as the decoder takes them."""
+    """Return the means of the tokens' embeddings in float64, with positions first, as the decoder takes them."""
     return torch.stack([torch.stack([weight.double()[bag].mean(0) for bag in row]) for row in bags_BLS]).transpose(0, 1)
 
 
 @pytest.mark.parametrize("bag_size", [2, 6])
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-6), (True, 2**-8)])
-def test_a_bag_is_the_mean_of_its_tokens(rank, bag_size, bf16, tolerance):
+def test_the_embedding_of_a_bag_is_the_mean_of_its_tokens(rank, bag_size, bf16, tolerance):
     embedding = small_model(DENSE, bf16=bf16).embedding
     tokens = bags(bag_size)
     result = embedding(tokens, positions())
     wanted = means(embedding.word_embeddings.weight.detach(), tokens)
     torch.testing.assert_close(result.double(), wanted, rtol=tolerance, atol=1e-8)
-    # Counting the first token twice is far outside the tolerance.
+    # Negative control: counting the first token twice is far outside the tolerance.
     wrong = means(embedding.word_embeddings.weight.detach(), torch.cat((tokens, tokens[..., :1]), dim=-1))
     assert (wrong - wanted).abs().max() > 100 * (result.double() - wanted).abs().max()
 
@@ -55,7 +55,7 @@ def test_the_gradient_is_summed_in_float32_and_rounded_once(rank, mode, bf16, to
     assert torch.equal(embedding.weight.grad, first)
 
 
-def test_no_tensor_of_all_tokens_embeddings(rank):
+def test_no_tensor_holds_all_tokens_embeddings(rank):
     bag_size, batch = 32, 3
     embedding = small_model(DENSE).embedding
     with OperationLog() as log:
@@ -82,7 +82,7 @@ def test_positions_dropout_and_fp32_residual_are_kept(rank):
     assert half.embedding(tokens, positions()).dtype == torch.float32
 
 
-def test_tokens_go_the_stock_way(rank):
+def test_the_embedding_of_tokens_is_the_stock_one(rank):
     embedding = small_model(DENSE).embedding
     tokens = bags(1).squeeze(-1)
     stock = torch.nn.functional.embedding(tokens, embedding.word_embeddings.weight).transpose(0, 1)

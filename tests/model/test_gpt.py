@@ -10,7 +10,7 @@ from tests.model.small import DENSE, GPT2, LENGTH, MOE, VOCAB, small_model
 
 
 class StockGPT(GPTModel):
-    """megatron-core's model, deaf to what it does not know."""
+    """megatron-core's model, which ignores the arguments that it does not have."""
 
     def __init__(self, *args, real_vocab_size, loss, **kwargs):
         super().__init__(*args, **kwargs)
@@ -33,7 +33,7 @@ def pair(rank, request):
     return models
 
 
-def test_bag_size_one_is_gptmodel_bitwise(pair):
+def test_bag_size_one_gives_gptmodels_losses_bitwise(pair):
     ours, stock = pair
     assert ours.state_dict().keys() == stock.state_dict().keys()
     tokens = text(1)
@@ -45,7 +45,7 @@ def test_bag_size_one_is_gptmodel_bitwise(pair):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_a_shifted_label_is_told_apart(pair):
+def test_a_shifted_label_changes_the_loss(pair):
     tokens = text(1)
     losses = [
         model(tokens[:, :-1], positions(), None, labels=labels)
@@ -55,7 +55,7 @@ def test_a_shifted_label_is_told_apart(pair):
 
 
 @pytest.mark.parametrize("weights", ["uniform", "power_law"])
-def test_superposed_loss_equals_the_method_on_the_models_own_logits(rank, weights):
+def test_the_superposed_loss_equals_the_reference_on_the_models_own_logits(rank, weights):
     model, tokens = small_model(DENSE, bag_weights=weights), text(4)
     bags, targets = fold_tokens(tokens[:, :-1], 4), fold_labels(tokens[:, 1:], 4)
     loss = model(bags, positions(), None, labels=targets)
@@ -78,7 +78,7 @@ def test_torch_attention_equals_megatron_cores(rank):
     assert (everything_visible - ours).abs().max() > 1e-3
 
 
-def test_attention_dropout_draws(rank):
+def test_attention_dropout_is_random_in_training_only(rank):
     model, tokens = small_model({**DENSE, "attention_dropout": 0.5}), text(1)
     first, second = (model(tokens[:, :-1], positions(), None, labels=tokens[:, 1:]) for _ in range(2))
     assert not torch.equal(first, second)

@@ -1,4 +1,4 @@
-"""Output layer and loss in one, on one rank; tests/distributed spreads it over ranks."""
+"""The linear loss, output layer and loss in one function, on one rank; tests/distributed tests it on several ranks."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ ONE_ROUNDING = 2**-8
 
 @pytest.fixture(autouse=True)
 def chunks_of_five_rows(monkeypatch):
-    """Three chunks, the last one shorter."""
+    """Split the rows into three chunks, of which the last is shorter."""
     monkeypatch.setattr(loss_chunks, "SMALLEST_CHUNK", 5)
 
 
@@ -41,7 +41,7 @@ def run(hidden, weight, targets, weights_S, group, upstream=None, scale=1.0, **o
 
 
 def expected(hidden, weight, targets, weights_S, objective="mce", upstream=None):
-    """Loss and gradients in float64, with what lies between two matrix products in the matrices' dtype."""
+    """Return loss and gradients in float64; tensors between two matrix products are rounded to the matrices' dtype."""
     logits_BLV = (hidden @ weight.t()).detach().transpose(0, 1)
     if objective == "mce":
         loss, row_weight, at_logits = loss_and_gradient(logits_BLV, targets, weights_S)
@@ -62,7 +62,7 @@ def assert_near(found, wanted, tolerance):
 @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, ONE_ROUNDING)], ids=str)
 @pytest.mark.parametrize("has_upstream", [False, True], ids=["sum", "rows of their own"])
-def test_linear_equals_the_loop(rank, bag_size, objective, dtype, tolerance, has_upstream):
+def test_the_linear_loss_equals_the_loop_over_targets(rank, bag_size, objective, dtype, tolerance, has_upstream):
     hidden, weight = make(dtype)
     targets, weights_S = edge_targets((B, L), V, bag_size), bag_weights("power_law", bag_size)
     upstream = torch.randn(B, L) if has_upstream else None
@@ -76,7 +76,7 @@ def test_linear_equals_the_loop(rank, bag_size, objective, dtype, tolerance, has
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, ONE_ROUNDING)], ids=str)
-def test_linear_equals_native_behind_an_output_layer(rank, dtype, tolerance):
+def test_the_linear_loss_equals_the_native_loss_after_an_output_layer(rank, dtype, tolerance):
     hidden, weight = make(dtype)
     targets, weights_S = edge_targets((B, L), V, 6), bag_weights("uniform", 6)
     logits = hidden @ weight.t()
@@ -87,7 +87,7 @@ def test_linear_equals_native_behind_an_output_layer(rank, dtype, tolerance):
     loss, _ = vocab_parallel_linear_multi_hot_cross_entropy(hidden, weight, targets, weights_S, rank.groups.tp)
     (loss.sum() / 7).backward()
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)
-    # Each side is one rounding away from the exact gradient.
+    # Each of the two gradients is one rounding away from the exact one.
     assert_near(hidden.grad, at_hidden.double(), 2 * tolerance)
     assert_near(weight.grad, at_weight.double(), 2 * tolerance)
 
@@ -101,7 +101,7 @@ def test_the_upstream_gradient_is_not_rounded_to_bfloat16(rank):
     assert torch.equal(hidden.grad, (unscaled.float() / 7).bfloat16())
 
 
-def test_upstream_gradients_taken_for_one_number_are_told_apart(rank, monkeypatch):
+def test_treating_different_upstream_gradients_as_equal_is_detected(rank, monkeypatch):
     monkeypatch.setattr(linear_loss, "is_one_number", lambda upstream: True)
     hidden, weight = make(torch.float32)
     targets, weights_S, upstream = edge_targets((B, L), V, 4), bag_weights("uniform", 4), torch.randn(B, L)
@@ -113,7 +113,7 @@ def test_upstream_gradients_taken_for_one_number_are_told_apart(rank, monkeypatc
 
 
 @pytest.mark.parametrize(("upstream", "products"), [(None, 9), (torch.arange(12.0).view(B, L), 18)])
-def test_a_sum_takes_three_products_per_chunk_and_logits_are_never_whole(rank, upstream, products):
+def test_a_sum_of_losses_takes_three_products_per_chunk_and_logits_are_never_whole(rank, upstream, products):
     hidden, weight = make(torch.float32)
     targets, weights_S = edge_targets((B, L), V, 4), bag_weights("uniform", 4)
     with OperationLog() as log:
@@ -127,7 +127,7 @@ def test_a_sum_takes_three_products_per_chunk_and_logits_are_never_whole(rank, u
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_peak_memory_is_an_eighth_of_whole_logits(rank, monkeypatch, dtype):
+def test_peak_memory_is_about_an_eighth_of_that_of_whole_logits(rank, monkeypatch, dtype):
     monkeypatch.undo()
     rows, vocab = 4096, 4096
     hidden, weight = (
@@ -149,11 +149,11 @@ def test_peak_memory_is_an_eighth_of_whole_logits(rank, monkeypatch, dtype):
         lambda: vocab_parallel_multi_hot_cross_entropy(hidden @ weight.t(), targets, weights_S, rank.groups.tp)[0]
     )
     assert native >= rows * vocab * dtype.itemsize
-    # In bfloat16 the float32 chunk that both work in shows at this size.
+    # In bfloat16 the float32 chunk, which both losses allocate, is not negligible at this size.
     assert linear <= (0.15 if dtype == torch.float32 else 0.2) * native
 
 
-def test_evaluation_makes_no_gradient(rank):
+def test_evaluation_computes_no_gradient(rank):
     hidden, weight = make(torch.float32)
     targets, weights_S = edge_targets((B, L), V, 4), bag_weights("uniform", 4)
     with torch.no_grad(), OperationLog() as log:
@@ -173,21 +173,21 @@ def test_padding_of_the_vocabulary_is_neither_predicted_nor_trained(rank, num_re
         wanted = expected(hidden, weight[:30], targets, weights_S)
         torch.testing.assert_close(loss.double(), wanted[0], rtol=2e-6, atol=2e-6)
         assert_near(weight.grad[:30], wanted[3], 1e-6)
-        # With the padding in the softmax the loss is another one.
+        # Negative control: with the padding in the softmax the loss differs.
         assert (run(hidden, weight, targets, weights_S, rank.groups.tp)[0] - loss).max() > 0.1
     else:
         assert not loss.any() and not hidden.grad.any()
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_the_weights_gradient_is_added_to_main_grad_where_layers_are_fused(rank, is_tied):
+def test_gradient_accumulation_fusion_adds_the_weights_gradient_to_main_grad(rank, is_tied):
     hidden, weight = make(torch.bfloat16)
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(V, D), False
     weight.zero_out_wgrad = is_tied
     targets, weights_S = edge_targets((B, L), V, 4), bag_weights("uniform", 4)
     run(hidden, weight, targets, weights_S, rank.groups.tp, fuse_gradient=True)
     wanted = expected(hidden, weight, targets, weights_S)[3]
-    # In float32 all the way: what is rounded to bfloat16 is the gradient at the logits alone.
+    # Only the gradient at the logits is rounded to bfloat16; everything else is float32.
     assert_near(weight.main_grad - 1, wanted, ONE_ROUNDING / 2)
     assert weight.grad_added_to_main_grad
     assert not is_tied or not weight.grad.any()
@@ -195,7 +195,7 @@ def test_the_weights_gradient_is_added_to_main_grad_where_layers_are_fused(rank,
 
 @pytest.mark.parametrize("shape", [DENSE, MOE, GPT2], ids=["dense", "moe", "gpt2, tied"])
 @pytest.mark.parametrize("bag_size", [1, 4])
-def test_a_model_with_it_is_the_model_with_native(rank, shape, bag_size):
+def test_a_model_with_the_linear_loss_equals_the_model_with_the_native_loss(rank, shape, bag_size):
     models = []
     for implementation in ("native", "linear"):
         seed_everything(7)
@@ -210,7 +210,7 @@ def test_a_model_with_it_is_the_model_with_native(rank, shape, bag_size):
         loss.mean().backward()
     for (name, parameter), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
-    # Without labels it has logits to give.
+    # Without labels the model returns logits.
     logits = [model(bags, positions, None) for model in models]
     assert torch.equal(*logits) and logits[0].shape == (3, LENGTH, VOCAB)
 
@@ -222,7 +222,7 @@ def test_chunks_are_an_eighth_of_the_rows_within_bounds(monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["2.6.0", "2.9.1+cu130", "2.10.0a0+b558c986e8.nv25.11"])
-def test_torch_without_mixed_products_is_refused_for_a_gpu(version):
+def test_a_torch_version_without_mixed_products_is_refused(version):
     with pytest.raises(UserError, match="--cross-entropy-fusion-impl linear: torch is"):
         linear_loss.check_torch(version)
     for newer in ("2.10.0", "2.13.0a0+nv26.06", "2.14.1+cu130"):

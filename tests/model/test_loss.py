@@ -1,4 +1,4 @@
-"""The native loss on one rank; tests/distributed spreads it over tensor-parallel ranks."""
+"""The native loss on one rank; tests/distributed tests it on tensor-parallel ranks."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def chunks_of_three_rows(monkeypatch):
 @pytest.mark.parametrize("bag_size", [1, 2, 6, 16])
 @pytest.mark.parametrize("name", ["uniform", "power_law"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
-def test_native_equals_the_loop(rank, chunks_of_three_rows, bag_size, name, dtype, tolerance):
+def test_the_native_loss_equals_the_loop_over_targets(rank, chunks_of_three_rows, bag_size, name, dtype, tolerance):
     logits = (4 * torch.randn(L, B, VOCAB)).to(dtype)
     targets, weights = edge_targets((B, L), VOCAB, bag_size), bag_weights(name, bag_size)
     before = logits.clone()
@@ -43,7 +43,7 @@ def test_native_equals_the_loop(rank, chunks_of_three_rows, bag_size, name, dtyp
     assert gradient.dtype == dtype
 
 
-def test_an_unmasked_ignored_target_is_told_apart(rank):
+def test_counting_an_ignored_target_changes_loss_and_gradient(rank):
     logits, targets, weights = torch.randn(L, B, VOCAB), edge_targets((B, L), VOCAB, 4), bag_weights("uniform", 4)
     loss, _, gradient = run(logits, targets, weights, rank.groups.tp)
     wrong_loss, _, wrong_gradient = run(logits, targets.clamp(min=0), weights, rank.groups.tp)
@@ -51,7 +51,7 @@ def test_an_unmasked_ignored_target_is_told_apart(rank):
     assert (gradient - wrong_gradient).abs().max() > 0.1
 
 
-def test_bag_size_one_is_megatron_cores_loss_bitwise(rank):
+def test_bag_size_one_gives_megatron_cores_loss_bitwise(rank):
     logits, targets = torch.randn(L, B, 997), torch.randint(0, 997, (B, L, 1))
     loss, _, gradient = run(logits, targets, torch.ones(1), rank.groups.tp)
     stock_logits = logits.clone().requires_grad_()
@@ -61,8 +61,8 @@ def test_bag_size_one_is_megatron_cores_loss_bitwise(rank):
     torch.testing.assert_close(gradient, stock_logits.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_looping_over_targets_would_be_caught(rank):
-    """megatron-core's own cross-entropy overwrites float32 logits: a loop over targets is silently wrong."""
+def test_a_loop_over_targets_on_shared_logits_is_detected(rank):
+    """megatron-core's own cross-entropy overwrites float32 logits, so a loop over targets is silently wrong."""
     logits, targets = torch.randn(L, B, VOCAB), torch.randint(0, VOCAB, (B, L, 4))
     loss, _, _ = run(logits, targets, bag_weights("uniform", 4), rank.groups.tp)
     shared = logits.clone()
@@ -70,7 +70,7 @@ def test_looping_over_targets_would_be_caught(rank):
     assert (torch.stack(looped).mean(0).transpose(0, 1) - loss).abs().max() > 0.1
 
 
-def test_columns_named_once_are_added_to_alike_in_any_order():
+def test_columns_named_once_sum_to_the_same_bits_in_any_order():
     columns, values = torch.randint(0, 5, (64, 16)), torch.rand(64, 16)
     order = torch.randperm(16)
 
@@ -84,7 +84,7 @@ def test_columns_named_once_are_added_to_alike_in_any_order():
 
 
 @pytest.mark.parametrize(("dtype", "exponentials"), [(torch.float32, 1), (torch.bfloat16, 2)])
-def test_one_softmax_whatever_the_bag_size(rank, dtype, exponentials):
+def test_one_softmax_suffices_at_any_bag_size(rank, dtype, exponentials):
     def operations(bag_size):
         targets, weights = torch.randint(0, 4096, (B, L, bag_size)), bag_weights("uniform", bag_size)
         with OperationLog() as log:
@@ -95,7 +95,7 @@ def test_one_softmax_whatever_the_bag_size(rank, dtype, exponentials):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_takes_the_place_of_an_operations_result(rank, dtype):
+def test_the_gradient_is_written_into_the_memory_of_the_logits(rank, dtype):
     source = torch.randn(L, B, VOCAB, dtype=dtype, requires_grad=True)
     logits = source * 1.0
     addresses = []
@@ -133,12 +133,12 @@ def test_a_soft_cap_keeps_the_result_that_its_gradient_needs(rank, cap):
         return multi_hot_cross_entropy(logits.transpose(0, 1).double(), targets, weights)[0]
 
     torch.testing.assert_close(gradient(ours), gradient(reference), rtol=1e-5, atol=1e-6)
-    # Behind a view the result is not seen, and torch notices that it was overwritten.
+    # Through a view the saved result is not visible, and torch raises an error because it was overwritten.
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradient(ours, cap=lambda logits: cap(logits).view_as(logits))
 
 
-def test_targets_without_weight_meet_infinite_logits(rank):
+def test_ignored_targets_and_infinite_logits_leave_the_loss_finite(rank):
     logits = torch.randn(L, B, VOCAB)
     logits[..., 0] = -torch.inf
     targets = torch.randint(1, VOCAB, (B, L, 2))
@@ -158,7 +158,7 @@ def test_padding_of_the_vocabulary_is_neither_predicted_nor_trained(rank):
     torch.testing.assert_close(loss, wanted_loss)
     torch.testing.assert_close(logits.grad[..., :30], wanted_gradient)
     assert not logits.grad[..., 30:].any()
-    # Without the mask the padding takes most of the probability.
+    # Negative control: without the mask the padding gets most of the probability.
     unmasked, _ = vocab_parallel_multi_hot_cross_entropy(logits.detach(), targets, weights, rank.groups.tp)
     assert (unmasked - wanted_loss).min() > 1.0
 

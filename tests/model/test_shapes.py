@@ -1,4 +1,4 @@
-"""The published shapes, built for real on torch's meta device: parameters without memory."""
+"""The published shapes, built on torch's meta device, where parameters take no memory."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from megatron_tst.megatron_patches import find_libraries
 from megatron_tst.model import LossChoice, build_gpt, transformer_config
 from megatron_tst.shape import resolve_shape
 
-# (total, named size): counted by hand from the shapes in the docstring of megatron_tst/config/presets.py.
+# Parameter counts, computed by hand from the shapes in the docstring of megatron_tst/config/presets.py.
 PARAMETERS = {
     "270m": 2 * 128256 * 576 + 30 * (576 * (576 + 2 * 192) + 576 * 576 + 3 * 576 * 1536 + 2 * 576) + 576,
     "600m": 2 * 128256 * 960 + 32 * (960 * (960 + 2 * 320) + 960 * 960 + 3 * 960 * 2560 + 2 * 960) + 960,
@@ -20,7 +20,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_parameter_counts(rank, monkeypatch, name):
+def test_presets_have_the_expected_number_of_parameters(rank, monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
     model = ModelSettings(**PRESETS[name])
     shape = resolve_shape(model)
@@ -31,5 +31,5 @@ def test_parameter_counts(rank, monkeypatch, name):
     assert sum(parameter.numel() for parameter in gpt.parameters()) == PARAMETERS[name]
 
 
-def test_the_mixture_is_the_papers_ten_and_a_half_billion():
+def test_the_moe_preset_has_the_papers_ten_and_a_half_billion_parameters():
     assert round(PARAMETERS["10b-a1b"] / 1e9, 1) == 10.5

@@ -1,4 +1,4 @@
-"""Transformer Engine's own Triton kernels under Triton's interpreter, version by version.
+"""The loss with the Triton kernels of each Transformer Engine version, run by Triton's interpreter.
 
 tests/run.sh fetches the wheels and runs this file on its own with TRITON_INTERPRET=1.
 """
@@ -22,7 +22,7 @@ pytestmark = [
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("bag_size", [1, 2, 6, 16])
 @pytest.mark.parametrize("objective", ["mce", "mce_alt"])
-def test_the_real_kernel_equals_the_loop(rank, monkeypatch, folder, bag_size, objective):
+def test_the_loss_of_the_real_kernel_equals_the_loop_over_targets(rank, monkeypatch, folder, bag_size, objective):
     from megatron_tst.superposition import bag_weights
     from tests.model.kernels import load_wheel
     from tests.model.test_te_loss import VOCAB, B, L, run
@@ -44,7 +44,7 @@ def test_the_real_kernel_equals_the_loop(rank, monkeypatch, folder, bag_size, ob
 
 
 def confident_logits(targets_BL):
-    """Logits in bfloat16 that leave the first target of each row all but no gradient."""
+    """Return bfloat16 logits that give the first target of each row a gradient close to zero."""
     from tests.model.test_te_loss import VOCAB
 
     logits = 4 * torch.randn(*targets_BL.T.shape, VOCAB)
@@ -54,7 +54,7 @@ def confident_logits(targets_BL):
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("bag_size", [1, 6])
 def test_in_bfloat16_the_targets_columns_are_rounded_once(rank, monkeypatch, folder, bag_size):
-    """Whatever the version stores where the logits were, between the passes: Transformer Engine #3193 and #3273."""
+    """This holds whatever a version stores in place of the logits (Transformer Engine #3193 and #3273)."""
     from megatron_tst.superposition import bag_weights
     from tests.model.kernels import compute_bfloat16, load_wheel
     from tests.model.test_te_loss import ONE_ROUNDING, VOCAB, B, L, run
@@ -69,12 +69,12 @@ def test_in_bfloat16_the_targets_columns_are_rounded_once(rank, monkeypatch, fol
     torch.testing.assert_close(loss.double(), wanted_loss, rtol=3e-6, atol=3e-6)
     error = (gradient.transpose(0, 1).double() - wanted).abs() / wanted.abs().clamp(min=1e-5)
     assert error.gather(-1, targets).max() <= ONE_ROUNDING
-    # Versions to 2.17 round the rest of the row twice: as the gradient, and once more when it is scaled.
+    # Versions up to 2.17 round the rest of the row twice: when they store the gradient, and when they scale it.
     assert error.max() <= 2 * ONE_ROUNDING
 
 
 @pytest.mark.parametrize("folder", VERSIONS, ids=lambda folder: folder.name)
-def test_the_kernel_alone_loses_a_confident_targets_gradient_to_2_17(rank, monkeypatch, folder):
+def test_up_to_2_17_the_kernel_alone_loses_the_gradient_of_a_confident_target(rank, monkeypatch, folder):
     from packaging.version import Version
 
     from megatron_tst.model.te_loss import adapt_kernel
@@ -93,7 +93,7 @@ def test_the_kernel_alone_loses_a_confident_targets_gradient_to_2_17(rank, monke
 
 
 @pytest.mark.parametrize("folder", VERSIONS[:1], ids=lambda folder: folder.name)
-def test_a_loop_over_targets_on_the_real_kernel_is_told_apart(rank, folder):
+def test_a_loop_over_targets_on_the_real_kernel_is_detected(rank, folder):
     from megatron_tst.model.te_loss import adapt_kernel
     from tests.model.kernels import load_wheel
     from tests.model.test_te_loss import VOCAB, B, L

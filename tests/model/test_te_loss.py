@@ -1,4 +1,4 @@
-"""The loss through Transformer Engine's kernel: its three behaviours towards the logits, in pure torch."""
+"""The loss with stand-ins of Transformer Engine's kernel in pure torch, which treat the logits in three ways."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from tests.model.kernels import STAND_INS
 from tests.reference import edge_targets, loss_and_gradient, mass_loss_and_gradient
 
 L, B, VOCAB = 6, 2, 41
-ONE_ROUNDING = 2**-8  # of a bfloat16, with room for float32's own
+ONE_ROUNDING = 2**-8  # error of one rounding to bfloat16, with a margin for that of float32
 
 
 def run(monkeypatch, kernel, logits, targets, weights, group, **kwargs):
     monkeypatch.setattr(loss_module, "load_kernel", lambda: adapt_kernel(kernel))
     leaf = logits.clone().requires_grad_()
-    # The output of a layer, as in the model: a leaf must not be overwritten.
+    # As in the model, the logits are the output of a layer: a leaf must not be overwritten.
     loss, weight = vocab_parallel_multi_hot_cross_entropy(leaf * 1.0, targets, weights, group, "te", **kwargs)
     upstream = torch.linspace(0.5, 2.0, B * L).view(B, L)
     (loss * upstream).sum().backward()
@@ -33,7 +33,7 @@ def kernel(request):
 
 @pytest.mark.parametrize("bag_size", [1, 2, 6, 16])
 @pytest.mark.parametrize("name", ["uniform", "power_law", "first_token"])
-def test_float32_equals_the_loop(rank, monkeypatch, kernel, bag_size, name):
+def test_the_loss_in_float32_equals_the_loop_over_targets(rank, monkeypatch, kernel, bag_size, name):
     logits, weights = 4 * torch.randn(L, B, VOCAB), bag_weights(name, bag_size)
     targets = edge_targets((B, L), VOCAB, bag_size)
     loss, weight, gradient, upstream = run(monkeypatch, kernel, logits, targets, weights, rank.groups.tp)
@@ -45,7 +45,7 @@ def test_float32_equals_the_loop(rank, monkeypatch, kernel, bag_size, name):
 
 
 @pytest.mark.parametrize("bag_size", [1, 2, 8, 16])
-def test_bfloat16_rounds_the_targets_columns_once(rank, monkeypatch, kernel, bag_size):
+def test_in_bfloat16_the_targets_columns_are_rounded_once(rank, monkeypatch, kernel, bag_size):
     logits = (4 * torch.randn(L, B, VOCAB)).bfloat16()
     targets, weights = edge_targets((B, L), VOCAB, bag_size), bag_weights("uniform", bag_size)
     loss, _, gradient, upstream = run(monkeypatch, kernel, logits, targets, weights, rank.groups.tp)
@@ -53,7 +53,7 @@ def test_bfloat16_rounds_the_targets_columns_once(rank, monkeypatch, kernel, bag
     wanted_gradient *= upstream.double().unsqueeze(-1)
     torch.testing.assert_close(loss.double(), wanted_loss, rtol=2e-6, atol=2e-6)
     ours = gradient.transpose(0, 1).double()
-    # Versions to 2.17 round the rest of the row twice: as the gradient, and once more when it is scaled.
+    # Versions up to 2.17 round the rest of the row twice: when they store the gradient, and when they scale it.
     torch.testing.assert_close(ours, wanted_gradient, rtol=2 * ONE_ROUNDING, atol=1e-6)
     first_valid = targets.gather(-1, (targets != -100).int().argmax(-1, keepdim=True))
     named = torch.where(targets == -100, first_valid, targets)[(targets != -100).any(-1)]
@@ -61,8 +61,8 @@ def test_bfloat16_rounds_the_targets_columns_once(rank, monkeypatch, kernel, bag
     assert error[(targets != -100).any(-1)].gather(-1, named).max() <= ONE_ROUNDING
 
 
-def test_adding_the_correction_in_bfloat16_is_told_apart():
-    """The anchor's column cancels: what the kernel subtracted there is added back to a number rounded before."""
+def test_adding_the_correction_in_bfloat16_is_detected():
+    """The anchor's column would cancel: the number to which the subtracted one is added back is already rounded."""
     bag_size, rows = 16, 64
     logits = (4 * torch.randn(rows, 1, VOCAB)).bfloat16()
     targets, weights = torch.randint(0, VOCAB, (rows, 1, bag_size)), bag_weights("uniform", bag_size)
@@ -75,8 +75,8 @@ def test_adding_the_correction_in_bfloat16_is_told_apart():
     assert error.gather(-1, anchor).max() > 4 * ONE_ROUNDING
 
 
-def test_a_loop_over_targets_is_told_apart(rank):
-    """On a kernel that overwrites its input, later targets read a gradient for logits."""
+def test_a_loop_over_targets_is_detected(rank):
+    """With a kernel that overwrites its input, later targets would read a gradient in place of logits."""
     logits, targets = torch.randn(L, B, VOCAB), torch.randint(0, VOCAB, (B, L, 4))
     kernel = adapt_kernel(STAND_INS["2.9 to 2.17"])
     shared = logits.clone()
@@ -86,7 +86,7 @@ def test_a_loop_over_targets_is_told_apart(rank):
 
 
 @pytest.mark.parametrize("bag_size", [1, 2, 6, 16])
-def test_the_bags_mass_on_the_same_call(rank, monkeypatch, kernel, bag_size):
+def test_mce_alt_equals_the_reference_and_the_native_loss(rank, monkeypatch, kernel, bag_size):
     logits, weights = 3 * torch.randn(L, B, VOCAB), bag_weights("uniform", bag_size)
     targets = edge_targets((B, L), VOCAB, bag_size)
     wanted_loss, wanted_weight, wanted_gradient = mass_loss_and_gradient(logits.transpose(0, 1), targets)
@@ -105,7 +105,7 @@ def test_the_bags_mass_on_the_same_call(rank, monkeypatch, kernel, bag_size):
 
 
 @pytest.mark.parametrize("bag_size", [1, 16])
-def test_one_kernel_call_whatever_the_bag_size(rank, monkeypatch, kernel, bag_size):
+def test_one_kernel_call_suffices_at_any_bag_size(rank, monkeypatch, kernel, bag_size):
     calls = []
 
     def counting(*args, **kwargs):
@@ -119,10 +119,8 @@ def test_one_kernel_call_whatever_the_bag_size(rank, monkeypatch, kernel, bag_si
 
 
 @pytest.mark.parametrize("version", ["2.8.0", "2.21.0", None])
-def test_an_unsupported_version_is_one_clear_line(monkeypatch, version):
+def test_an_unsupported_version_is_refused(monkeypatch, version):
     load_kernel.cache_clear()
     monkeypatch.setattr(te_loss, "find_libraries", lambda: Libraries(transformer_engine=version))
-    with pytest.raises(
-        UserError, match=rf"Transformer Engine {version or 'none'} is usable; supported are 2.9 to 2.20"
-    ):
+    with pytest.raises(UserError, match=rf"Transformer Engine is {version or 'not usable'}; supported are 2.9 to 2.20"):
         load_kernel()

@@ -1,6 +1,6 @@
-"""Transformer Engine's own Python code without a card: what its layers keep, and that its kernels compile.
+"""Transformer Engine's own Python code without a GPU: the checkpoints of its layers, and its compiled kernels.
 
-Each version is imported in a process of its own. tests/run.sh fetches the wheels.
+Each version is imported in a separate process. tests/run.sh fetches the wheels.
 """
 
 import functools
@@ -31,14 +31,14 @@ def oldest_and_newest(paths: list[Path]) -> list[Any]:
 
 @functools.cache
 def printed_by(module: str, *argv: str, **env: str) -> Any:
-    # Triton compiles nothing where its interpreter is chosen.
+    # Triton compiles nothing if its interpreter is enabled.
     done = start("-m", module, *argv, TRITON_INTERPRET="0", **env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("folder", oldest_and_newest(WITH_LAYERS))
-def test_its_layers_are_saved_as_our_own_and_their_gradients_reduced_as_theirs(folder: Path):
+def test_its_layers_have_the_checkpoints_and_gradient_reductions_of_our_layers(folder: Path):
     wanted = printed_by("tests.model.te_layers")
     found = printed_by("tests.model.te_layers", str(folder))
     assert len(wanted) == 5

@@ -90,7 +90,7 @@ MISTAKES = {
     "--seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel": "--seq-length 15",
     "--reset-attention-mask": "--reset-attention-mask: is not supported",
     "--tensor-model-parallel-size 2": "1 ranks cannot hold --tensor-model-parallel-size 2",
-    "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te": "Transformer Engine none is usable; supported",
+    "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te": "Transformer Engine is not usable; supported",
     "--data-path nowhere": "nowhere.bin does not exist",
     "--vocab-size 299": "--vocab-size 299: must be at least the tokenizer's 300",
     "--tokenizer-model nowhere": "--tokenizer-model nowhere: must be",
