@@ -56,7 +56,7 @@ def test_another_computation_is_shown_from_its_first_step_on(compare):
     rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
     # The first update uses one gradient alone, so a beta shows from the third step on.
     assert rows[0][1] == "loss" and int(rows[0][0]) > 1
-    assert "figures differ, by at most" in done.stdout
+    assert "figures differ, with a relative difference of at most" in done.stdout
 
 
 def test_an_unknown_commit_is_one_line(compare):
