@@ -99,7 +99,10 @@ def read_files(files: Sequence[str]) -> dict[str, Any]:
         mapping = read_yaml(Path(file))
         config_from_mapping(mapping, source=file)
         for section, values in mapping.items():
-            merged[section] = {**(merged.get(section) or {}), **values} if isinstance(values, dict) else values
+            if isinstance(values, dict):
+                values = {**merged.get(section, {}), **values}
+            if values is not None:  # an empty section says nothing
+                merged[section] = values
     return merged
 
 

@@ -181,9 +181,9 @@ def _noting_saves(saves: list[int]) -> Iterator[None]:
 
 
 def learning_rates(optimizer: Any) -> dict[str, float]:
-    """Return the learning rate of each kind of parameters: matrices have weight decay, vectors (norms, biases) none."""
+    """Return the learning rate of each parameter group, keyed ``decay`` or ``no_decay`` (norms and biases)."""
     rates = {}
     for group in optimizer.param_groups:
-        kind = "matrices" if group.get("wd_mult", 1.0) else "vectors"
+        kind = "decay" if group.get("wd_mult", 1.0) else "no_decay"
         rates[f"expert_{kind}" if group.get("is_expert_parallel") else kind] = float(group["lr"])
     return rates

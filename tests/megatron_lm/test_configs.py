@@ -63,6 +63,13 @@ def test_every_setting_of_a_shipped_file_reaches_megatron_lm(config: Path, corpu
     assert ours["optimizer.lr"] != RunConfig().optimizer.lr
 
 
+def test_an_empty_section_of_a_later_file_overrides_nothing(tmp_path):
+    first = write(tmp_path / "first.yaml", {"model": {"num_layers": 2}, "phases": [{"bag_size": 2, "steps": 3}]})
+    (tmp_path / "second.yaml").write_text("model:\nphases:\ntraining: {seed: 5}\n")
+    merged = read_files([first, str(tmp_path / "second.yaml")])
+    assert merged == {"model": {"num_layers": 2}, "phases": [{"bag_size": 2, "steps": 3}], "training": {"seed": 5}}
+
+
 def test_each_setting_of_a_later_file_overrides_that_of_an_earlier_one(tmp_path):
     first = write(tmp_path / "first.yaml", {"model": {"num_layers": 2, "hidden_size": 8}, "optimizer": {"lr": 1.0}})
     second = write(tmp_path / "second.yaml", {"model": {"num_layers": 3}, "phases": [{"bag_size": 1, "steps": 2}]})

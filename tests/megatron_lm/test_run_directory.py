@@ -37,6 +37,11 @@ def test_the_settings_are_recorded(runs):
     assert "validation loss" in (runs / "tst" / "log.txt").read_text()
 
 
+def test_parameter_groups_have_the_own_trainers_names(runs):
+    line = json.loads((runs / "tst" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["kind"] == "step" and line["lr_by_group"].keys() == {"decay", "no_decay"}
+
+
 def test_the_recorded_settings_start_the_same_run(runs, tmp_path):
     recorded = ["--config", str(runs / "tst" / "config.yaml")]
     run_megatron_lm([*recorded, "--save", str(tmp_path / "save")], tmp_path / "run")
