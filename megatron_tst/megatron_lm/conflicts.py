@@ -79,6 +79,11 @@ def refuse_conflicts(args: Namespace) -> None:
         if conflict.is_met(value):
             shown = conflict.flag if value is True or " " in conflict.flag else f"{conflict.flag} {_typed(value)}"
             raise UserError(f"{shown}: cannot be combined with --tst-trainer megatron-lm: {conflict.reason}")
+    if getattr(args, "defer_embedding_wgrad_compute", False) and args.cross_entropy_fusion_impl == "linear":
+        raise UserError(
+            "--defer-embedding-wgrad-compute: cannot be combined with --cross-entropy-fusion-impl linear, which computes "
+            "the gradient of the output layer's weight with the loss"
+        )
     if "/" in (getattr(args, "hybrid_layer_pattern", None) or ""):
         raise UserError(
             f"--hybrid-layer-pattern {args.hybrid_layer_pattern}: cannot be combined with --tst-trainer megatron-lm: "

@@ -79,20 +79,31 @@ def test_a_conflict_is_refused_by_name(answers, conflict):
 
 
 def test_only_conflicts_are_refused(argv):
-    """Control: a run with other flags is prepared, and two conflicts are refused."""
-    ((plain, beside, hybrid),) = run_distributed(
+    """Control: a run with other flags is prepared, and conflicts are refused."""
+    ((plain, beside, hybrid, deferred),) = run_distributed(
         ask_all,
         1,
         argv,
         [
-            ["--dataloader-type", "single", "--no-save-rng", "--calculate-per-token-loss"],
+            [
+                "--dataloader-type",
+                "single",
+                "--no-save-rng",
+                "--calculate-per-token-loss",
+                "--cross-entropy-fusion-impl",
+                "linear",
+            ],
             ["--fp16"],
             ["--hybrid-layer-pattern", "*-/*-"],
+            ["--cross-entropy-fusion-impl", "linear", "--defer-embedding-wgrad-compute"],
         ],
     )
     assert plain == ""
     assert beside.startswith("--fp16: ")
     assert hybrid.startswith("--hybrid-layer-pattern *-/*-: ")
+    assert deferred.startswith(
+        "--defer-embedding-wgrad-compute: cannot be combined with --cross-entropy-fusion-impl linear"
+    )
 
 
 def train_unexcluded(argv: list[str]) -> str:
