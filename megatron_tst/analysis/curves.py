@@ -2,17 +2,25 @@
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_tst.config import RunConfig, UserError, load_config
-from megatron_tst.config.effects import TEXT, Effect, effect_of
+from megatron_tst.config.effects import effect_of
 from megatron_tst.telemetry.metrics import read_metrics
 from megatron_tst.telemetry.run_directory import RunDirectory
 
+# What text.json identifies, by flag.
+_RECORDED = {
+    "--data-path": "corpora",
+    "--train-data-path": "corpora",
+    "--valid-data-path": "corpora",
+    "--tokenizer-model": "tokenizer",
+}
 AXES = ("steps", "data_tokens", "flops", "gpu_hours")
 
 
@@ -165,7 +173,7 @@ def read_curve(path: Path) -> RunCurve:
     return RunCurve(
         name=path.name,
         seed=config.training.seed,
-        setting=_setting(config, steps[-1]["positions"] / steps[-1]["step"]),
+        setting=_setting(config, steps[-1]["positions"] / steps[-1]["step"], _read_text(directory)),
         superposition=_superposition(config),
         length=_length(config),
         losses=[line["valid_loss"] for line in valid],
@@ -176,31 +184,60 @@ def read_curve(path: Path) -> RunCurve:
     )
 
 
+def _read_text(directory: RunDirectory) -> dict[str, str]:
+    try:
+        return dict(json.loads(directory.text.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{directory.text}: cannot be read: {error}") from error
+
+
 def is_decayed(config: RunConfig) -> bool:
     """Return whether a run's learning rate is constant or has decayed at the end of the run."""
     optimizer = config.optimizer
     return optimizer.lr_decay_style == "constant" or (optimizer.lr_decay_iters or 0) <= config.schedule.num_steps
 
 
-def _setting(config: RunConfig, positions_per_step: float) -> dict[str, Any]:
-    """Return all settings except superposition, seed and length, as flags with their values."""
-    flags = {
-        f"--{setting.name.replace('_', '-')}": _identity(value, effect)
-        for section in dataclasses.fields(RunConfig)
-        if section.name != "superposition" and dataclasses.is_dataclass(getattr(config, section.name))
-        for setting in dataclasses.fields(getattr(config, section.name))
-        if (effect := effect_of(RunConfig, f"{section.name}.{setting.name}")).is_compared
-        for value in (getattr(getattr(config, section.name), setting.name),)
-    }
-    others = {f"--{name.replace('_', '-')}": value for name, value in config.megatron_lm.items()}
-    return {"positions per step": positions_per_step, "--finetune": config.checkpoint.finetune, **flags, **others}
+@dataclass(frozen=True)
+class TextName:
+    """The name of a corpus or tokenizer, equal to another name of the same content.
+
+    Attributes:
+        content: identifies the content.
+        name: value of the setting.
+    """
+
+    content: str
+    name: Any = field(compare=False)
+
+    def __str__(self) -> str:
+        """Return the name."""
+        return str(self.name)
 
 
-def _identity(value: Any, effect: Effect) -> Any:
-    """Return the comparable form of a value; paths are compared by their names, because mounts differ between hosts."""
-    if effect != TEXT or not isinstance(value, str | tuple):
-        return value
-    return Path(value).name if isinstance(value, str) else tuple(Path(part).name for part in value)
+def _setting(config: RunConfig, positions_per_step: float, text: Mapping[str, str]) -> dict[str, Any]:
+    """Return all settings except superposition, seed and length, as flags with their values.
+
+    Args:
+        config: settings of the run.
+        positions_per_step: number of positions per step, over all ranks.
+        text: what identifies its corpora and tokenizer; empty for a run that did not record it.
+    """
+    found: dict[str, Any] = {"positions per step": positions_per_step, "--finetune": config.checkpoint.finetune}
+    for section in dataclasses.fields(RunConfig):
+        settings: Any = getattr(config, section.name)
+        if section.name == "superposition" or not dataclasses.is_dataclass(settings):
+            continue
+        for setting in dataclasses.fields(settings):
+            if effect_of(RunConfig, f"{section.name}.{setting.name}").is_compared:
+                found[f"--{setting.name.replace('_', '-')}"] = getattr(settings, setting.name)
+    found |= {f"--{name.replace('_', '-')}": value for name, value in config.megatron_lm.items()}
+    # The same corpus may lie elsewhere on another machine, and another one under the same name.
+    for flag, kind in _RECORDED.items():
+        if found[flag] and kind in text:
+            found[flag] = TextName(text[kind], found[flag])
+    return found
 
 
 def _superposition(config: RunConfig) -> Superposition:

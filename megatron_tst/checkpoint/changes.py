@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
+from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.config import CheckpointSettings, ModelSettings, RunConfig, UserError
 from megatron_tst.config.effects import effect_of
 from megatron_tst.shape import resolve_shape
@@ -99,13 +100,12 @@ def check_changes(changes: list[Change], settings: CheckpointSettings, is_main: 
         UserError: naming the setting.
     """
     for change in changes:
-        is_shape = change.name.startswith("model.") and change.name != "model.seq_length"
-        is_optimizer_shape = change.name in ("training.bf16", "optimizer.use_distributed_optimizer")
-        if change.is_binding and is_shape:
+        effect = effect_of(RunConfig, change.name)
+        if effect.is_binding and effect.alters_function:
             raise UserError(f"{change}; another model cannot load it")
-        if is_optimizer_shape and not settings.no_load_optim:
+        if effect.alters_optimizer_state and not settings.no_load_optim:
             raise UserError(f"{change}; its optimizer state has another shape, add --no-load-optim to skip it")
-        if change.is_binding and not is_optimizer_shape and not settings.override_run_config:
+        if effect.is_binding and not settings.override_run_config:
             raise UserError(f"{change}; to continue nevertheless, add --override-run-config")
         if is_main:
             logger.info("changed: %s", change)
@@ -123,6 +123,29 @@ def check_phases(saved: tuple[Phase, ...], wanted: tuple[Phase, ...]) -> None:
         raise UserError(
             f"phases: differ from the checkpoint's {[(phase.bag_size, phase.num_steps) for phase in saved]} in more "
             "than the steps of the last; to continue nevertheless, add --override-run-config"
+        )
+
+
+def check_identity(state: RunState, *, tokenizer_sha256: str, global_batch_size: int) -> None:
+    """Check that a resumed run reads the same text as it would have without the interruption.
+
+    Args:
+        state: run state of the checkpoint.
+        tokenizer_sha256: SHA-256 of the tokenizer file.
+        global_batch_size: number of sequences per step.
+
+    Raises:
+        UserError: naming the first thing that differs.
+    """
+    if state.global_batch_size != global_batch_size:
+        raise UserError(
+            f"--global-batch-size {global_batch_size}: the checkpoint was made with {state.global_batch_size}; "
+            "to continue on other text than the run would have read, add --override-run-config"
+        )
+    if state.tokenizer_sha256 != tokenizer_sha256:
+        raise UserError(
+            f"--tokenizer-model: is not the one that the checkpoint was made with ({state.tokenizer}); "
+            "to continue with another, add --override-run-config"
         )
 
 

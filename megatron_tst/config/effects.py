@@ -18,12 +18,14 @@ class Effect:
         is_compared: whether finished runs with different values are compared as different configurations, rather than
             grouped as seeds, lengths or layouts of one configuration.
         alters_function: whether the same weights compute a different function under another value.
+        alters_optimizer_state: whether the optimizer's state has another shape under another value.
     """
 
     is_reported: bool
     is_binding: bool
     is_compared: bool
     alters_function: bool = False
+    alters_optimizer_state: bool = False
 
 
 # Where a run executes, what it writes and when it stops.
@@ -38,6 +40,10 @@ TUNING = Effect(is_reported=True, is_binding=False, is_compared=True)
 ROUTING = Effect(is_reported=True, is_binding=False, is_compared=True, alters_function=True)
 # Another run of the same method.
 RUN = Effect(is_reported=True, is_binding=True, is_compared=False)
+# How the optimizer's state is stored, and the precision that it follows from: a run may change them without
+# loading that state.
+STATE = Effect(is_reported=True, is_binding=False, is_compared=False, alters_optimizer_state=True)
+PRECISION = Effect(is_reported=True, is_binding=False, is_compared=True, alters_optimizer_state=True)
 # Another training method.
 METHOD = Effect(is_reported=True, is_binding=True, is_compared=True)
 # Another model.

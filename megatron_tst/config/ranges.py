@@ -1,27 +1,26 @@
-"""What values a setting may have by itself, whatever the others are."""
+"""The values that each setting may have, independent of all other settings."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_tst.config.settings import RunConfig
 
-# Counts are sent and stored as 32-bit integers in places; no real run comes near.
+# Some counts are stored as 32-bit integers, and no real run needs more.
 _MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may have.
+    """The numbers that a setting may have, with the rule that a message states.
 
     Attributes:
-        low: the least.
-        high: the most.
-        rule: what is said of a number outside.
-        excludes_low: whether ``low`` itself lies outside.
-        excludes_high: whether ``high`` itself lies outside.
+        low: smallest number.
+        high: largest number.
+        rule: the rule in words.
+        excludes_low: whether ``low`` itself is refused.
+        excludes_high: whether ``high`` itself is refused.
     """
 
     low: float
@@ -31,7 +30,7 @@ class Range:
     excludes_high: bool = False
 
     def holds(self, value: float) -> bool:
-        """Return whether a number lies inside; what is not a number lies nowhere."""
+        """Return whether a number is in the range; NaN never is."""
         above = self.low < value if self.excludes_low else self.low <= value
         below = value < self.high if self.excludes_high else value <= self.high
         return above and below
@@ -41,7 +40,7 @@ POSITIVE = Range(0, _MOST, f"must be above 0, and at most {_MOST}", excludes_low
 NOT_NEGATIVE = Range(0, _MOST, f"must be at least 0, and at most {_MOST}")
 FRACTION = Range(0, 1, "must lie between 0 and 1")
 BELOW_ONE = Range(0, 1, "must be at least 0 and below 1", excludes_high=True)
-SEED = Range(0, 2**32 - 1, f"must lie between 0 and {2**32 - 1}, which is what numpy takes")
+SEED = Range(0, 2**32 - 1, f"must lie between 0 and {2**32 - 1}, the seeds that numpy accepts")
 
 RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
@@ -81,14 +80,14 @@ RANGES: Mapping[str, Range] = {
 
 
 def range_rules(config: RunConfig) -> Iterator[tuple[bool, str, str]]:
-    """Yield for each setting whether its value is a possible one, the flag with the value, and the rule."""
+    """Yield, for each value of a setting, whether it is allowed, the flag with the value, and the rule."""
     for name, value in _settings(config):
         flag = f"--{name.partition('.')[2].replace('_', '-')}"
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, str):
                 yield part.strip() != "", f"{flag} {part!r}", "must not be empty"
             elif name in RANGES and part is not None:
-                yield math.isfinite(part) and RANGES[name].holds(part), f"{flag} {part}", RANGES[name].rule
+                yield RANGES[name].holds(part), f"{flag} {part}", RANGES[name].rule
 
 
 def _settings(config: RunConfig) -> Iterator[tuple[str, Any]]:

@@ -17,8 +17,10 @@ from megatron_tst.config.effects import (
     METHOD,
     MODEL,
     NOTHING,
+    PRECISION,
     ROUTING,
     RUN,
+    STATE,
     TEXT,
     TUNING,
     having,
@@ -163,7 +165,7 @@ class TrainingSettings:
     """Optimizer steps of the run."""
     seed: int = field(default=1234, metadata=having(RUN))
     """Seed of the weights, dropout and data order."""
-    bf16: bool = field(default=False, metadata=having(METHOD))
+    bf16: bool = field(default=False, metadata=having(PRECISION))
     """Compute in bfloat16 with float32 main weights."""
     accumulate_allreduce_grads_in_fp32: bool = False
     """Accumulate and reduce gradients in float32 with --bf16."""
@@ -256,7 +258,7 @@ class OptimizerSettings:
     """Constant added to the root of the second moment."""
     clip_grad: float = 1.0
     """Global norm to which larger gradients are clipped."""
-    use_distributed_optimizer: bool = field(default=False, metadata=having(RUN))
+    use_distributed_optimizer: bool = field(default=False, metadata=having(STATE))
     """Shard optimizer state over data-parallel ranks."""
 
 

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_tst.config import UserError
+from megatron_tst.config import SuperpositionSettings, UserError
 from megatron_tst.data.samples import RunDataset
 from megatron_tst.distributed import ParallelState
 from megatron_tst.distributed.signals import ignore_stop_signals
-from megatron_tst.superposition import Schedule, fold_labels, fold_tokens, row_weights, slide_labels
+from megatron_tst.superposition import Phase, Schedule, bag_weights, fold_labels, fold_tokens, row_weights, slide_labels
 
 IGNORE_INDEX = -100
 
@@ -59,10 +59,43 @@ class BatchShape:
     objective: str = "mce"
     reads_bags: bool = True
 
+    @classmethod
+    def of_phase(
+        cls,
+        phase: Phase,
+        settings: SuperpositionSettings,
+        seq_length: int,
+        masked_after: int | None,
+        device: torch.device,
+    ) -> "BatchShape":
+        """Return the shape of the batches of a phase, with its bag weights on a device."""
+        return cls(
+            seq_length=seq_length,
+            bag_size=phase.bag_size,
+            weights=bag_weights(settings.loss_weights, phase.bag_size, device),
+            masked_after=masked_after,
+            objective=settings.tst_objective,
+            reads_bags=phase.reads_bags,
+        )
+
     @property
     def num_tokens(self) -> int:
         """Data tokens per sequence, T."""
         return self.seq_length * (self.bag_size if self.reads_bags else 1)
+
+
+def check_token_ids(text: NDArray[Any], vocab_size: int) -> None:
+    """Check that all token ids are in the vocabulary.
+
+    Raises:
+        UserError: if one is not; perhaps on this rank alone.
+    """
+    if text.max() >= vocab_size:
+        raise UserError(
+            f"--data-path: contains token id {text.max()}, but the vocabulary has {vocab_size} tokens: "
+            "the data was made with another tokenizer than --tokenizer-model",
+            own_rank=True,
+        )
 
 
 def make_batch(text: Tensor, shape: BatchShape) -> Batch:
@@ -186,12 +219,7 @@ class BatchLoader:
         if self._ranks.tp_rank == 0:
             stored = next(self._texts)
             assert stored.shape == (self._micro_batch_size, num_tokens)
-            if stored.max() >= self._vocab_size:
-                raise UserError(
-                    f"--data-path: contains token id {stored.max()}, but the vocabulary has {self._vocab_size} tokens: "
-                    "the data was made with another tokenizer than --tokenizer-model",
-                    own_rank=True,
-                )
+            check_token_ids(stored, self._vocab_size)
             text = torch.from_numpy(stored.astype(numpy.int32))
             if self._device.type == "cuda":
                 text = text.pin_memory()

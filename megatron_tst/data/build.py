@@ -26,11 +26,13 @@ class RunData:
         train: the dataset of the training phases.
         valid: the dataset for evaluation, with bag size 1, or None.
         splits: the document split of each training corpus.
+        fingerprint: identifies the text of training and validation, wherever the corpora lie.
     """
 
     train: RunDataset
     valid: RunDataset | None
     splits: list[DocumentSplit]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,14 @@ def build_run_data(
         UserError: if a corpus cannot be read, is too small, or is not the one in ``continued``.
     """
     train, valid = _sources(settings)
-    validation = None
+    validation, valid_splits = None, list[DocumentSplit]()
     if eval_iters and valid:
         batches = min(eval_iters, _whole_batches(valid, plan))
-        validation = RunDataset(_build_phases(valid, (Phase(1, batches),), "valid", plan)[0])
+        valid_phases, valid_splits = _build_phases(valid, (Phase(1, batches),), "valid", plan)
+        validation = RunDataset(valid_phases)
     phases, splits = _build_phases(train, schedule.phases, "train", plan, continued)
-    return RunData(RunDataset(phases), validation, splits)
+    facts = [[(split.weight, split.documents, split.fingerprint) for split in part] for part in (splits, valid_splits)]
+    return RunData(RunDataset(phases), validation, splits, _digest(facts))
 
 
 def _sources(settings: DataSettings) -> tuple[list[_Source], list[_Source]]:

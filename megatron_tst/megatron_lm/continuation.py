@@ -85,26 +85,6 @@ def _read(folder: Path) -> tuple[RunState, RunConfig]:
     return parse_run_state(arguments[_STATE], str(folder)), load_config_text(arguments[_CONFIG], str(folder))
 
 
-def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: int, vocab_size: int) -> None:
-    """Check that a continued run splits the same text among the phases as before.
-
-    Raises:
-        UserError: if something differs; it names the first difference.
-    """
-    state = start.state
-    if state is None or start.splits is None:
-        return
-    instead = "to continue nevertheless, add --override-run-config"
-    if state.vocab_size != vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: the checkpoint's vocabulary has {state.vocab_size} tokens")
-    if state.global_batch_size != global_batch_size:
-        raise UserError(
-            f"--global-batch-size {global_batch_size}: the checkpoint has {state.global_batch_size}; {instead}"
-        )
-    if state.tokenizer_sha256 != tokenizer_sha256:
-        raise UserError(f"--tokenizer-model: is not the checkpoint's tokenizer ({state.tokenizer}); {instead}")
-
-
 def remember(args: Namespace, state: RunState, config: RunConfig) -> None:
     """Store a run's state and settings in the arguments, which the next checkpoint contains."""
     setattr(args, _STATE, dump_run_state(state))

@@ -18,6 +18,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 from torch import Tensor
 
+from megatron_tst.checkpoint.changes import check_identity
 from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.run_state import RunState
 from megatron_tst.checkpoint.stock_arguments import find_foreign
@@ -26,12 +27,12 @@ from megatron_tst.data.batches import BatchShape
 from megatron_tst.data.build import RunData, SamplePlan, build_run_data
 from megatron_tst.distributed import Device, any_rank, get_parallel_state, run_on_main_rank
 from megatron_tst.distributed.signals import StopSignals
-from megatron_tst.megatron_lm.continuation import check_identity, find_start, remember
+from megatron_tst.megatron_lm.continuation import find_start, remember
 from megatron_tst.megatron_lm.flags import complete, flag_parser, read_arguments
 from megatron_tst.megatron_lm.forward import ForwardStep, StepSizes
 from megatron_tst.megatron_lm.model import model_config
-from megatron_tst.megatron_lm.monitor import Monitor, RunFacts
-from megatron_tst.megatron_lm.samples import TrainSamples, ValidSamples, Vocabulary, bytes_per_target
+from megatron_tst.megatron_lm.monitor import Monitor
+from megatron_tst.megatron_lm.samples import TrainSamples, ValidSamples, bytes_per_target
 from megatron_tst.megatron_lm.settings import given_values, run_config
 from megatron_tst.megatron_lm.stages import taking_part
 from megatron_tst.megatron_lm.tokenizer import RunTokenizer, find_tokenizer
@@ -39,8 +40,9 @@ from megatron_tst.megatron_patches import Libraries, find_libraries
 from megatron_tst.megatron_patches.versions import check_transformer_engine
 from megatron_tst.model import loss_choice
 from megatron_tst.shape import pad_vocabulary, resolve_shape, step_flops
-from megatron_tst.superposition import Phase, bag_weights
-from megatron_tst.telemetry import RunDirectory, short, start_log_screen, versions
+from megatron_tst.superposition import Phase
+from megatron_tst.telemetry import RunDirectory, start_log_screen, versions
+from megatron_tst.telemetry.run_metrics import RunFacts
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +87,17 @@ class Run:
         self._directory.occupy()
         self._directory.occupy_checkpoints(self._folders.path)
         start = find_start(self.args, self.config)
-        check_identity(
-            start,
-            tokenizer_sha256=self._tokenizer.sha256,
-            global_batch_size=self.args.global_batch_size,
-            vocab_size=self.config.model.vocab_size or 0,
-        )
+        if start.state is not None and start.splits is not None:
+            if start.state.vocab_size != self.config.model.vocab_size:
+                raise UserError(
+                    f"--vocab-size {self.config.model.vocab_size}: the checkpoint's vocabulary has "
+                    f"{start.state.vocab_size} tokens"
+                )
+            check_identity(
+                start.state,
+                tokenizer_sha256=self._tokenizer.sha256,
+                global_batch_size=self.args.global_batch_size,
+            )
         goes_on = self.args.load is not None and not self.args.finetune
         if not (goes_on and Path(self.args.load).resolve() == self._folders.path.resolve()):
             self._directory.refuse_used()
@@ -111,9 +118,11 @@ class Run:
             plan = SamplePlan(self._tokenizer, args.seq_length, args.global_batch_size, args.seed, cache)  # type: ignore[arg-type]
             self._data = build_run_data(config.data, self._start.schedule, args.eval_iters, plan, self._start.splits)
             self._signals.check()
-        vocabulary = Vocabulary(config.model.vocab_size or 0)
+            text = {"tokenizer": self._tokenizer.sha256, "corpora": self._data.fingerprint}
+            run_on_main_rank(lambda: self._directory.record_text(**text))
+        vocab_size = config.model.vocab_size or 0
         is_read = self._ranks.owns_text
-        train = TrainSamples(self._data.train, self._start.schedule, args.global_batch_size, vocabulary, is_read)
+        train = TrainSamples(self._data.train, self._start.schedule, args.global_batch_size, vocab_size, is_read)
         valid = None
         if self._data.valid is None:
             args.eval_iters = 0
@@ -121,36 +130,35 @@ class Run:
             # Each evaluation reads the same samples, so their number limits the number of batches.
             args.eval_iters = len(self._data.valid.phases[0]) // args.global_batch_size
             args.consumed_valid_samples = 0
-            valid = ValidSamples(self._data.valid.phases[0], vocabulary, is_read)
+            valid = ValidSamples(self._data.valid.phases[0], vocab_size, is_read)
         return train, valid, None
 
     def begin(self) -> None:
         """Open the metrics file and log the data of each phase."""
         self._signals.hold()
         assert self._data is not None
-        schedule, args = self._start.schedule, self.args
+        args = self.args
         facts = RunFacts(
-            schedule=schedule,
+            schedule=self._start.schedule,
             objective=self.config.superposition.tst_objective,
             positions_per_step=args.global_batch_size * args.seq_length,
             flops_per_step=self._flops_per_step(),
-            epochs_per_step=[
-                text.num_epochs / phase.num_steps
-                for text, phase in zip(self._data.train.phases, schedule.phases, strict=True)
-            ],
+            epochs=tuple(text.num_epochs for text in self._data.train.phases),
+            world_size=self._ranks.world_size,
+            device_name=self._device.name,
+        )
+        self._forward = ForwardStep(facts.schedule, self._ranks, self._batch_shape, self._sizes, self._check_losses)
+        self._monitor = Monitor(
+            facts,
+            self._directory,
+            self._ranks,
             log_interval=args.log_interval,
             first_step=self._start.step,
             gpu_hours=self._start.gpu_hours,
             bytes_per_target=self._bytes_per_target(),
         )
-        self._forward = ForwardStep(schedule, self._ranks, self._batch_shape, self._sizes, self._check_losses)
-        self._monitor = Monitor(facts, self._directory, self._ranks, self._device)
-        for index, (phase, text) in enumerate(zip(schedule.phases, self._data.train.phases, strict=True)):
-            tokens = len(text) * args.seq_length * phase.tokens_per_position
-            logger.info(
-                "phase %d: %d steps, bag size %d, %s data tokens, %.2f epochs of its documents",
-                index + 1, phase.num_steps, phase.bag_size, short(tokens), text.num_epochs,
-            )  # fmt: skip
+        for line in facts.describe_phases():
+            logger.info(line)
 
     def _bytes_per_target(self) -> float | None:
         """Return the bytes of validation text per target, on the main rank; None elsewhere or if they are unknown."""
@@ -187,11 +195,11 @@ class Run:
         return step in ends[:-1]  # at the end of the last phase Megatron-LM itself saves a checkpoint
 
     def is_stop_asked(self) -> bool:
-        """Return whether a signal reached any rank.
+        """Return whether a signal reached any rank, or metrics cannot be written.
 
         Collective: every rank of the world calls it.
         """
-        return any(any_rank(self._signals.request is not None))
+        return any(any_rank(self._signals.request is not None, self._monitor.failure is not None))
 
     def saving(self, step: int) -> None:
         """Store the state of the run in the checkpoint that is about to be written."""
@@ -215,12 +223,20 @@ class Run:
         remember(self.args, state, self.config)
 
     def saved(self, step: int) -> None:
-        """Delete the checkpoints that --keep-last does not keep."""
+        """Delete the checkpoints that --keep-last does not keep, and end a run whose metrics cannot be written.
+
+        Collective: every rank of the world calls it.
+
+        Raises:
+            UserError: on every rank, if metrics cannot be written.
+        """
         keep = self.config.checkpoint.keep_last
         if keep is not None and self._ranks.is_main:
             passing = [s for s in self._folders.steps() if s < step and s not in self._start.schedule.ends]
             for old in passing[: max(len(passing) + 1 - keep, 0)]:
                 self._folders.remove(old)
+        if not self.args.async_save:  # else the checkpoint is still being written
+            self._monitor.check()
 
     @property
     def is_complete(self) -> bool:
@@ -232,15 +248,8 @@ class Run:
         return self._forward(samples, model)
 
     def _batch_shape(self, phase: Phase) -> BatchShape:
-        settings = self.config.superposition
-        return BatchShape(
-            seq_length=self.args.seq_length,
-            bag_size=phase.bag_size,
-            weights=bag_weights(settings.loss_weights, phase.bag_size, self._device.torch_device),
-            masked_after=self._masked_after,
-            objective=settings.tst_objective,
-            reads_bags=phase.reads_bags,
-        )
+        settings, device = self.config.superposition, self._device.torch_device
+        return BatchShape.of_phase(phase, settings, self.args.seq_length, self._masked_after, device)
 
     def _sizes(self, is_training: bool) -> StepSizes:
         args = self.args

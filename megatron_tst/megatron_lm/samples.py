@@ -5,7 +5,6 @@ checkpoint therefore determines the position in the data, the phase and the bag 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -13,36 +12,12 @@ import torch
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
-from megatron_tst.config import UserError
+from megatron_tst.data.batches import check_token_ids
 from megatron_tst.data.samples import PhaseDataset, RunDataset
 from megatron_tst.superposition import Phase, Schedule
 
 # Every evaluation reads the validation samples from the start, and there may be any number of evaluations.
 ENDLESS = 1 << 60
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Check of token ids against the vocabulary.
-
-    Attributes:
-        size: number of tokens of the vocabulary; ids from ``size`` on are refused.
-    """
-
-    size: int
-
-    def check(self, text: NDArray[Any]) -> None:
-        """Check that all token ids are in the vocabulary.
-
-        Raises:
-            UserError: if a token id is beyond the vocabulary.
-        """
-        if text.max() >= self.size:
-            raise UserError(
-                f"--data-path: holds token id {text.max()}, but the vocabulary has {self.size}; the data was made with "
-                "another tokenizer than --tokenizer-model",
-                own_rank=True,
-            )
 
 
 class TrainSamples(torch.utils.data.Dataset[dict[str, Any]]):
@@ -51,7 +26,7 @@ class TrainSamples(torch.utils.data.Dataset[dict[str, Any]]):
     split = Split.train
 
     def __init__(
-        self, text: RunDataset, schedule: Schedule, global_batch_size: int, vocabulary: Vocabulary, is_read: bool
+        self, text: RunDataset, schedule: Schedule, global_batch_size: int, vocab_size: int, is_read: bool
     ) -> None:
         """Store the text and its schedule.
 
@@ -59,11 +34,11 @@ class TrainSamples(torch.utils.data.Dataset[dict[str, Any]]):
             text: text of each phase.
             schedule: schedule of the phases.
             global_batch_size: number of sequences per step.
-            vocabulary: check of token ids.
+            vocab_size: number of tokens of the vocabulary; larger ids are refused.
             is_read: whether this rank needs text.
         """
         self._text, self._schedule, self._batch_size = text, schedule, global_batch_size
-        self._vocabulary, self._is_read = vocabulary, is_read
+        self._vocab_size, self._is_read = vocab_size, is_read
 
     def __len__(self) -> int:
         """Return the number of samples of the run."""
@@ -74,7 +49,7 @@ class TrainSamples(torch.utils.data.Dataset[dict[str, Any]]):
         step, place = divmod(index, self._batch_size)
         point = self._schedule.phase_at(step)
         key = (point.index, point.step * self._batch_size + place)
-        return _sample(self._text[key] if self._is_read else None, point.index, self._vocabulary)
+        return _sample(self._text[key] if self._is_read else None, point.index, self._vocab_size)
 
 
 class ValidSamples(torch.utils.data.Dataset[dict[str, Any]]):
@@ -82,15 +57,15 @@ class ValidSamples(torch.utils.data.Dataset[dict[str, Any]]):
 
     split = Split.valid
 
-    def __init__(self, text: PhaseDataset, vocabulary: Vocabulary, is_read: bool) -> None:
+    def __init__(self, text: PhaseDataset, vocab_size: int, is_read: bool) -> None:
         """Store the text.
 
         Args:
             text: text of one evaluation.
-            vocabulary: check of token ids.
+            vocab_size: number of tokens of the vocabulary; larger ids are refused.
             is_read: whether this rank needs text.
         """
-        self._text, self._vocabulary, self._is_read = text, vocabulary, is_read
+        self._text, self._vocab_size, self._is_read = text, vocab_size, is_read
 
     def __len__(self) -> int:
         """Return a number that exceeds the validation samples of any run."""
@@ -99,13 +74,13 @@ class ValidSamples(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a sample as :class:`TrainSamples` does; its phase is -1."""
         text = self._text[index % len(self._text)] if self._is_read else None
-        return _sample(text, -1, self._vocabulary)
+        return _sample(text, -1, self._vocab_size)
 
 
-def _sample(text: NDArray[Any] | None, phase: int, vocabulary: Vocabulary) -> dict[str, Any]:
+def _sample(text: NDArray[Any] | None, phase: int, vocab_size: int) -> dict[str, Any]:
     if text is None:
         return {"text": numpy.zeros(0, numpy.int32), "phase": phase}
-    vocabulary.check(text)
+    check_token_ids(text, vocab_size)
     return {"text": text.astype(numpy.int32), "phase": phase}
 
 

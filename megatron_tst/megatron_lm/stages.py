@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_tst.megatron_patches.adam import make_resumable
 from megatron_tst.megatron_patches.shard_writer import planning_for_threads
+from megatron_tst.telemetry.run_metrics import learning_rates
 
 
 class Stages(Protocol):
@@ -112,7 +113,7 @@ def _train_step(stock: Callable[..., Any], stages: Stages) -> Callable[..., Any]
     def train_step(forward: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Take a step and report it."""
         started_s = time.perf_counter()
-        lr_by_group = learning_rates(optimizer)
+        lr_by_group = learning_rates(optimizer.param_groups)
         result = stock(forward, data, model, optimizer, *args, **kwargs)
         losses, skipped, _, is_exit, _, grad_norm, *_ = result
         if not skipped and not is_exit:
@@ -178,12 +179,3 @@ def _noting_saves(saves: list[int]) -> Iterator[None]:
         yield
     finally:
         training.save_checkpoint_and_time = save
-
-
-def learning_rates(optimizer: Any) -> dict[str, float]:
-    """Return the learning rate of each parameter group, keyed ``decay`` or ``no_decay`` (norms and biases)."""
-    rates = {}
-    for group in optimizer.param_groups:
-        kind = "decay" if group.get("wd_mult", 1.0) else "no_decay"
-        rates[f"expert_{kind}" if group.get("is_expert_parallel") else kind] = float(group["lr"])
-    return rates

@@ -33,6 +33,11 @@ class RunDirectory:
         self._new: set[Path] = set()
 
     @property
+    def text(self) -> Path:
+        """The file that identifies the text of the run; runs from before version 0.2 lack it."""
+        return self.path / "text.json"
+
+    @property
     def metrics(self) -> Path:
         """File of the metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
@@ -99,6 +104,17 @@ class RunDirectory:
                 f"--load {self.checkpoints}"
             )
 
+    def touch_metrics(self) -> None:
+        """Create the metrics file if it is missing.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        try:
+            self.metrics.touch()
+        except OSError as error:
+            raise UserError(f"--tst-run-dir: {self.metrics} cannot be written: {error.strerror}") from error
+
     def create(self, config_yaml: str, first_step: int) -> None:
         """Record settings and versions, and start to write the package's log lines to ``log.txt`` too.
 
@@ -117,6 +133,21 @@ class RunDirectory:
             write_whole(self.path / "versions.json", write_json(versions(), indent=2) + "\n")
             _add_handler(_LogFile(self.path / "log.txt", encoding="utf-8"))
             self._new.clear()
+        except OSError as error:
+            raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
+
+    def record_text(self, *, tokenizer: str, corpora: str) -> None:
+        """Record what identifies the text of a run, so that runs can be compared wherever their corpora lie.
+
+        Args:
+            tokenizer: SHA-256 of the tokenizer.
+            corpora: fingerprint of the corpora.
+
+        Raises:
+            UserError: if the directory cannot be written.
+        """
+        try:
+            write_whole(self.text, write_json({"tokenizer": tokenizer, "corpora": corpora}, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--tst-run-dir {self.path}: cannot be written: {error.strerror}") from error
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_tst.checkpoint.changes import check_identity
 from megatron_tst.checkpoint.content import TrainState
 from megatron_tst.checkpoint.folders import CheckpointFolders
 from megatron_tst.checkpoint.load import load_checkpoint
@@ -31,7 +32,7 @@ from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.optimizer import build_optimizer, build_scheduler
 from megatron_tst.training.place import choose_place
 from megatron_tst.training.run import Run
-from megatron_tst.training.start import Start, check_identity, choose_vocab_size, find_start
+from megatron_tst.training.start import Start, choose_vocab_size, find_start
 from megatron_tst.training.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -93,12 +94,14 @@ def _build_in(directory: RunDirectory, config: RunConfig, ranks: ParallelState, 
     tokenizer = load_tokenizer(require("--tokenizer-model", config.data.tokenizer_model))
     vocab_size = choose_vocab_size(start, config, tokenizer.vocab_size, ranks.tp_size)
     shape = resolve_shape(config.model, vocab_size, config.parallel)
-    check_identity(start, tokenizer_sha256=tokenizer.sha256, global_batch_size=batch_size)
+    if start.found and start.found.state and start.splits is not None:
+        check_identity(start.found.state, tokenizer_sha256=tokenizer.sha256, global_batch_size=batch_size)
     cache = Path(config.data.data_cache_path or directory.index_cache)
     plan = SamplePlan(tokenizer, shape.seq_length, batch_size, training.seed, cache)
     data = build_run_data(config.data, start.schedule, training.eval_iters, plan, start.splits)
     signals.check()
     saver = _open_directory(directory, folders, config, start.step, ranks)
+    run_on_main_rank(lambda: directory.record_text(tokenizer=tokenizer.sha256, corpora=data.fingerprint))
     stepper = _build_stepper(config, start, shape, batch_size, ranks, libraries)
     token_bytes = tokenizer.token_bytes()
     run = Run(
@@ -193,9 +196,5 @@ def _announce(run: Run, libraries: Libraries) -> None:
     logger.info("using: %s, %d ranks; %s", run.device.name, run.ranks.world_size, parts)
     parameters = sum(parameter.numel() for chunk in run.stepper.train_state.chunks for parameter in chunk.parameters())
     logger.info("model: %s parameters on this rank, vocabulary %d", short(parameters), run.shape.vocab_size)
-    for index, (phase, text) in enumerate(zip(run.schedule.phases, run.data.train.phases, strict=True)):
-        tokens = len(text) * run.shape.seq_length * phase.tokens_per_position
-        logger.info(
-            "phase %d: %d steps, bag size %d, %s data tokens, %.2f epochs of its documents",
-            index + 1, phase.num_steps, phase.bag_size, short(tokens), text.num_epochs,
-        )  # fmt: skip
+    for line in run.facts.describe_phases():
+        logger.info(line)

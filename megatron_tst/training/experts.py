@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_tst.distributed import ParallelState
+from megatron_tst.telemetry import ExpertMetrics
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class ExpertCounts:
 
     taken: Tensor
     chosen: Tensor
+
+    def metrics(self, step: int) -> ExpertMetrics:
+        """Return the metric line of the experts' load, where 1 is the mean of a layer."""
+        load_LE = self.taken / self.taken.double().mean(dim=1, keepdim=True)
+        dropped_L = 1 - self.taken.sum(dim=1) / self.chosen.double()
+        return ExpertMetrics(step, load_LE.amax(dim=1).tolist(), load_LE.amin(dim=1).tolist(), dropped_L.tolist())
 
 
 class ExpertCounter:

@@ -8,13 +8,13 @@ from megatron_tst.distributed import run_on_main_rank
 from megatron_tst.superposition import PhasePoint
 from megatron_tst.telemetry import TrainingProgress, read_metrics, versions
 from megatron_tst.telemetry.metrics_writer import MetricsWriter
+from megatron_tst.telemetry.run_metrics import skipped_metrics, step_metrics, valid_metrics
 from megatron_tst.telemetry.sinks import open_sinks
 from megatron_tst.telemetry.switch import SwitchWatch
 from megatron_tst.telemetry.time_left import seconds_left
 from megatron_tst.training.evaluation import Evaluation
 from megatron_tst.training.run import Run
 from megatron_tst.training.step import StepReport
-from megatron_tst.training.step_metrics import expert_metrics, skipped_metrics, step_metrics, totals, valid_metrics
 from megatron_tst.training.step_timer import StepTimer
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ class MetricsLogger:
         Raises:
             UserError: if the file cannot be opened.
         """
-        self._run = run
-        run_on_main_rank(self._touch)
+        self._run, self._facts = run, run.facts
+        run_on_main_rank(run.directory.touch_metrics)
         self._writer = self._open() if run.ranks.is_main else None
         lines = read_metrics(run.directory.metrics) if run.ranks.is_main else []
         self._switches = SwitchWatch(run.schedule.ends, lines)
@@ -53,15 +53,8 @@ class MetricsLogger:
         self.timer = StepTimer()
         self._step_s_by_phase: dict[int, float] = {}
 
-    def _touch(self) -> None:
-        path = self._run.directory.metrics
-        try:
-            path.touch()
-        except OSError as error:
-            raise UserError(f"--tst-run-dir: {path} cannot be written: {error.strerror}") from error
-
     def _open(self) -> MetricsWriter:
-        run, done = self._run, totals(self._run, self._run.first_step)
+        run, done = self._run, self._facts.totals(self._run.first_step)
         facts = {**dataclasses.asdict(run.config), "phases_run": str(run.schedule.phases), "versions": versions()}
         start = {"step": run.first_step, "data_tokens": done.data_tokens, "positions": done.positions}
         return MetricsWriter(run.directory.metrics, open_sinks(run.config.logging, run.directory, facts, start))
@@ -96,16 +89,24 @@ class MetricsLogger:
         # The last step of a phase is always logged: its line is the phase's result.
         if step in schedule.ends or is_due(step, interval, schedule.num_steps):
             self._record_experts(step)
-            self._record_step(step, point, report)
+            self._record_step(step, point.index, report)
 
-    def _record_step(self, step: int, point: PhasePoint, report: StepReport) -> None:
+    def _record_step(self, step: int, phase: int, report: StepReport) -> None:
         if self._writer is None:
             return
         run, interval = self._run, self.timer.take()
         self._logged_gpu_hours += interval.seconds * run.ranks.world_size / 3600
-        metrics = step_metrics(run, step, point, report, interval, self._logged_gpu_hours)
+        metrics = step_metrics(
+            self._facts,
+            step,
+            loss=float(report.loss),
+            grad_norm=report.grad_norm,
+            lr_by_group=report.lr_by_group,
+            interval=interval,
+            gpu_hours=self._logged_gpu_hours,
+        )
         self._writer.write(metrics)
-        self._step_s_by_phase[point.index] = metrics.step_time_s
+        self._step_s_by_phase[phase] = metrics.step_time_s
         left_s = seconds_left(run.schedule.ends, step, self._step_s_by_phase)
         self.progress.show_step(metrics, left_s + (run.schedule.num_steps - step) * self.timer.pause_s_per_step)
 
@@ -120,7 +121,7 @@ class MetricsLogger:
         """Log which samples a step that was not applied had read."""
         if self._writer is None:
             return
-        metrics = skipped_metrics(step, point, report, self._run.global_batch_size)
+        metrics = skipped_metrics(step, point, float(report.loss), report.grad_norm, self._run.global_batch_size)
         self._writer.write(metrics)
         self.log_line(
             f"WARNING: step {step} is not applied: loss {metrics.skipped_loss}, gradient norm "
@@ -133,12 +134,12 @@ class MetricsLogger:
         if self._run.expert_counter is not None:
             counts = self._run.expert_counter.take()
             if self._writer is not None:
-                self._writer.write(expert_metrics(step, counts))
+                self._writer.write(counts.metrics(step))
 
     def record_valid(self, step: int, evaluation: Evaluation | None) -> None:
         """Log the result of an evaluation."""
         if self._writer is not None and evaluation is not None:
-            metrics = valid_metrics(self._run, step, evaluation, self.gpu_hours)
+            metrics = valid_metrics(self._facts, step, evaluation.loss, evaluation.bits_per_byte, self.gpu_hours)
             self._writer.write(metrics)
             self.progress.show_valid(metrics)
 

@@ -1,7 +1,6 @@
 """Builds megatron-core's AdamW and learning-rate schedule from the settings."""
 
 import math
-from typing import Any
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -42,16 +41,6 @@ def build_optimizer(
     for optimizer in sharded_by_kind:
         make_resumable(optimizer)
     return CautiousOptimizer(sharded_by_kind)
-
-
-def learning_rates(optimizer: ChainedOptimizer) -> dict[str, float]:
-    """Return the learning rate of each parameter group, keyed ``decay`` or ``no_decay`` (norms and biases)."""
-    return {_group_name(group): float(group["lr"]) for group in optimizer.param_groups}
-
-
-def _group_name(group: dict[str, Any]) -> str:
-    kind = "decay" if group["wd_mult"] else "no_decay"
-    return f"expert_{kind}" if group["is_expert_parallel"] else kind
 
 
 class CautiousOptimizer(ChainedOptimizer):  # type: ignore[misc]

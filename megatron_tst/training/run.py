@@ -14,8 +14,9 @@ from megatron_tst.data.samples import RunDataset
 from megatron_tst.data.tokenizer import Tokenizer
 from megatron_tst.distributed import Device, ParallelState
 from megatron_tst.shape import ModelShape
-from megatron_tst.superposition import Phase, Schedule, bag_weights
+from megatron_tst.superposition import Phase, Schedule
 from megatron_tst.telemetry import RunDirectory, versions
+from megatron_tst.telemetry.run_metrics import RunFacts
 from megatron_tst.training.experts import ExpertCounter
 from megatron_tst.training.step import Stepper
 
@@ -63,23 +64,23 @@ class Run:
     saver: CheckpointSaver
 
     @property
-    def positions_per_step(self) -> int:
-        """Number of positions of one optimizer step over all ranks."""
-        return self.global_batch_size * self.shape.seq_length
+    def facts(self) -> RunFacts:
+        """The constants that metrics are computed from."""
+        return RunFacts(
+            schedule=self.schedule,
+            objective=self.config.superposition.tst_objective,
+            positions_per_step=self.global_batch_size * self.shape.seq_length,
+            flops_per_step=self.flops_per_step,
+            epochs=tuple(text.num_epochs for text in self.data.train.phases),
+            world_size=self.ranks.world_size,
+            device_name=self.device.name,
+        )
 
     def batch_shape(self, phase: Phase) -> BatchShape:
         """Return the shape of the batches of a phase."""
-        settings = self.config.superposition
-        weights = bag_weights(settings.loss_weights, phase.bag_size, self.device.torch_device)
         masked_after = self.tokenizer.eod if self.config.data.eod_mask_loss else None
-        return BatchShape(
-            seq_length=self.shape.seq_length,
-            bag_size=phase.bag_size,
-            weights=weights,
-            masked_after=masked_after,
-            objective=settings.tst_objective,
-            reads_bags=phase.reads_bags,
-        )
+        settings, device = self.config.superposition, self.device.torch_device
+        return BatchShape.of_phase(phase, settings, self.shape.seq_length, masked_after, device)
 
     def read(self, text: RunDataset, schedule: Schedule, num_workers: int, first_step: int = 0) -> BatchLoader:
         """Start reading the micro-batches of a schedule, beginning at step ``first_step``."""

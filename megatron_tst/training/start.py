@@ -105,32 +105,6 @@ def _find_wrong_vocabulary(found: SavedCheckpoint, size: int, padded: int) -> st
     )
 
 
-def check_identity(start: Start, *, tokenizer_sha256: str, global_batch_size: int) -> None:
-    """Check that a resumed run reads the same text as it would have without the interruption.
-
-    Args:
-        start: result of :func:`find_start`.
-        tokenizer_sha256: SHA-256 of the tokenizer file.
-        global_batch_size: number of sequences per step.
-
-    Raises:
-        UserError: naming the first thing that differs.
-    """
-    state = start.found.state if start.found else None
-    if state is None or start.splits is None:
-        return
-    if state.global_batch_size != global_batch_size:
-        raise UserError(
-            f"--global-batch-size {global_batch_size}: the checkpoint was made with {state.global_batch_size}; "
-            "to continue on other text than the run would have read, add --override-run-config"
-        )
-    if state.tokenizer_sha256 != tokenizer_sha256:
-        raise UserError(
-            f"--tokenizer-model: is not the one that the checkpoint was made with ({state.tokenizer}); "
-            "to continue with another, add --override-run-config"
-        )
-
-
 def _check_model(found: SavedCheckpoint, config: RunConfig, is_main: bool) -> None:
     """Refuse a model that computes another function of the weights than the model that they were trained in."""
     changes = [] if found.config is None else find_changes(found.config, config)

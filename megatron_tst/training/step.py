@@ -18,8 +18,7 @@ from torch import Tensor
 
 from megatron_tst.checkpoint.content import TrainState
 from megatron_tst.data.batches import Batch
-from megatron_tst.training.optimizer import learning_rates
-from megatron_tst.training.step_timer import StepTimes
+from megatron_tst.telemetry.run_metrics import StepTimes, learning_rates
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ class StepReport:
     Attributes:
         loss: float32 scalar, the global loss sum over the global weight; the same on every rank.
         grad_norm: global gradient norm before clipping.
-        lr: learning rate of the step.
         lr_by_group: learning rate of each parameter group.
         is_applied: whether the weights were updated; False if the loss or the gradient norm is not finite.
         times: times of the step's parts.
@@ -37,7 +35,6 @@ class StepReport:
 
     loss: Tensor
     grad_norm: float
-    lr: float
     lr_by_group: dict[str, float]
     is_applied: bool
     times: StepTimes
@@ -119,7 +116,7 @@ class Stepper:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         loss = self.forward_backward(batches, forward_only=False)
-        lr_by_group = learning_rates(optimizer)
+        lr_by_group = learning_rates(optimizer.param_groups)
         is_applied, grad_norm = False, math.nan
         is_finite = bool(torch.isfinite(loss))  # waits for the device, so the time so far is that of the passes
         passed_s = time.perf_counter()
@@ -132,7 +129,6 @@ class Stepper:
         return StepReport(
             loss=loss,
             grad_norm=float(grad_norm),
-            lr=max(lr_by_group.values()),
             lr_by_group=lr_by_group,
             is_applied=is_applied,
             times=StepTimes(

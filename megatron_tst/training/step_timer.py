@@ -3,43 +3,8 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
 
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Times of the parts of one optimizer step.
-
-    Attributes:
-        forward_backward_s: time of the forward and backward passes.
-        optimizer_s: time of the gradient norm and the update.
-        communication_s: time of gradient reductions and parameter gathers that do not overlap with computation.
-    """
-
-    forward_backward_s: float
-    optimizer_s: float
-    communication_s: float
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Steps and times between two metric lines.
-
-    Attributes:
-        steps: number of optimizer steps.
-        seconds: time of these steps, without evaluations and saves.
-        data_s: time spent waiting for data.
-        forward_backward_s: time of the forward and backward passes.
-        optimizer_s: time of the gradient norm and the update.
-        communication_s: time of gradient reductions and parameter gathers that do not overlap with computation.
-    """
-
-    steps: int
-    seconds: float
-    data_s: float
-    forward_backward_s: float
-    optimizer_s: float
-    communication_s: float
+from megatron_tst.telemetry.run_metrics import Interval, StepTimes
 
 
 class StepTimer:
@@ -53,7 +18,7 @@ class StepTimer:
         """Start the clock."""
         self._all_steps, self._all_pauses_s = 0, 0.0
         self.steps = 0
-        self._parts_s: list[float] = []
+        self._parts = StepTimes()
         self._paused_at_s: float | None = None
         self._restart()
 
@@ -73,7 +38,7 @@ class StepTimer:
         """Count a step and add its times."""
         self.steps += 1
         self._all_steps += 1
-        self._parts_s = [total + part for total, part in zip(self._parts_s, astuple(times), strict=True)]
+        self._parts += times
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -92,11 +57,11 @@ class StepTimer:
 
     def take(self) -> Interval:
         """Return the times since the last call, and restart."""
-        interval = Interval(self.steps, self.seconds, self._data_s, *self._parts_s)
+        interval = Interval(self.steps, self.seconds, self._data_s, self._parts)
         self._restart()
         return interval
 
     def _restart(self) -> None:
         self._started_s = time.perf_counter()
         self.steps, self._data_s = 0, 0.0
-        self._parts_s = [0.0, 0.0, 0.0]
+        self._parts = StepTimes()

@@ -10,6 +10,7 @@ from megatron_tst.analysis.compare import Estimate, counterpart, difference, fin
 from megatron_tst.analysis.curves import RunCurve, read_curve, read_curves
 from megatron_tst.analysis.verdict import report, sentences
 from megatron_tst.config import UserError, dump_config, load_config
+from megatron_tst.telemetry import RunDirectory
 from tests.telemetry.finished import write_run
 
 
@@ -193,6 +194,32 @@ def test_runs_with_different_settings_are_not_seeds_of_one_group(tmp_path: Path,
     changed = dataclasses.replace(getattr(config, section), **OTHER[section])
     (second / "config.yaml").write_text(dump_config(dataclasses.replace(config, **{section: changed})))
     assert len(find_methods(map(read_curve, (first, second)))) == 2
+
+
+def with_text(run: Path, data_path: str, tokenizer: str, corpora: str | None) -> Path:
+    """Let a run have read a corpus and a tokenizer, and have recorded what identifies them."""
+    config = load_config(run / "config.yaml")
+    data = dataclasses.replace(config.data, data_path=(data_path,), tokenizer_model=tokenizer)
+    (run / "config.yaml").write_text(dump_config(dataclasses.replace(config, data=data)))
+    if corpora is not None:
+        RunDirectory(run).record_text(tokenizer="the same", corpora=corpora)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("second", "groups"),
+    [
+        (("/b/corpus", "/b/tokenizer.json", "1234"), 1),
+        # Another corpus of the same name, and two names of which it is not known what they hold.
+        (("/a/corpus", "/a/tokenizer.json", "5678"), 2),
+        (("/b/corpus", "/b/tokenizer.json", None), 2),
+    ],
+)
+def test_seeds_are_grouped_by_the_content_of_their_text(tmp_path: Path, second, groups):
+    one, other = write_run(tmp_path / "a", [3.0, 2.5]), write_run(tmp_path / "b", [3.0, 2.7], seed=2)
+    with_text(one, "/a/corpus", "/a/tokenizer.json", None if second[2] is None else "1234")
+    with_text(other, *second)
+    assert len(find_methods(map(read_curve, (one, other)))) == groups
 
 
 def test_another_warm_up_makes_another_group_of_the_same_method(tmp_path: Path):

@@ -34,13 +34,13 @@ def test_every_number_has_a_range():
     assert RANGES.keys() == NUMBERS
 
 
-def test_the_defaults_are_possible():
+def test_the_defaults_are_allowed():
     assert refused(RunConfig()) == []
 
 
 @pytest.mark.parametrize("name", sorted(NUMBERS))
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf, 10**30])
-def test_no_number_is_negative_infinite_or_absurd(name, value):
+def test_negative_infinite_and_absurd_numbers_are_refused(name, value):
     (line,) = refused(with_value(name, value))
     assert line.startswith(f"--{name.partition('.')[2].replace('_', '-')} {value}: must ")
 
@@ -60,12 +60,12 @@ def test_a_range_ends_where_it_says(name, inside, outside):
 
 
 @pytest.mark.parametrize("name", sorted(name for name, hint in SETTINGS.items() if hint in (str, str | None)))
-def test_no_text_is_empty(name):
+def test_empty_text_is_refused(name):
     assert refused(with_value(name, "")) and refused(with_value(name, " "))
 
 
 @pytest.mark.parametrize("name", ["data_path", "train_data_path", "valid_data_path"])
-def test_no_path_of_a_list_is_empty(name):
+def test_an_empty_path_in_a_list_is_refused(name):
     assert refused(with_value(f"data.{name}", ("1", "")))
 
 
@@ -77,7 +77,7 @@ def test_no_path_of_a_list_is_empty(name):
         "--make-vocab-size-divisible-by 0", "--lr inf", "--distributed-timeout-minutes 0",
     ],
 )  # fmt: skip
-def test_a_start_refuses_it_by_name(flags):
+def test_a_start_refuses_a_value_by_its_flag(flags):
     with pytest.raises(UserError) as error:
         parse_config([*WHOLE, *flags.split()])
     assert str(error.value).splitlines()[0].startswith(flags.split()[0])

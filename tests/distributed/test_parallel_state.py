@@ -1,7 +1,7 @@
 import pytest
 import torch.distributed as dist
 
-from megatron_tst.config import StoppedInSetUp, UserError
+from megatron_tst.config import DivergedError, StoppedInSetUp, UserError
 from megatron_tst.distributed import ParallelSizes, init_parallel_state, run_on_main_rank, seed_everything
 from tests.distributed.launch import run_distributed
 
@@ -26,22 +26,23 @@ def test_error_on_the_main_rank_reaches_the_caller(rank):
     assert run_on_main_rank(dist.get_rank) == 0
 
 
-def stop_the_main_rank():
-    def stop():
-        if dist.get_rank() == 0:
-            raise StoppedInSetUp("stopped by SIGTERM")
+def fail_on_the_main_rank(error):
+    def fail():
+        raise error
 
     dist.init_process_group("gloo")
     try:
-        run_on_main_rank(stop)
-    except StoppedInSetUp as stopped:
-        return str(stopped)
+        run_on_main_rank(fail)
+    except (UserError, StoppedInSetUp) as raised:
+        return type(raised), str(raised), raised.exit_code
     return None
 
 
 @pytest.mark.distributed
-def test_signal_to_the_main_rank_stops_all_ranks():
-    assert run_distributed(stop_the_main_rank, 2) == ["stopped by SIGTERM"] * 2
+@pytest.mark.parametrize("error", [StoppedInSetUp("stopped by SIGTERM"), DivergedError("not finite")], ids=repr)
+def test_an_error_of_the_main_rank_reaches_all_ranks_with_its_class_and_exit_code(error):
+    assert run_distributed(fail_on_the_main_rank, 2, error) == [(type(error), str(error), error.exit_code)] * 2
+    assert error.exit_code != UserError.exit_code
 
 
 def test_equal_seeds_give_equal_numbers(rank):

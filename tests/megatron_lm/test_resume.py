@@ -103,7 +103,7 @@ def test_the_own_trainer_can_start_from_its_weights(whole, tmp_path):
         "--seed 3": "--seed 3: the checkpoint was made with 1234",
         "--split 80,20,0": "--split 80,20,0: the checkpoint was made with 90,10,0",
         "--eod-mask-loss": "--eod-mask-loss True: the checkpoint was made with False",
-        "--global-batch-size 8": "--global-batch-size 8: the checkpoint has 4",
+        "--global-batch-size 8": "--global-batch-size 8: the checkpoint was made with 4",
         "--data-path {other}": "--data-path {other}: is not the corpus",
         "--train-iters 4": "--train-iters 4: ends before the checkpoint's last phase begins",
     }.items(),

@@ -39,6 +39,46 @@ def stop_in_a_step(argv: list[str], number: int, signalled_rank: int) -> int:
     return pretrain_tst.main_megatron_lm([*argv, "--tst-trainer", "megatron-lm"])
 
 
+def fill_the_disk(argv: list[str]) -> tuple[str, int]:
+    """Let the disk refuse the metrics of the third step on the main rank; return the message for the user."""
+    import errno
+
+    from megatron_tst.config import UserError
+    from megatron_tst.distributed import enter_device
+    from megatron_tst.megatron_lm import train
+    from megatron_tst.megatron_patches.cpu import enter_cpu_card
+    from megatron_tst.telemetry import MetricsFile
+
+    enter_device()
+    enter_cpu_card()
+    write_line = MetricsFile.write
+
+    def refused(file, metrics):
+        if metrics.step == STOPPED_AT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_line(file, metrics)
+
+    MetricsFile.write = refused
+    try:
+        train([*argv, "--tst-trainer", "megatron-lm"])
+    except UserError as error:
+        return str(error), error.exit_code
+    return "", 0
+
+
+@needs_trainer
+@pytest.mark.distributed
+def test_a_full_disk_under_the_metrics_saves_and_ends_every_rank(argv, tmp_path):
+    run = tmp_path / "run"
+    one, other = run_distributed(fill_the_disk, 2, [*argv, "--tst-run-dir", str(run)])
+    assert one == other
+    assert one[0].endswith(
+        f"cannot be written: No space left on device; a checkpoint was saved after step {STOPPED_AT}"
+    )
+    assert one[1] == 2
+    assert CheckpointFolders(run / "checkpoints").latest() == STOPPED_AT
+
+
 def stop_in_the_set_up(argv: list[str], number: int) -> str:
     """Send the rank a signal while it builds its samples; return the message for the user."""
     from megatron_tst.config import StoppedInSetUp

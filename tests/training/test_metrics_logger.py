@@ -9,10 +9,10 @@ import torch
 
 from megatron_tst.shape import resolve_shape, step_flops
 from megatron_tst.telemetry import read_metrics
+from megatron_tst.telemetry.run_metrics import StepTimes
 from megatron_tst.training.evaluation import Evaluation
 from megatron_tst.training.metrics_logger import MetricsLogger
 from megatron_tst.training.step import StepReport
-from megatron_tst.training.step_timer import StepTimes
 from tests.training.runs import arguments, build_here
 
 # 8 steps of 4 sequences of 16 positions, the first 4 with bags of 4; a line is logged every other step.
@@ -45,7 +45,7 @@ def run(here, corpus, tokenizer, tmp_path: Path):
 
 def report(loss):
     return StepReport(
-        loss=torch.tensor(loss), grad_norm=0.5, lr=2e-3, lr_by_group={"decay": 2e-3, "no_decay": 1e-3},
+        loss=torch.tensor(loss), grad_norm=0.5, lr_by_group={"decay": 2e-3, "no_decay": 1e-3},
         is_applied=True, times=StepTimes(forward_backward_s=2.0, optimizer_s=0.5, communication_s=0.25),
     )  # fmt: skip
 
